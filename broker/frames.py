@@ -1,0 +1,174 @@
+"""Frames: how a message of any size crosses a broker that takes small packets only.
+
+Every MQTT payload of this project is one frame, a MessagePack map
+
+    v     protocol version (1)
+    id    number of the message, unique per sender and topic for longer than the time limit
+    i, n  index of this chunk and how many there are
+    size  bytes of the whole message
+    crc   CRC-32 of this chunk
+    d     the chunk: all are ``ceil(size / n)`` bytes long but the last, which may be shorter
+
+so a receiver knows from any one frame where its bytes belong and how much memory the whole needs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgpack
+
+from broker.errors import MessageError
+from broker.messages import PROTOCOL, unpack_map
+
+OVERHEAD = 1024
+"""Bytes kept free in a packet for topic, MQTT header and frame fields."""
+MAX_CHUNKS = 65_536
+_U32 = 2**32
+_FIELDS = ("id", "i", "n", "size", "crc")
+
+
+def split(message: bytes, message_id: int, chunk_bytes: int) -> Iterator[bytes]:
+    """The frames of ``message``, each with at most ``chunk_bytes`` of it."""
+    count = max(1, -(-len(message) // chunk_bytes))
+    length = -(-len(message) // count)
+    view = memoryview(message)
+    for index in range(count):
+        chunk = view[index * length : (index + 1) * length]
+        yield msgpack.packb(
+            {
+                "v": PROTOCOL,
+                "id": message_id % _U32,
+                "i": index,
+                "n": count,
+                "size": len(message),
+                "crc": zlib.crc32(chunk),
+                "d": chunk,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds on what a receiver holds; sizes in bytes.
+
+    A sender that exceeds ``sender_bytes`` loses its own oldest unfinished message, never another's.
+    """
+
+    message_bytes: int = 256 << 20
+    sender_bytes: int = 320 << 20
+    total_bytes: int = 2 << 30
+    sender_messages: int = 64
+    timeout_s: float = 60.0
+
+
+@dataclass(slots=True)
+class _Partial:
+    buffer: bytearray
+    count: int
+    missing: set[int]
+    started: float
+
+
+class Reassembler:
+    """Puts frames together, in any order, in bounded memory and time."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._partials: dict[str, OrderedDict[tuple[str, int], _Partial]] = {}
+        self.held_bytes = 0
+
+    def add(self, sender: str, topic: str, payload: bytes, now: float) -> bytes | bytearray | None:
+        """The whole message if ``payload`` completes one, else None.
+
+        ``sender`` is whose memory bound counts (a device, or the coordinator), ``now`` a monotonic
+        time in seconds.
+
+        Raises:
+            MessageError: the frame is dropped; reasons ``malformed``, ``foreign_version``,
+                ``invalid``, ``corrupt``, ``oversized``, ``reassembly_full``.
+        """
+        index, count, size, message_id, chunk = self._read(payload)
+        if count == 1:
+            return chunk
+        mine = self._partials.setdefault(sender, OrderedDict())
+        key = (topic, message_id)
+        partial = mine.get(key)
+        if partial is None or partial.count != count or len(partial.buffer) != size:
+            if partial is not None:
+                self._forget(sender, key)
+            partial = self._start(sender, key, size, count, now)
+        if index in partial.missing:
+            length = -(-size // count)
+            partial.buffer[index * length : index * length + len(chunk)] = chunk
+            partial.missing.discard(index)
+        if partial.missing:
+            return None
+        self._forget(sender, key)
+        return partial.buffer
+
+    def expire(self, now: float) -> list[str]:
+        """Forget messages that stayed incomplete too long; their senders, one entry a message."""
+        late = [
+            (sender, key)
+            for sender, mine in self._partials.items()
+            for key, partial in mine.items()
+            if now - partial.started > self._limits.timeout_s
+        ]
+        for sender, key in late:
+            self._forget(sender, key)
+        return [sender for sender, _ in late]
+
+    def _read(self, payload: bytes) -> tuple[int, int, int, int, bytes]:
+        fields = unpack_map(payload)
+        if fields.get("v") != PROTOCOL:
+            raise MessageError(
+                "foreign_version",
+                f"protocol version {str(fields.get('v'))[:20]}, this side speaks {PROTOCOL}: "
+                "update the older one",
+            )
+        numbers = [fields.get(name) for name in _FIELDS]
+        chunk = fields.get("d")
+        if not isinstance(chunk, bytes) or any(
+            type(number) is not int or not 0 <= number < _U32 for number in numbers
+        ):
+            raise MessageError("invalid", "a frame field is missing or of the wrong type")
+        message_id, index, count, size, crc = (int(str(number)) for number in numbers)
+        if not 1 <= count <= MAX_CHUNKS or index >= count or size < count - 1:
+            raise MessageError("invalid", f"frame {index} of {count} for {size} bytes")
+        if size > self._limits.message_bytes:
+            raise MessageError(
+                "oversized", f"a message of {size} bytes; {self._limits.message_bytes} are allowed"
+            )
+        length = -(-size // count)
+        if len(chunk) != max(0, min(length, size - index * length)):
+            raise MessageError("invalid", f"frame {index} of {count} holds {len(chunk)} bytes")
+        if zlib.crc32(chunk) != crc:
+            raise MessageError("corrupt", "the checksum of a frame does not match")
+        return index, count, size, message_id, chunk
+
+    def _start(
+        self, sender: str, key: tuple[str, int], size: int, count: int, now: float
+    ) -> _Partial:
+        limits = self._limits
+        mine = self._partials[sender]
+        held = sum(len(partial.buffer) for partial in mine.values())
+        while mine and (len(mine) >= limits.sender_messages or held + size > limits.sender_bytes):
+            held -= len(next(iter(mine.values())).buffer)
+            self._forget(sender, next(iter(mine)))
+            mine = self._partials.setdefault(sender, OrderedDict())
+        if held + size > limits.sender_bytes or self.held_bytes + size > limits.total_bytes:
+            raise MessageError("reassembly_full", f"no memory left for a message of {size} bytes")
+        partial = _Partial(bytearray(size), count, set(range(count)), now)
+        mine[key] = partial
+        self.held_bytes += size
+        return partial
+
+    def _forget(self, sender: str, key: tuple[str, int]) -> None:
+        mine = self._partials[sender]
+        self.held_bytes -= len(mine.pop(key).buffer)
+        if not mine:
+            del self._partials[sender]

@@ -1,0 +1,154 @@
+"""The link: typed messages over a transport, for either end.
+
+Outgoing messages are encoded, cut into frames and published; incoming frames are acknowledged once
+they are in the bounded reassembly buffer, put together, decoded and validated. What is wrong with
+them is counted by reason, logged once per device, reason and minute, and dropped: it never reaches
+the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from broker.errors import MessageError, TopicError
+from broker.frames import OVERHEAD, Limits, Reassembler, split
+from broker.messages import LOSSY, Envelope, Message, channel, decode_message, encode_message
+from broker.topics import Address, Topics
+from broker.transport import Connected, Disconnected, Transport
+
+log = logging.getLogger("splitfleet.link")
+LOG_EVERY_S = 60.0
+DEFAULT_CHUNK_BYTES = 96 << 10
+MEASURED_BYTES = 64 << 10
+
+
+class LinkObserver(Protocol):
+    """Told what crosses a link; sizes are application payload in bytes, frames included."""
+
+    def sent(self, address: Address, size: int) -> None: ...
+
+    def received(self, address: Address, size: int) -> None: ...
+
+    def dropped(self, reason: str, device: str | None) -> None: ...
+
+
+def single_frame(message: Message) -> bytes:
+    """The only frame of a small message, e.g. for a last will."""
+    (frame,) = split(encode_message(message), 0, DEFAULT_CHUNK_BYTES)
+    return frame
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message that arrived whole."""
+
+    envelope: Envelope
+
+
+class Link:
+    """Sends and receives messages. Belongs to one event loop, as its transport does."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        topics: Topics,
+        *,
+        observer: LinkObserver,
+        clock: Callable[[], float],
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        limits: Limits | None = None,
+    ) -> None:
+        self._transport = transport
+        self._topics = topics
+        self._observer = observer
+        self._clock = clock
+        self._configured_chunk = chunk_bytes
+        self._chunk = chunk_bytes
+        self._frames = Reassembler(limits or Limits())
+        self._next_id = random.getrandbits(32)
+        self._logged: dict[tuple[str, str | None], float] = {}
+        self.uplink_bytes_per_s = 0.0
+        """Speed to the broker as last measured on a message of 64 KiB or more; 0 if unknown."""
+
+    async def send(self, envelope: Envelope) -> None:
+        """Publish a message; returns when the broker has acknowledged every frame (QoS 1).
+
+        Raises the transport's errors; then the message may have arrived or not.
+        """
+        address = envelope.address
+        topic = self._topics.format(address)
+        qos = 0 if channel(address) in LOSSY else 1
+        self._next_id += 1
+        frames = list(split(encode_message(envelope.message), self._next_id, self._chunk))
+        started = self._clock()
+        # Tasks start in the order of their creation, which is the order on the wire.
+        await asyncio.gather(
+            *(
+                self._transport.publish(topic, frame, qos=qos, retain=address.retained)
+                for frame in frames
+            )
+        )
+        size = sum(map(len, frames))
+        if size >= MEASURED_BYTES:
+            self.uplink_bytes_per_s = size / max(1e-6, self._clock() - started)
+        self._observer.sent(address, size)
+
+    async def subscribe(self, *filters: str) -> None:
+        """Subscribe now and on every reconnection."""
+        await self._transport.subscribe(*filters)
+
+    async def unsubscribe(self, *filters: str) -> None:
+        """Drop subscriptions."""
+        await self._transport.unsubscribe(*filters)
+
+    async def receive(self) -> Arrival | Connected | Disconnected:
+        """The next whole, valid message or change of the connection. May be cancelled."""
+        while True:
+            event = await self._transport.receive()
+            match event:
+                case Connected():
+                    largest = event.capabilities.max_packet_size
+                    self._chunk = min(self._configured_chunk, (largest or 1 << 28) - OVERHEAD)
+                    return event
+                case Disconnected():
+                    return event
+            envelope = self._open(event.topic, event.payload)
+            event.ack()
+            if envelope is not None:
+                return Arrival(envelope)
+
+    def expire(self) -> None:
+        """Drop messages that have been incomplete for too long. Call now and then."""
+        for sender in self._frames.expire(self._clock()):
+            self.drop("reassembly_timeout", sender, "a message stayed incomplete")
+
+    def drop(self, reason: str, device: str | None, why: str) -> None:
+        """Count a dropped message, and log it unless the same was logged in the last minute."""
+        self._observer.dropped(reason, device)
+        now = self._clock()
+        if now - self._logged.get((reason, device), -LOG_EVERY_S) >= LOG_EVERY_S:
+            if len(self._logged) > 4096:
+                self._logged.clear()
+            self._logged[reason, device] = now
+            log.warning("dropped a message of %s (%s): %s", device or "the fleet", reason, why)
+
+    def _open(self, topic: str, payload: bytes) -> Envelope | None:
+        device: str | None = None
+        try:
+            address = self._topics.parse(topic)
+            device = address.device
+            self._observer.received(address, len(payload))
+            whole = self._frames.add(device or "", topic, payload, self._clock())
+            if whole is None:
+                return None
+            return Envelope(address, decode_message(address, whole))
+        except TopicError as exc:
+            self.drop("unexpected_topic", None, str(exc))
+        except MessageError as exc:
+            self.drop(exc.reason, device, str(exc))
+        return None

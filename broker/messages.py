@@ -1,0 +1,431 @@
+"""What is said on each topic: one frozen, strictly validated model per kind of message.
+
+On the wire a message is a MessagePack map of its fields (``docs/protocol.md``). Unknown fields are
+ignored, so that a newer peer may add some; everything else is checked here, once, at the border.
+A tensor is opaque at this level: the bytes of ``tensors.format``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from broker.errors import MessageError
+from broker.topics import Address
+
+PROTOCOL = 1
+MAX_BATCH = 4096
+MAX_BLOCKS = 1024
+MAX_RANGES = 65_536
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Text = Annotated[str, StringConstraints(max_length=256)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Label = Annotated[int, Field(ge=0, le=2**31)]
+RunPhase = Literal["gathering", "training", "inference", "finished"]
+ExitRule = Literal["entropy", "max_softmax", "margin"]
+Blob = Annotated[bytes, Field(max_length=1 << 30)]
+Range = Annotated[tuple[Count, Count], Field(strict=False)]
+"""First and last of a run of batch numbers, both included."""
+
+
+class Message(BaseModel):
+    """Base of all messages."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", ser_json_bytes="base64")
+
+
+class Stamp(Message):
+    """Which try at which round of which run a message belongs to."""
+
+    run: Name
+    round: Count
+    attempt: Count
+
+    @property
+    def stamp(self) -> tuple[str, int, int]:
+        """``(run, round, attempt)``, to compare."""
+        return self.run, self.round, self.attempt
+
+
+class Measurement(Message):
+    """What a device measured of itself, to be assigned a cut layer by.
+
+    ``step_ms``: milliseconds of forward and backward of one batch of ``batch_size`` images, per
+    block from the first on; ``exit_ms`` the same for the exit head at each cut.
+    """
+
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
+    step_ms: Annotated[list[Amount], Field(max_length=MAX_BLOCKS)]
+    exit_ms: Annotated[list[Amount], Field(max_length=MAX_BLOCKS)]
+    memory_mb: Annotated[list[Amount], Field(max_length=MAX_BLOCKS)]
+    available_mb: Amount
+    cores: Annotated[int, Field(ge=1, le=4096)]
+    uplink_bytes_per_s: Amount
+
+
+# -- up: from a device ----------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """A device joins: what it is and what it can do. Answered with an assignment."""
+
+    boot: Name
+    protocol: int = PROTOCOL
+    software: Text
+    samples: Count
+    test_samples: Count = 0
+    dataset: Text
+    classes: Annotated[int, Field(ge=1, le=100_000)]
+    image: Annotated[tuple[Count, Count, Count], Field(strict=False)]
+    """Channels, height and width of one image."""
+    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
+    measurement: Measurement | None = None
+
+
+class Status(Message):
+    """Retained state of a device, its heartbeat and its last will."""
+
+    state: Literal["online", "offline"]
+    connection: Name
+    phase: Text = ""
+
+
+class Activations(Stamp):
+    """Activations at the cut for one batch, with the labels the coordinator trains on."""
+
+    batch: Count
+    version: Count
+    labels: Annotated[list[Label], Field(min_length=1, max_length=MAX_BATCH)]
+    tensor: Blob
+
+
+class DeviceParameters(Stamp):
+    """A device's blocks and exit head after its last batch of the round."""
+
+    version: Count
+    produced: Count
+    state: Blob
+
+
+class Features(Message):
+    """Features of images whose exit was unsure; answered with a prediction."""
+
+    request: Count
+    version: Count
+    deadline_ms: Annotated[int, Field(ge=1, le=600_000)]
+    tensor: Blob
+
+
+class Histogram(Message):
+    """Counts per bucket (the last one unbounded) and the sum, in seconds."""
+
+    bounds: Annotated[list[Amount], Field(max_length=64)]
+    counts: Annotated[list[Count], Field(max_length=65)]
+    total: Amount
+
+
+class Inference(Message):
+    """What a device measured while it answered its share of the test images."""
+
+    version: Count
+    threshold: float
+    images: Count
+    exits: Count
+    offloads: Count
+    answered: Count
+    refused: Count
+    timeouts: Count
+    correct: Count
+    exit_correct: Count
+    bytes_up: Count
+    bytes_down: Count
+    exit_ms: Amount
+    offload_ms: Amount
+
+
+class Report(Stamp):
+    """A device's own account of an attempt (or, with ``inference``, of answering test images)."""
+
+    produced: Count = 0
+    applied: Count = 0
+    discarded: dict[Name, Count] = Field(default_factory=dict)
+    expired: Count = 0
+    late_gradients: Count = 0
+    timeouts: Count = 0
+    exit_loss: Amount | None = None
+    exit_accuracy: Amount | None = None
+    round_trip: Histogram | None = None
+    inference: Inference | None = None
+
+
+class Request(Message):
+    """A device asks for parameters, for its place in the round (join), or probes the link."""
+
+    what: Literal["parameters", "join", "probe"]
+    version: Count = 0
+    run: Name | None = None
+    round: Count = 0
+    attempt: Count = 0
+    padding: Annotated[bytes, Field(max_length=1 << 20)] = b""
+
+
+# -- down: to a device ----------------------------------------------------------------------------
+
+
+class Network(Message):
+    """The network to build; the fields of ``tensors.NetworkSpec``."""
+
+    name: Text = "resnet18"
+    width: Annotated[int, Field(ge=1, le=4096)] = 64
+    channels: Annotated[int, Field(ge=1, le=4096)] = 3
+    size: Annotated[int, Field(ge=1, le=4096)] = 32
+    classes: Annotated[int, Field(ge=2, le=100_000)] = 10
+    head: Literal["linear", "conv"] = "conv"
+
+
+class Assignment(Message):
+    """Retained: what a device has to do in this run. Without a cut: measure and say hello again."""
+
+    run: Name
+    network: Network
+    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None
+    feedback: Literal["gradient", "none"]
+    feedback_weight: Amount
+    exit_weight: Amount
+    activation_codec: Text
+    parameter_codec: Text
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
+    quota: Annotated[int, Field(ge=1)]
+    window: Annotated[int, Field(ge=1, le=1024)]
+    credits: Annotated[int, Field(ge=1, le=1024)]
+    momentum: Amount
+    weight_decay: Amount
+    gradient_timeout_s: Annotated[float, Field(gt=0)]
+    augment: Text
+    seed: int
+    exit_rule: ExitRule
+    threshold: float
+    offload_timeout_s: Annotated[float, Field(gt=0)]
+
+
+class Gradients(Stamp):
+    """The gradient of the server's loss at the cut, for one batch of activations."""
+
+    batch: Count
+    loss: float
+    correct: Count
+    tensor: Blob
+
+
+class Receipt(Stamp):
+    """What became of a device's batches in this attempt.
+
+    ``applied`` and ``discarded`` (reason → batches) name what is new since the last receipt; in a
+    ``complete`` one (the answer to a join, and the final one) they name all. ``next_batch`` is the
+    first number the coordinator has not seen, where a device that lost its memory goes on.
+    """
+
+    applied: Annotated[list[Range], Field(max_length=MAX_RANGES)] = Field(default_factory=list)
+    discarded: dict[Name, Annotated[list[Range], Field(max_length=MAX_RANGES)]] = Field(
+        default_factory=dict
+    )
+    credits: Annotated[int, Field(ge=0, le=1024)]
+    next_batch: Count = 0
+    complete: bool = False
+    participant: bool = True
+    final: bool = False
+
+
+class Prediction(Message):
+    """The full network's answer to offloaded features: ``(N, K)`` probabilities, or a refusal."""
+
+    request: Count
+    version: Count
+    tensor: Blob | None = None
+    refused: Text | None = None
+
+
+class Parameters(Message):
+    """The blocks and the exit head a device with this cut needs, as one parameter pack."""
+
+    run: Name
+    version: Count
+    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    state: Blob
+
+
+class Command(Message):
+    """An order to one device or to all."""
+
+    command: Literal["stop"]
+    reason: Text = ""
+
+
+# -- all and cut ----------------------------------------------------------------------------------
+
+
+class Round(Stamp):
+    """Retained: what the fleet is doing now, and with which version of the parameters."""
+
+    phase: RunPhase
+    version: Count
+    rounds: Count
+    learning_rate: Amount = 0.0
+    deadline_s: Amount = 0.0
+
+
+class Coordinator(Message):
+    """Retained state of the coordinator, and its last will."""
+
+    state: Literal["online", "offline"]
+    boot: Name
+    protocol: int = PROTOCOL
+
+
+class Manifest(Message):
+    """Retained: which parameters a device with this cut should hold, and their checksum."""
+
+    run: Name
+    version: Count
+    base: Count | None = None
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    size: Count
+    trained: bool
+
+
+KINDS: dict[tuple[str, str], type[Message]] = {
+    ("up", "hello"): Hello,
+    ("up", "status"): Status,
+    ("up", "activations"): Activations,
+    ("up", "parameters"): DeviceParameters,
+    ("up", "features"): Features,
+    ("up", "report"): Report,
+    ("up", "request"): Request,
+    ("down", "assignment"): Assignment,
+    ("down", "gradients"): Gradients,
+    ("down", "receipt"): Receipt,
+    ("down", "prediction"): Prediction,
+    ("down", "parameters"): Parameters,
+    ("down", "command"): Command,
+    ("all", "round"): Round,
+    ("all", "coordinator"): Coordinator,
+    ("all", "command"): Command,
+    ("cut", "manifest"): Manifest,
+    ("cut", "parameters"): Parameters,
+}
+"""(direction or scope, kind) → model. Topics of the tree that are not here carry nothing yet."""
+
+LOSSY = {("up", "report")}
+"""Sent with QoS 0: nothing is trained from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message and where it goes to or came from."""
+
+    address: Address
+    message: Message
+
+
+def channel(address: Address) -> tuple[str, str]:
+    """The key of ``KINDS`` for an address."""
+    return address.direction or address.scope, address.kind
+
+
+def up(device: str, message: Message) -> Envelope:
+    """An envelope from ``device`` to the coordinator."""
+    return Envelope(Address("device", _kind("up", message), device=device, direction="up"), message)
+
+
+def down(device: str, message: Message) -> Envelope:
+    """An envelope from the coordinator to ``device``."""
+    return Envelope(
+        Address("device", _kind("down", message), device=device, direction="down"), message
+    )
+
+
+def to_all(message: Message) -> Envelope:
+    """An envelope to every device."""
+    return Envelope(Address("all", _kind("all", message)), message)
+
+
+def to_cut(layer: int, message: Message) -> Envelope:
+    """An envelope to every device with cut ``layer``."""
+    return Envelope(Address("cut", _kind("cut", message), layer=layer), message)
+
+
+def _kind(where: str, message: Message) -> str:
+    for (place, kind), model in KINDS.items():
+        if place == where and type(message) is model:
+            return kind
+    raise AssertionError(f"{type(message).__name__} is never sent {where}")
+
+
+def encode_message(message: Message) -> bytes:
+    """The MessagePack map of a message."""
+    packed: bytes = msgpack.packb(message.model_dump(exclude_none=True))
+    return packed
+
+
+def decode_message(address: Address, data: bytes | bytearray | memoryview) -> Message:
+    """The validated message that arrived at ``address``.
+
+    Raises:
+        MessageError: with reason ``unexpected_topic``, ``malformed`` (not MessagePack, not a map)
+            or ``invalid`` (a field missing, of the wrong type or out of bounds).
+    """
+    model = KINDS.get(channel(address))
+    if model is None:
+        raise MessageError("unexpected_topic", f"nothing is expected on {address}")
+    fields = unpack_map(data)
+    try:
+        return model.model_validate(fields)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MessageError("invalid", f"{model.__name__}.{where}: {first['msg']}") from None
+
+
+def unpack_map(data: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """One MessagePack map with string keys, no extension types, and nothing behind it.
+
+    Lengths are bounded by the input's own size, so memory is at most a small multiple of it.
+    """
+    try:
+        fields = msgpack.unpackb(data, strict_map_key=True, max_ext_len=0, ext_hook=_no_extensions)
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise MessageError("malformed", f"not a MessagePack map: {exc}") from None
+    if not isinstance(fields, dict):
+        raise MessageError("malformed", f"a MessagePack {type(fields).__name__}, not a map")
+    return fields
+
+
+def _no_extensions(code: int, _data: bytes) -> Any:
+    raise ValueError(f"extension type {code}")
+
+
+def to_ranges(numbers: Iterable[int]) -> list[Range]:
+    """Sorted runs of consecutive numbers."""
+    ranges: list[Range] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
+
+
+def from_ranges(ranges: Iterable[Range], *, limit: int) -> set[int]:
+    """The numbers in ``ranges``; at most ``limit`` of them, else :class:`MessageError`."""
+    numbers: set[int] = set()
+    for first, last in ranges:
+        if last < first or last - first >= limit or len(numbers) + last - first >= limit:
+            raise MessageError("invalid", f"batch range {first}–{last} is not plausible")
+        numbers.update(range(first, last + 1))
+    return numbers

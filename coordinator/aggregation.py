@@ -1,0 +1,77 @@
+"""Cross-layer aggregation: every block becomes the weighted mean over all its holders.
+
+Holders of block ``b`` are the server's copies it was trained in (the shared network, or the
+replicas of devices cut at or below it) and the devices cut above it. A holder weighs as many
+samples as the coordinator applied for it, never what a device claims. Source: Hetero-SplitEE
+(arXiv 2512.09313), Averaging strategy; the rules for buffers and momentum are in docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tensors.averaging import Averager
+from tensors.networks import State
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Everything that training changes: parameters and buffers, and the server's momentum."""
+
+    state: State
+    momentum: State
+
+
+def block_of(name: str) -> int | None:
+    """The index of the block a parameter belongs to; None for one of an exit head."""
+    kind, index, _ = name.split(".", 2)
+    return int(index) if kind == "blocks" else None
+
+
+class Aggregation:
+    """The running mean of one round; memory does not grow with the number of holders.
+
+    Args:
+        start: the model the round began with.
+        first_server_block: blocks before it are held by devices only.
+        device_copies: whether devices count as holders of blocks that the server trains too.
+    """
+
+    def __init__(self, start: Model, *, first_server_block: int, device_copies: bool) -> None:
+        self._first_server_block = first_server_block
+        self._device_copies = device_copies
+        self._states = Averager(start.state)
+        self._momentum = Averager(start.momentum)
+
+    def add_server(
+        self,
+        state: Mapping[str, np.ndarray],
+        momentum: Mapping[str, np.ndarray],
+        samples: int,
+    ) -> None:
+        """One server-side copy (of some blocks) that ``samples`` went through."""
+        if samples:
+            self._states.add(state, samples)
+            self._momentum.add(momentum, samples)
+
+    def add_device(self, state: Mapping[str, np.ndarray], samples: int) -> None:
+        """One device's blocks and exit head, trained while ``samples`` of it were applied.
+
+        Raises ``AveragingError`` if names, shapes or values cannot be averaged.
+        """
+        if not samples:
+            return
+        if not self._device_copies:
+            state = {
+                name: values
+                for name, values in state.items()
+                if (block := block_of(name)) is None or block < self._first_server_block
+            }
+        self._states.add(state, samples)
+
+    def result(self) -> Model:
+        """The merged model; what nobody trained stays as it was."""
+        return Model(self._states.result(), self._momentum.result())

@@ -1,0 +1,583 @@
+"""The coordinator's state machine: messages and time in, messages out. No sockets, no waiting.
+
+    gathering ─enough devices→ training ⟲ rounds ─last round→ inference ─all answered→ finished
+
+The service loop calls :meth:`CoordinatorCore.receive` and :meth:`CoordinatorCore.tick` from one
+worker thread and sends what they return, in order. The store is a parameter, so that a simulator
+can keep checkpoints in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from broker.messages import (
+    Activations,
+    Assignment,
+    Command,
+    Coordinator,
+    DeviceParameters,
+    Envelope,
+    Features,
+    Hello,
+    Manifest,
+    Parameters,
+    Prediction,
+    Report,
+    Request,
+    Round,
+    RunPhase,
+    Status,
+    down,
+    to_all,
+    to_cut,
+)
+from coordinator.aggregation import Model
+from coordinator.errors import BatchRefused, DeviceRefused
+from coordinator.evaluation import Evaluator, Responder
+from coordinator.observer import Observer
+from coordinator.placement import Placement
+from coordinator.registry import Device, Registry
+from coordinator.rounds import Verdict, judge, learning_rate, quorum_of, quota_of
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import Checkpoint
+from coordinator.training import RoundInProgress
+from tensors.codecs import decode_torch, parse_codec
+from tensors.errors import TensorsError
+from tensors.format import Limits
+from tensors.parameters import pack_parameters
+
+log = logging.getLogger("splitfleet.coordinator")
+
+
+class Keeper(Protocol):
+    """Where checkpoints go; ``coordinator.store.Store`` is the one on disk."""
+
+    def announce(self, round_number: int, attempt: int) -> None: ...
+
+    def announced(self) -> tuple[int, int]: ...
+
+    def save(self, checkpoint: Checkpoint) -> None: ...
+
+    def save_result(self, result: dict[str, Any]) -> None: ...
+
+
+class CoordinatorCore:
+    """One run of one fleet, from the first hello to the result."""
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        run: str,
+        checkpoint: Checkpoint,
+        *,
+        new_round: Callable[[Model, float], RoundInProgress],
+        responder: Responder,
+        evaluator: Evaluator | None,
+        placement: Placement,
+        store: Keeper,
+        observer: Observer,
+        traffic: Callable[[], dict[str, int]],
+        boot: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._run = run
+        self._new_round = new_round
+        self._responder = responder
+        self._evaluator = evaluator
+        self._placement = placement
+        self._store = store
+        self._observer = observer
+        self._traffic_now = traffic
+        self._boot = boot
+        self._clock = clock
+        self._registry = Registry(settings.max_devices)
+        self._registry.restore(checkpoint.registry)
+        self._version = checkpoint.version
+        # An attempt announced before a crash is never announced again: its round gets a new one.
+        self._number = max(checkpoint.round, store.announced()[0] - 1)
+        self._returning_until = clock() + settings.return_wait_s if checkpoint.registry else None
+        self._model = checkpoint.model
+        self._trained_cuts = set(checkpoint.trained_cuts)
+        self._history = list(checkpoint.history)
+        self._traffic_before = checkpoint.traffic
+        self._bytes_before: dict[str, int] = {}
+        self._round: RoundInProgress | None = None
+        self._previous: RoundInProgress | None = None
+        self._packs: dict[int, bytes] = {}
+        self._phase: RunPhase = "gathering"
+        self._attempt = 0
+        self._due: float | None = None
+        self._codec = parse_codec(settings.codec)
+        self.finished = False
+        self._bytes_since_last_record()
+        responder.load(self._version, self._model.state)
+
+    # -- events -----------------------------------------------------------------------------------
+
+    def connected(self) -> list[Envelope]:
+        """The broker is there (again), maybe without its retained messages: say them all."""
+        out = [to_all(Coordinator(state="online", boot=self._boot))]
+        out += [self._assign(device) for device in self._registry.devices.values() if device.hello]
+        out += [self._manifest(cut) for cut in self._cuts()]
+        out.append(self._announcement())
+        return out + self._advance()
+
+    def disconnected(self) -> list[Envelope]:
+        """The broker is gone: everything waits."""
+        return []
+
+    @property
+    def has_work(self) -> bool:
+        """All computing here is done when a message calls for it."""
+        return False
+
+    def work(self) -> list[Envelope]:
+        """Nothing, see :attr:`has_work`."""
+        return []
+
+    def receive(self, envelope: Envelope) -> list[Envelope]:
+        """A message; its device is who the topic says, which the broker enforces."""
+        device, message = envelope.address.device, envelope.message
+        assert device is not None
+        known = self._registry.get(device)
+        if known is None:
+            self._observer.message_dropped("fleet_full")
+            return []
+        match message:
+            case Activations():
+                out = self._activations(known, message)
+            case DeviceParameters():
+                out = self._device_parameters(known, message)
+            case Features():
+                out = self._features(known, message)
+            case Status():
+                self._registry.status(device, message)
+                self._observer.devices(self._registry.by_state())
+                out = []
+            case Hello():
+                out = self._hello(known, message)
+            case Request():
+                out = self._request(known, message)
+            case Report():
+                out = self._report(known, message)
+            case _:
+                self._observer.message_dropped("unexpected_topic")
+                return []
+        return out + self._advance()
+
+    def tick(self) -> list[Envelope]:
+        """Time has passed: deadlines, and receipts that wait for company."""
+        out = [] if self._round is None else self._round.receipts()
+        return out + self._advance()
+
+    @property
+    def next_tick(self) -> float | None:
+        """When :meth:`tick` has something to do, on the clock; None if nothing is due."""
+        due = [time for time in (self._due, self._returning_until) if time is not None]
+        if self._round is not None and self._round.receipts_due is not None:
+            due.append(self._round.receipts_due)
+        return min(due, default=None)
+
+    def goodbye(self) -> Envelope:
+        """The last status, when the coordinator leaves on purpose."""
+        return to_all(Coordinator(state="offline", boot=self._boot))
+
+    # -- what devices say -------------------------------------------------------------------------
+
+    def _hello(self, device: Device, hello: Hello) -> list[Envelope]:
+        first = device.hello is None or device.cut is None
+        try:
+            cut = self._placement.cut_of(device.cut, hello)
+        except DeviceRefused as exc:
+            log.warning("device %s cannot take part: %s", device.name, exc)
+            device.hello = device.cut = None
+            return [down(device.name, Command(command="stop", reason=str(exc)))]
+        device.hello = hello
+        if first or device.cut != cut:
+            log.info("device %s joins, cut layer %s", device.name, cut or "to be measured")
+        device.cut = cut
+        if cut is None:
+            return [self._assign(device)]
+        return [self._assign(device), self._manifest(cut)]
+
+    def _request(self, device: Device, request: Request) -> list[Envelope]:
+        if request.what == "parameters" and device.cut is not None:
+            return [
+                self._manifest(device.cut),
+                down(
+                    device.name,
+                    Parameters(
+                        run=self._run,
+                        version=self._version,
+                        cut=device.cut,
+                        state=self._pack(device.cut),
+                    ),
+                ),
+            ]
+        if request.what == "join" and request.run is not None:
+            stamp = (request.run, request.round, request.attempt)
+            if self._round is not None and stamp == self._round.stamp:
+                return [self._round.join(device.name)]
+            self._observer.message_dropped("stale_join")
+            return [self._announcement()]
+        return []
+
+    def _activations(self, device: Device, message: Activations) -> list[Envelope]:
+        current = self._round
+        if current is None or message.stamp != current.stamp:
+            reason = "stale_attempt" if message.run == self._run else "foreign_run"
+            self._observer.batch_discarded(reason)
+            return []
+        return current.activations(device.name, message)
+
+    def _device_parameters(self, device: Device, message: DeviceParameters) -> list[Envelope]:
+        for candidate in (self._round, self._previous):
+            if candidate is not None and message.stamp == candidate.stamp:
+                return candidate.parameters(device.name, message)
+        self._observer.message_dropped("stale_attempt")
+        return []
+
+    def _features(self, device: Device, message: Features) -> list[Envelope]:
+        refused: str | None = None
+        probabilities = None
+        if message.version != self._responder.version:
+            refused = "version"
+        elif device.cut is None or device.cut not in self._trained_cuts:
+            refused = "untrained"
+        else:
+            try:
+                probabilities = self._answer(device.cut, message)
+            except TensorsError:
+                refused = "bad_tensor"
+            except BatchRefused as exc:
+                refused = exc.reason
+        images = 0 if probabilities is None else len(probabilities)
+        self._observer.features_answered(device.cut or 0, images, refused)
+        return [
+            down(
+                device.name,
+                Prediction(
+                    request=message.request,
+                    version=self._version,
+                    tensor=None
+                    if probabilities is None
+                    else parse_codec("fp32").encode(probabilities),
+                    refused=refused,
+                ),
+            )
+        ]
+
+    def _answer(self, cut: int, message: Features) -> np.ndarray:
+        shape = self._placement.shapes[cut - 1]
+        limits = Limits(max_elements=4096 * int(np.prod(shape)))
+        features = decode_torch(message.tensor, limits=limits)
+        if tuple(features.shape[1:]) != shape or not len(features):
+            raise BatchRefused("wrong_shape")
+        probabilities = self._responder.answer(cut, features)
+        if not np.isfinite(probabilities).all():
+            raise BatchRefused("not_finite")
+        return probabilities
+
+    def _report(self, device: Device, report: Report) -> list[Envelope]:
+        if report.run != self._run:
+            return []
+        self._observer.device_report(device.name, device.cut or 0, report)
+        if report.inference is not None:
+            if report.inference.version == self._version:
+                device.inference = report.inference
+            return []
+        for candidate in (self._round, self._previous):
+            if candidate is not None and candidate.stamp == report.stamp:
+                candidate.reports[device.name] = report
+        return []
+
+    # -- rounds -----------------------------------------------------------------------------------
+
+    def _advance(self) -> list[Envelope]:
+        """Open, close, extend or abandon a round, or end the run, if it is time."""
+        if self._phase == "gathering":
+            return self._gather()
+        if self._phase == "inference":
+            return self._await_answers()
+        if self._phase != "training" or self._round is None:
+            return []
+        current = self._round
+        verdict = judge(
+            participants=len(current.participants),
+            finished=current.finished,
+            quorum=quorum_of(len(current.participants), self._settings.quorum),
+            overdue=self._overdue(),
+            extended=current.extended,
+        )
+        if verdict is Verdict.WAIT:
+            return []
+        if verdict is Verdict.EXTEND:
+            current.extended = True
+            self._due = self._clock() + self._settings.round_deadline_s
+            self._observer.round_ended(self._number, "extended", {})
+            log.warning("round %d is below quorum at its deadline: extended once", self._number)
+            return []
+        return self._end_round(current, closed=verdict is Verdict.CLOSE)
+
+    def _gather(self) -> list[Envelope]:
+        if self._number >= self._settings.rounds:
+            return self._begin_inference()
+        needed = self._settings.min_devices
+        if self._number:
+            needed = quorum_of(needed, self._settings.quorum)
+        ready = self._registry.ready
+        if len(ready) < needed:
+            return []
+        if self._returning_until is not None:
+            # After a restart the devices come back one by one.
+            if len(ready) < len(self._registry.devices) and self._clock() < self._returning_until:
+                return []
+            self._returning_until = None
+        return self._open_round(ready)
+
+    def _open_round(self, ready: Sequence[Device]) -> list[Envelope]:
+        settings = self._settings
+        self._number += 1
+        last_number, last_attempt = self._store.announced()
+        self._attempt = last_attempt + 1 if last_number == self._number else 0
+        self._store.announce(self._number, self._attempt)
+        rate = learning_rate(
+            settings.learning_rate, self._number, settings.rounds, settings.schedule
+        )
+        self._round = self._new_round(self._model, rate)
+        self._round.open(
+            (self._run, self._number, self._attempt),
+            self._version,
+            {device.name: (self._require_cut(device), self._quota(device)) for device in ready},
+        )
+        self._set_phase("training")
+        self._due = self._clock() + settings.round_deadline_s
+        self._observer.round_opened(
+            self._number, settings.rounds, self._attempt, sum(map(self._quota, ready))
+        )
+        return [self._announcement()]
+
+    def _end_round(self, current: RoundInProgress, *, closed: bool) -> list[Envelope]:
+        self._previous, self._round = current, None
+        if not closed:
+            self._observer.round_ended(self._number, "abandoned", {})
+            log.warning("round %d stayed below quorum: abandoned", self._number)
+            self._set_phase("gathering")
+            return self._advance()
+        self._model = current.merge()
+        self._version += 1
+        self._trained_cuts |= current.trained_cuts
+        self._packs.clear()
+        record = current.record(self._clock())
+        record["bytes"] = self._bytes_since_last_record()
+        self._score(record)
+        self._history.append(record)
+        for name, (rounds, samples) in current.contributions().items():
+            device = self._registry.devices[name]
+            device.rounds += rounds
+            device.samples += samples
+        self._store.save(self._checkpoint())
+        self._responder.load(self._version, self._model.state)
+        self._observer.round_ended(self._number, "closed", record)
+        self._set_phase("gathering")
+        out: list[Envelope] = []
+        for cut in self._cuts():
+            out += [self._manifest(cut), self._broadcast(cut)]
+        return out + self._advance()
+
+    def _score(self, record: dict[str, Any]) -> None:
+        record["round"], record["version"] = self._number, self._version
+        if self._evaluator is not None:
+            scores = self._evaluator.scores(self._model.state, sorted(self._trained_cuts))
+            record["server_accuracy"] = scores.server_accuracy
+            record["server_loss"] = scores.server_loss
+            record["exit_accuracy"] = {str(c): a for c, a in scores.exit_accuracy.items()}
+
+    def _begin_inference(self) -> list[Envelope]:
+        if not self._settings.inference:
+            return self._finish()
+        self._set_phase("inference")
+        self._due = self._clock() + self._settings.inference_deadline_s
+        return [self._announcement()]
+
+    def _await_answers(self) -> list[Envelope]:
+        waiting = [
+            device
+            for device in self._registry.ready
+            if device.inference is None and device.hello and device.hello.test_samples
+        ]
+        if (waiting or not self._registry.ready) and not self._overdue():
+            return []
+        return self._finish()
+
+    def _finish(self) -> list[Envelope]:
+        self._due = None
+        self._store.save_result(self._result())
+        self._set_phase("finished")
+        self.finished = True
+        return [self._announcement()]
+
+    def _result(self) -> dict[str, Any]:
+        devices = []
+        by_cut: dict[int, Any] = {}
+        for device in sorted(self._registry.devices.values(), key=lambda d: d.name):
+            if device.hello is None or device.cut is None:
+                continue
+            entry: dict[str, Any] = {
+                "device": device.name,
+                "cut": device.cut,
+                "samples": device.samples,
+                "rounds": device.rounds,
+                "inference": device.inference.model_dump() if device.inference else None,
+            }
+            if self._evaluator is not None and device.cut in self._trained_cuts:
+                if device.cut not in by_cut:
+                    by_cut[device.cut] = self._evaluator.cut_scores(
+                        self._model.state,
+                        device.cut,
+                        self._settings.codec,
+                        self._settings.exit_rule,
+                    )
+                scores = by_cut[device.cut]
+                entry["exit_accuracy"] = scores.exit_accuracy
+                entry["server_accuracy"] = scores.server_accuracy
+                entry["exit_sweep"] = scores.sweep
+            devices.append(entry)
+        return {
+            "run": self._run,
+            "settings": self._settings.model_dump(mode="json"),
+            "rounds": self._number,
+            "version": self._version,
+            "history": self._history,
+            "traffic": self._traffic(),
+            "devices": devices,
+        }
+
+    # -- small parts ------------------------------------------------------------------------------
+
+    def _assign(self, device: Device) -> Envelope:
+        settings = self._settings
+        return down(
+            device.name,
+            Assignment(
+                run=self._run,
+                network=settings.network,
+                cut=device.cut,
+                feedback=settings.feedback,
+                feedback_weight=settings.feedback_weight,
+                exit_weight=settings.exit_weight,
+                activation_codec=settings.codec,
+                parameter_codec=settings.parameter_codec,
+                batch_size=settings.batch_size,
+                quota=self._quota(device),
+                window=settings.window,
+                credits=self._placement.credits(device.cut or 1, len(self._registry.devices)),
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                gradient_timeout_s=settings.gradient_timeout_s,
+                augment=settings.augment,
+                seed=settings.seed,
+                exit_rule=settings.exit_rule,
+                threshold=settings.threshold,
+                offload_timeout_s=settings.offload_timeout_s,
+            ),
+        )
+
+    def _announcement(self) -> Envelope:
+        settings = self._settings
+        number = max(1, self._number)
+        return to_all(
+            Round(
+                run=self._run,
+                round=self._number,
+                attempt=self._attempt,
+                phase=self._phase,
+                version=self._version,
+                rounds=settings.rounds,
+                learning_rate=learning_rate(
+                    settings.learning_rate, number, settings.rounds, settings.schedule
+                ),
+                deadline_s=settings.round_deadline_s,
+            )
+        )
+
+    def _manifest(self, cut: int) -> Envelope:
+        pack = self._pack(cut)
+        return to_cut(
+            cut,
+            Manifest(
+                run=self._run,
+                version=self._version,
+                sha256=hashlib.sha256(pack).hexdigest(),
+                size=len(pack),
+                trained=cut in self._trained_cuts,
+            ),
+        )
+
+    def _broadcast(self, cut: int) -> Envelope:
+        return to_cut(
+            cut,
+            Parameters(run=self._run, version=self._version, cut=cut, state=self._pack(cut)),
+        )
+
+    def _pack(self, cut: int) -> bytes:
+        if cut not in self._packs:
+            prefixes = (*(f"blocks.{i}." for i in range(cut)), f"heads.{cut}.")
+            self._packs[cut] = pack_parameters(
+                {n: v for n, v in self._model.state.items() if n.startswith(prefixes)},
+                codec=self._settings.parameter_codec,
+            )
+        return self._packs[cut]
+
+    def _cuts(self) -> list[int]:
+        return sorted({d.cut for d in self._registry.devices.values() if d.cut is not None})
+
+    def _quota(self, device: Device) -> int:
+        samples = device.hello.samples if device.hello else 0
+        return quota_of(samples, self._settings.batch_size, self._settings.batches_per_round)
+
+    def _require_cut(self, device: Device) -> int:
+        assert device.cut is not None
+        return device.cut
+
+    def _overdue(self) -> bool:
+        return self._due is not None and self._clock() >= self._due
+
+    def _set_phase(self, phase: RunPhase) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._observer.phase(phase)
+
+    def _traffic(self) -> dict[str, int]:
+        total = dict(self._traffic_before)
+        for key, size in self._traffic_now().items():
+            total[key] = total.get(key, 0) + size
+        return total
+
+    def _bytes_since_last_record(self) -> dict[str, int]:
+        """Bytes by direction and role since the round before was closed."""
+        now: dict[str, int] = {}
+        for key, size in self._traffic().items():
+            kind = key.rpartition("/")[0]
+            now[kind] = now.get(kind, 0) + size
+        since = {kind: size - self._bytes_before.get(kind, 0) for kind, size in now.items()}
+        self._bytes_before = now
+        return since
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            version=self._version,
+            round=self._number,
+            model=self._model,
+            trained_cuts=sorted(self._trained_cuts),
+            history=self._history,
+            registry=self._registry.dump(),
+            traffic=self._traffic(),
+        )

@@ -1,0 +1,34 @@
+"""Everything the coordinator raises.
+
+CoordinatorError
+├── BatchRefused       one batch cannot be trained on (.reason, for receipt and counter)
+├── DeviceRefused      a device cannot take part in this run
+├── StoreError         a checkpoint cannot be written or read
+└── ResumeError        the run in the state folder does not fit the configuration
+"""
+
+from __future__ import annotations
+
+
+class CoordinatorError(Exception):
+    """Base of every error of this package."""
+
+
+class BatchRefused(CoordinatorError):
+    """A batch is not trained on; ``reason`` is a short snake_case name."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class DeviceRefused(CoordinatorError):
+    """A device cannot take part in this run; the message is told to the device."""
+
+
+class StoreError(CoordinatorError):
+    """A checkpoint cannot be written or read; says which file and what to do."""
+
+
+class ResumeError(CoordinatorError):
+    """The run in the state folder was made with another configuration."""

@@ -1,0 +1,133 @@
+"""How good the merged checkpoint is on held-out images, and answering what devices offload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensors.batches import normalise
+from tensors.codecs import decode_torch, parse_codec
+from tensors.datasets import Dataset
+from tensors.exit_rules import ExitRule, SweepPoint, softmax, sweep
+from tensors.networks import CutNetwork, State, write_state
+from tensors.training import Compute
+
+THRESHOLDS = (*tuple(round(0.05 * i, 2) for i in range(20)), 0.97, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Accuracies (0 to 1) on all test images: of the full network, and of the exit at each cut."""
+
+    server_accuracy: float
+    server_loss: float
+    exit_accuracy: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CutScores:
+    """A device's view: entering at its cut, through its codec."""
+
+    exit_accuracy: float
+    server_accuracy: float
+    sweep: list[SweepPoint] = field(default_factory=list)
+
+
+class Evaluator:
+    """Scores checkpoints on ``dataset``, in batches of ``batch_size`` images."""
+
+    def __init__(
+        self, network: CutNetwork, compute: Compute, dataset: Dataset, *, batch_size: int = 200
+    ) -> None:
+        compute.place(network)
+        self._network = network.eval()
+        self._compute = compute
+        self._dataset = dataset
+        self._batch_size = batch_size
+
+    def scores(self, state: State, cuts: Sequence[int]) -> Scores:
+        """One pass over the images: every exit in ``cuts`` and the full network."""
+        write_state(self._network, state)
+        correct: dict[int, int] = dict.fromkeys(cuts, 0)
+        full = 0
+        loss = 0.0
+        for images, labels in self._batches():
+            x = self._forward(images, 0, 0)
+            for index in range(self._network.stop):
+                x = self._forward(x, index, index + 1)
+                if index + 1 in correct:
+                    answers = self._exit(x, index + 1).argmax(1)
+                    correct[index + 1] += int((answers == labels).sum())
+            logits = x.float().cpu()
+            loss += torch.nn.functional.cross_entropy(
+                logits, torch.from_numpy(labels), reduction="sum"
+            ).item()
+            full += int((logits.argmax(1).numpy() == labels).sum())
+        images_seen = len(self._dataset.labels)
+        return Scores(
+            full / images_seen,
+            loss / images_seen,
+            {cut: hits / images_seen for cut, hits in correct.items()},
+        )
+
+    def cut_scores(self, state: State, cut: int, codec_name: str, rule: ExitRule) -> CutScores:
+        """The exit and the full network as a device at ``cut`` sees them, over thresholds."""
+        write_state(self._network, state)
+        codec = parse_codec(codec_name)
+        exit_probabilities, server_answers = [], []
+        for images, _ in self._batches():
+            x = self._forward(images, 0, cut)
+            exit_probabilities.append(softmax(self._exit(x, cut)))
+            received = self._compute.tensor(decode_torch(codec.encode(x.cpu())))
+            server_answers.append(
+                self._forward(received, cut, self._network.stop).float().argmax(1).cpu().numpy()
+            )
+        probabilities = np.concatenate(exit_probabilities)
+        answers = np.concatenate(server_answers)
+        labels = self._dataset.labels
+        return CutScores(
+            float((probabilities.argmax(1) == labels).mean()),
+            float((answers == labels).mean()),
+            sweep(probabilities, answers, labels, THRESHOLDS, rule),
+        )
+
+    def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+        data = self._dataset
+        for start in range(0, len(data.labels), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            images = normalise(data.images[part], data.mean, data.std)
+            yield self._compute.tensor(images), data.labels[part]
+
+    def _forward(self, x: Tensor, start: int, stop: int) -> Tensor:
+        with torch.inference_mode(), self._compute.arithmetic():
+            y: Tensor = self._network(x, start=start, stop=stop)
+        return y
+
+    def _exit(self, x: Tensor, cut: int) -> np.ndarray:
+        with torch.inference_mode(), self._compute.arithmetic():
+            return self._network.exit(x, cut).float().cpu().numpy()
+
+
+class Responder:
+    """Answers offloaded features with the parameters of the last closed round."""
+
+    def __init__(self, network: CutNetwork, compute: Compute) -> None:
+        compute.place(network)
+        self._network = network.eval()
+        self._compute = compute
+        self.version: int | None = None
+
+    def load(self, version: int, state: State) -> None:
+        """Serve these parameters from now on."""
+        write_state(self._network, state)
+        self.version = version
+
+    def answer(self, cut: int, features: Tensor) -> np.ndarray:
+        """Features (N×…) at ``cut`` → probabilities (float32, N×K)."""
+        with torch.inference_mode(), self._compute.arithmetic():
+            logits = self._network(self._compute.tensor(features), start=cut)
+        return softmax(logits.float().cpu().numpy()).astype(np.float32)

@@ -1,0 +1,79 @@
+"""What the outside can watch: metrics and progress bars are observers."""
+
+from __future__ import annotations
+
+from broker.messages import Report
+
+
+class Observer:
+    """Does nothing; override what is of interest. Called from the coordinator's worker thread."""
+
+    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+        """The server trained on a batch; ``seconds`` include decoding and encoding."""
+
+    def batch_discarded(self, reason: str) -> None:
+        """A batch was refused."""
+
+    def message_dropped(self, reason: str) -> None:
+        """A message was not understood or not wanted."""
+
+    def round_opened(self, number: int, rounds: int, attempt: int, quota: int) -> None:
+        """A round starts; ``quota`` is the batches expected of all participants together."""
+
+    def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
+        """A round was ``closed``, ``extended`` or ``abandoned``."""
+
+    def device_report(self, device: str, cut: int, report: Report) -> None:
+        """A device gave its account."""
+
+    def devices(self, by_state: dict[str, int]) -> None:
+        """How many devices are in each state."""
+
+    def features_answered(self, cut: int, images: int, refused: str | None) -> None:
+        """Offloaded features were answered or refused."""
+
+    def phase(self, phase: str) -> None:
+        """gathering, training, inference or finished."""
+
+
+class Observers(Observer):
+    """Several observers as one."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+        for observer in self._observers:
+            observer.batch_applied(cut, images, loss, seconds)
+
+    def batch_discarded(self, reason: str) -> None:
+        for observer in self._observers:
+            observer.batch_discarded(reason)
+
+    def message_dropped(self, reason: str) -> None:
+        for observer in self._observers:
+            observer.message_dropped(reason)
+
+    def round_opened(self, number: int, rounds: int, attempt: int, quota: int) -> None:
+        for observer in self._observers:
+            observer.round_opened(number, rounds, attempt, quota)
+
+    def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
+        for observer in self._observers:
+            observer.round_ended(number, outcome, record)
+
+    def device_report(self, device: str, cut: int, report: Report) -> None:
+        for observer in self._observers:
+            observer.device_report(device, cut, report)
+
+    def devices(self, by_state: dict[str, int]) -> None:
+        for observer in self._observers:
+            observer.devices(by_state)
+
+    def features_answered(self, cut: int, images: int, refused: str | None) -> None:
+        for observer in self._observers:
+            observer.features_answered(cut, images, refused)
+
+    def phase(self, phase: str) -> None:
+        for observer in self._observers:
+            observer.phase(phase)

@@ -1,0 +1,72 @@
+"""Where each device's network is cut, and how much it may have on the way."""
+
+from __future__ import annotations
+
+import math
+
+from broker.frames import OVERHEAD
+from broker.messages import Hello
+from coordinator.errors import DeviceRefused
+from coordinator.rounds import choose_cut, credits_of
+from coordinator.settings import CoordinatorSettings
+from tensors.codecs import parse_codec
+
+
+class Placement:
+    """Assigns cut layers and credits; ``shapes[c-1]`` is one image's features at cut ``c``."""
+
+    def __init__(
+        self, settings: CoordinatorSettings, shapes: list[tuple[int, ...]], *, chunk_bytes: int
+    ) -> None:
+        self._settings = settings
+        self._chunk_bytes = chunk_bytes
+        self.shapes = shapes
+
+    def batch_bytes(self, cut: int) -> int:
+        """The most bytes one batch of activations takes at ``cut``."""
+        shape = (self._settings.batch_size, *self.shapes[cut - 1])
+        return parse_codec(self._settings.codec).max_bytes(shape) + OVERHEAD
+
+    def credits(self, cut: int, devices: int) -> int:
+        """Batches a device at ``cut`` may have out in a fleet of ``devices``."""
+        return credits_of(
+            window=self._settings.window,
+            devices=devices,
+            batch_chunks=math.ceil(self.batch_bytes(cut) / self._chunk_bytes),
+            queue_chunks=self._settings.queue_chunks,
+        )
+
+    def cut_of(self, current: int | None, hello: Hello) -> int | None:
+        """The cut of a device; None if it has to be measured first.
+
+        The operator's choice counts first, then the cut it has, then what its measurement allows.
+
+        Raises :class:`DeviceRefused` if the device cannot take part in this run.
+        """
+        network = self._settings.network
+        if hello.image != (network.channels, network.size, network.size):
+            raise DeviceRefused(
+                f"its images are {hello.image} (channels, height, width), the network takes "
+                f"{(network.channels, network.size, network.size)}"
+            )
+        if hello.classes > network.classes:
+            raise DeviceRefused(
+                f"its data has {hello.classes} classes, the network {network.classes}"
+            )
+        if hello.samples < 1:
+            raise DeviceRefused("it has no training images")
+        deepest = len(self.shapes)
+        if hello.cut is not None:
+            if hello.cut > deepest:
+                raise DeviceRefused(
+                    f"its cut layer {hello.cut} does not exist: the network has cuts 1 to {deepest}"
+                )
+            return hello.cut
+        if current is not None or hello.measurement is None:
+            return current
+        return choose_cut(
+            hello.measurement,
+            [self.batch_bytes(cut) for cut in range(1, deepest + 1)],
+            step_budget_ms=self._settings.step_budget_ms,
+            memory_budget_mb=self._settings.memory_budget_mb,
+        )

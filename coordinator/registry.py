@@ -1,0 +1,96 @@
+"""The devices of a fleet as the coordinator knows them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from broker.messages import Hello, Inference, Status
+
+
+@dataclass(slots=True)
+class Device:
+    """One device. ``cut`` is None until it is assigned."""
+
+    name: str
+    cut: int | None = None
+    hello: Hello | None = None
+    online: bool = False
+    connection: str = ""
+    phase: str = ""
+    rounds: int = 0
+    samples: int = 0
+    inference: Inference | None = None
+
+
+@dataclass(slots=True)
+class Registry:
+    """All devices, by name; at most ``limit`` of them, so that rubbish cannot fill memory."""
+
+    limit: int
+    devices: dict[str, Device] = field(default_factory=dict)
+
+    def get(self, name: str) -> Device | None:
+        """The device, added if it is new; None if the fleet is full."""
+        if name not in self.devices:
+            if len(self.devices) >= self.limit:
+                return None
+            self.devices[name] = Device(name)
+        return self.devices[name]
+
+    def status(self, name: str, status: Status) -> None:
+        """Enter a status.
+
+        An *offline* from a connection that is not the current one is the last will of an earlier
+        connection and says nothing about this one.
+        """
+        device = self.get(name)
+        if device is None:
+            return
+        if status.state == "offline":
+            if status.connection == device.connection:
+                device.online = False
+            return
+        device.online = True
+        device.connection = status.connection
+        device.phase = status.phase
+
+    @property
+    def ready(self) -> list[Device]:
+        """Devices that are online and have a cut layer, by name."""
+        return sorted(
+            (d for d in self.devices.values() if d.online and d.cut is not None and d.hello),
+            key=lambda d: d.name,
+        )
+
+    def by_state(self) -> dict[str, int]:
+        """How many devices are in each state."""
+        return dict(
+            Counter((d.phase or "online") if d.online else "offline" for d in self.devices.values())
+        )
+
+    def dump(self) -> list[dict[str, Any]]:
+        """For a checkpoint."""
+        return [
+            {
+                "name": d.name,
+                "cut": d.cut,
+                "rounds": d.rounds,
+                "samples": d.samples,
+                "hello": d.hello.model_dump() if d.hello else None,
+            }
+            for d in self.devices.values()
+        ]
+
+    def restore(self, dumped: list[dict[str, Any]]) -> None:
+        """From a checkpoint; nobody is online until heard of."""
+        for entry in dumped:
+            hello = Hello.model_validate(entry["hello"]) if entry["hello"] else None
+            self.devices[entry["name"]] = Device(
+                entry["name"],
+                cut=entry["cut"],
+                hello=hello,
+                rounds=entry["rounds"],
+                samples=entry["samples"],
+            )

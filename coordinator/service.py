@@ -1,0 +1,183 @@
+"""The coordinator as a service: built from its settings, driven over a transport."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from broker.drive import drive
+from broker.link import DEFAULT_CHUNK_BYTES, Link, single_frame
+from broker.messages import Coordinator
+from broker.topics import Topics
+from broker.transport import Transport, Will
+from coordinator.aggregation import Model, block_of
+from coordinator.core import CoordinatorCore
+from coordinator.engines import STRATEGIES
+from coordinator.errors import ResumeError
+from coordinator.evaluation import Evaluator, Responder
+from coordinator.observer import Observer
+from coordinator.placement import Placement
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import Checkpoint, Store
+from coordinator.traffic import Traffic
+from coordinator.training import RoundInProgress
+from tensors.codecs import parse_codec
+from tensors.datasets import load_dataset
+from tensors.networks import CutNetwork, NetworkSpec, build_network, feature_shapes, read_state
+from tensors.training import Compute, choose_compute
+
+log = logging.getLogger("splitfleet.coordinator")
+
+
+def new_boot() -> str:
+    """A name for this life of the process."""
+    return secrets.token_hex(8)
+
+
+def last_will(settings: CoordinatorSettings, boot: str) -> Will:
+    """What the broker says when the coordinator vanishes."""
+    return Will(
+        Topics(settings.fleet).all("coordinator"),
+        single_frame(Coordinator(state="offline", boot=boot)),
+        retain=True,
+    )
+
+
+def open_run(
+    settings: CoordinatorSettings, store: Store, network: CutNetwork, *, fresh: bool
+) -> tuple[str, Checkpoint]:
+    """The run to go on with and its last closed round, or a new run at version 0.
+
+    Raises:
+        ResumeError: the run in the state folder was made with other settings.
+        StoreError: its files cannot be read, or a new run cannot be written.
+    """
+    current = None if fresh else store.current()
+    if current is not None:
+        run, identity = current
+        wanted = settings.identity()
+        odd = sorted(key for key in wanted if identity.get(key) != wanted[key])
+        if odd:
+            raise ResumeError(
+                f"the run {run} in {settings.state_dir} was made with "
+                f"{odd[0]} = {identity.get(odd[0])!r}, now it is {wanted[odd[0]]!r}; "
+                "keep the old setting, or start over with --fresh"
+            )
+        checkpoint = store.latest()
+        if checkpoint is not None:
+            log.info("going on with run %s after round %d", run, checkpoint.round)
+            return run, checkpoint
+    run = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+    state = read_state(network)
+    momentum = {
+        name: np.zeros(tuple(parameter.shape), np.float32)
+        for name, parameter in network.named_parameters()
+        if block_of(name) is not None
+    }
+    checkpoint = Checkpoint(version=0, round=0, model=Model(state, momentum))
+    store.create(run, settings.identity())
+    store.save(checkpoint)
+    return run, checkpoint
+
+
+def build_core(
+    settings: CoordinatorSettings,
+    *,
+    observer: Observer,
+    traffic: Callable[[], dict[str, int]],
+    boot: str,
+    clock: Callable[[], float],
+    fresh: bool = False,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> CoordinatorCore:
+    """Put a coordinator together: store, network, engine, evaluation, state machine.
+
+    Raises the errors of :func:`open_run`, ``NetworkError`` and ``DataError``.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    spec = NetworkSpec(**settings.network.model_dump())
+    network = build_network(spec, seed=settings.seed)
+    blocks = [network.blocks[str(index)] for index in range(network.stop)]
+    shapes = feature_shapes(blocks, spec)[:-1]
+    dataset = None
+    if settings.dataset is not None:
+        dataset = load_dataset(settings.dataset, "test", root=settings.data_root)
+    store = Store(settings.state_dir, keep=settings.keep_checkpoints)
+    run, checkpoint = open_run(settings, store, network, fresh=fresh)
+    compute = _compute(settings, spec)
+    log.info("computing on %s", compute.label)
+    engine = STRATEGIES[settings.strategy](
+        network, compute, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    placement = Placement(settings, shapes, chunk_bytes=chunk_bytes)
+
+    def new_round(model: Model, learning_rate: float) -> RoundInProgress:
+        return RoundInProgress(
+            engine,
+            model,
+            learning_rate,
+            shapes=shapes,
+            classes=spec.classes,
+            codec=parse_codec(settings.codec),
+            want_gradient=settings.feedback == "gradient",
+            device_copies=settings.device_copies,
+            grant=placement.credits,
+            observer=observer,
+            clock=clock,
+        )
+
+    return CoordinatorCore(
+        settings,
+        run,
+        checkpoint,
+        new_round=new_round,
+        responder=Responder(copy.deepcopy(network), compute),
+        evaluator=None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
+        placement=placement,
+        store=store,
+        observer=observer,
+        traffic=traffic,
+        boot=boot,
+        clock=clock,
+    )
+
+
+async def run_coordinator(
+    settings: CoordinatorSettings,
+    transport: Transport,
+    core: CoordinatorCore,
+    traffic: Traffic,
+    *,
+    stop: asyncio.Event,
+) -> None:
+    """Serve the fleet until the run has finished or ``stop`` is set.
+
+    ``transport`` must have :func:`last_will` with the core's boot as its will.
+
+    Raises ``ConnectRefused``, and ``StoreError`` when a checkpoint cannot be written.
+    """
+    topics = Topics(settings.fleet)
+    async with transport:
+        link = Link(transport, topics, observer=traffic, clock=time.monotonic)
+        await link.subscribe(*topics.coordinator_filters())
+        await drive(core, link, clock=time.monotonic, stop=stop)
+        await link.send(core.goodbye())
+
+
+def _compute(settings: CoordinatorSettings, spec: NetworkSpec) -> Compute:
+    shape = (settings.batch_size, spec.channels, spec.size, spec.size)
+    return choose_compute(
+        lambda: build_network(spec),
+        shape,
+        device=settings.device,
+        precision=settings.precision,
+        memory_format=settings.memory_format,
+    )

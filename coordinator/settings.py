@@ -1,0 +1,134 @@
+"""The coordinator's configuration: one frozen object, checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from broker.messages import Name, Network
+from tensors.codecs import parse_codec
+from tensors.errors import TensorsError
+from tensors.exit_rules import ExitRule
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class CoordinatorSettings(BaseModel):
+    """Section ``[coordinator]``; durations in seconds unless the name says otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fleet: Name = "fleet"
+    """The fleet's name in the topic tree; a broker can carry several fleets."""
+    state_dir: Path = Path("coordinator-state")
+    """Where runs and their checkpoints live."""
+
+    # What is trained
+    network: Network = Network()
+    strategy: Literal["averaging", "sequential"] = "averaging"
+    feedback: Literal["gradient", "none"] = "gradient"
+    """Whether the gradient at the cut goes back to the device."""
+    feedback_weight: NotNegative = 1.0
+    exit_weight: NotNegative = 1.0
+    device_copies: bool = True
+    """Whether devices count as holders of blocks that the server trains too."""
+    codec: str = "int8+zstd"
+    """Codec of activations and gradients."""
+    parameter_codec: str = "fp32"
+    batch_size: int = Field(default=32, ge=1, le=4096)
+    window: int = Field(default=2, ge=1, le=1024)
+    """Batches a device may have out while it computes the next."""
+    learning_rate: Positive = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: NotNegative = 5e-4
+    augment: Literal["none", "crop-flip"] = "none"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    # Rounds
+    rounds: int = Field(default=5, ge=1, le=1_000_000)
+    batches_per_round: int | None = Field(default=None, ge=1, le=65_536)
+    """Quota of every device; without it one pass over the device's images."""
+    min_devices: int = Field(default=1, ge=1, le=100_000)
+    """How many devices must be there before the first round starts."""
+    max_devices: int = Field(default=1000, ge=1, le=100_000)
+    quorum: float = Field(default=0.5, gt=0, le=1)
+    """Share of a round's participants that must finish before its deadline."""
+    round_deadline_s: Positive = 600.0
+    return_wait_s: Positive = 15.0
+    """After a restart, how long to wait for the devices known before."""
+    gradient_timeout_s: Positive = 30.0
+    queue_chunks: int = Field(default=1000, ge=1)
+    """Messages the broker queues for one client (Mosquitto's max_queued_messages)."""
+    step_budget_ms: Positive = 250.0
+    """Cut ``auto``: the longest training step, upload included, a device may be given."""
+    memory_budget_mb: Positive | None = None
+    """Cut ``auto``: memory for training; without it half of what a device has available."""
+
+    # Answering
+    inference: bool = True
+    """Whether devices answer their share of the test images after the last round."""
+    threshold: float = 0.7
+    exit_rule: ExitRule = "entropy"
+    offload_timeout_s: Positive = 10.0
+    inference_deadline_s: Positive = 120.0
+
+    # Where it is computed
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    keep_checkpoints: int = Field(default=3, ge=2, le=1000)
+
+    # Held-out images to score checkpoints on
+    dataset: str | None = None
+    data_root: Path | None = None
+    metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    metrics_host: str = "127.0.0.1"
+
+    @field_validator("codec", "parameter_codec")
+    @classmethod
+    def _check_codec(cls, name: str) -> str:
+        try:
+            return parse_codec(name).name
+        except TensorsError as exc:
+            raise ValueError(str(exc)) from None
+
+    @field_validator("threshold")
+    @classmethod
+    def _check_threshold(cls, threshold: float) -> float:
+        if math.isnan(threshold):
+            raise ValueError("it must be a number; confidence lies between 0 and 1")
+        return threshold
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if not self.exit_weight and not (self.feedback_weight and self.feedback == "gradient"):
+            raise ValueError(
+                "with exit_weight = 0 and no gradient feedback the devices would learn nothing"
+            )
+        return self
+
+    def identity(self) -> dict[str, object]:
+        """What a resumed run must have in common with its first start."""
+        keys = [
+            "fleet",
+            "network",
+            "strategy",
+            "feedback",
+            "feedback_weight",
+            "exit_weight",
+            "device_copies",
+            "codec",
+            "batch_size",
+            "momentum",
+            "weight_decay",
+            "augment",
+            "seed",
+            "dataset",
+        ]
+        return self.model_dump(mode="json", include=set(keys))

@@ -1,0 +1,53 @@
+"""Bytes by direction, role and device, counted where they cross the coordinator's link."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from broker.topics import Address
+
+ROLES = {
+    "activations": "activation",
+    "gradients": "gradient",
+    "parameters": "parameter",
+    "features": "feature",
+    "prediction": "prediction",
+}
+"""Kind of message → role; every other kind is ``control``."""
+
+Key = tuple[str, str, str]
+
+
+class Traffic:
+    """A ``LinkObserver`` that counts application payload; ``up`` is towards the coordinator.
+
+    Keys are (direction, role, device); a broadcast has the device ``cut-{layer}`` or ``all``.
+    """
+
+    def __init__(self, on_drop: Callable[[str], None]) -> None:
+        self.bytes: Counter[Key] = Counter()
+        self._on_drop = on_drop
+
+    def sent(self, address: Address, size: int) -> None:
+        """Count what went down."""
+        self.bytes["down", ROLES.get(address.kind, "control"), _party(address)] += size
+
+    def received(self, address: Address, size: int) -> None:
+        """Count what came up."""
+        self.bytes["up", ROLES.get(address.kind, "control"), _party(address)] += size
+
+    def dropped(self, reason: str, device: str | None) -> None:
+        """Pass a dropped message on to the counters."""
+        del device
+        self._on_drop(reason)
+
+    def totals(self) -> dict[str, int]:
+        """A copy, with keys ``direction/role/device``."""
+        return {"/".join(key): size for key, size in list(self.bytes.items())}
+
+
+def _party(address: Address) -> str:
+    if address.device is not None:
+        return address.device
+    return f"cut-{address.layer}" if address.scope == "cut" else "all"

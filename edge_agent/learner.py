@@ -1,0 +1,161 @@
+"""The torch learner of a device: built from an assignment, trains, predicts, measures itself."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from broker.messages import Assignment, Measurement
+from edge_agent.errors import AssignmentError
+from edge_agent.snapshots import Snapshot
+from edge_agent.trainer import DeviceTrainer, Outcome
+from tensors.exit_rules import softmax
+from tensors.networks import CutNetwork, NetworkSpec, build_network, write_state
+from tensors.training import Compute, MemoryFormat, Precision, choose_compute
+
+BUILT_IN = ("resnet18",)
+
+
+class TorchPredictor:
+    """A copy of the device's half in evaluation mode."""
+
+    def __init__(self, half: CutNetwork, compute: Compute) -> None:
+        self._half = half.eval()
+        self._compute = compute
+        (self._cut,) = (int(cut) for cut in half.heads)
+
+    def predict(self, images: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Images → features at the cut and the exit's probabilities (float64, N×K)."""
+        with torch.inference_mode(), self._compute.arithmetic():
+            features = self._half(self._compute.tensor(images))
+            logits = self._half.exit(features, self._cut)
+        return features.cpu(), softmax(logits.float().cpu().numpy())
+
+
+class TorchLearner:
+    """A :class:`DeviceTrainer` and the start of the round to which it can return."""
+
+    def __init__(self, half: CutNetwork, compute: Compute, trainer: DeviceTrainer) -> None:
+        self._half = half
+        self._compute = compute
+        self._trainer = trainer
+        self._start = trainer.snapshot()
+
+    @property
+    def start(self) -> Snapshot:
+        """The start of the round: what :meth:`rewind` returns to."""
+        return self._start
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take parameters (the momentum stays) as the start of the next round."""
+        self._trainer.load(state)
+        self._start = self._trainer.snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take parameters and momentum as the start of the next round."""
+        self._trainer.restore(snapshot)
+        self._start = snapshot
+
+    def rewind(self) -> None:
+        """Return to the start of the round."""
+        self._trainer.restore(self._start)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Use ``rate`` from the next step on."""
+        self._trainer.set_learning_rate(rate)
+
+    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
+        """See :meth:`DeviceTrainer.forward`."""
+        return self._trainer.forward(batch, images, labels)
+
+    def backward(self, batch: int, gradient: Tensor | None) -> Outcome:
+        """See :meth:`DeviceTrainer.backward`."""
+        return self._trainer.backward(batch, gradient)
+
+    def discard(self, batch: int) -> None:
+        """Forget a batch without learning from it."""
+        self._trainer.discard(batch)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Parameters and buffers as they are now."""
+        return self._trainer.state()
+
+    def predictor(self) -> TorchPredictor:
+        """Answers with the parameters of the start of the round."""
+        half = copy.deepcopy(self._half)
+        write_state(half, self._start.state)
+        return TorchPredictor(half, self._compute)
+
+
+class LearnerFactory:
+    """Builds learners and measurements for assignments, within what this device allows.
+
+    A user's network is imported only if the device's own configuration names its factory: an
+    assignment alone must not make a device import code.
+    """
+
+    def __init__(
+        self,
+        *,
+        networks: Sequence[str] = (),
+        device: str = "auto",
+        precision: Precision = "auto",
+        memory_format: MemoryFormat = "auto",
+    ) -> None:
+        self._networks = (*BUILT_IN, *networks)
+        self._device = device
+        self._precision: Precision = precision
+        self._memory_format: MemoryFormat = memory_format
+        self.compute: Compute | None = None
+
+    def build(self, assignment: Assignment) -> TorchLearner:
+        """The learner for an assignment with a cut. Raises :class:`AssignmentError`."""
+        spec = self._spec(assignment)
+        assert assignment.cut is not None
+        cut = assignment.cut
+        shape = (assignment.batch_size, spec.channels, spec.size, spec.size)
+        self.compute = choose_compute(
+            lambda: build_network(spec).device_half(cut),
+            shape,
+            device=self._device,
+            precision=self._precision,
+            memory_format=self._memory_format,
+        )
+        half = build_network(spec, seed=assignment.seed).device_half(cut)
+        trainer = DeviceTrainer(
+            half,
+            self.compute,
+            exit_weight=assignment.exit_weight,
+            feedback_weight=assignment.feedback_weight,
+            momentum=assignment.momentum,
+            weight_decay=assignment.weight_decay,
+        )
+        return TorchLearner(half, self.compute, trainer)
+
+    def measure(self, assignment: Assignment) -> Measurement:
+        """Time every block and exit of the assignment's network on this device."""
+        from edge_agent.measure import measure
+
+        spec = self._spec(assignment)
+        shape = (assignment.batch_size, spec.channels, spec.size, spec.size)
+        compute = choose_compute(
+            lambda: build_network(spec),
+            shape,
+            device=self._device,
+            precision=self._precision,
+            memory_format=self._memory_format,
+        )
+        return measure(build_network(spec), spec, compute, assignment.batch_size, time.perf_counter)
+
+    def _spec(self, assignment: Assignment) -> NetworkSpec:
+        if assignment.network.name not in self._networks:
+            raise AssignmentError(
+                f"the coordinator wants the network {assignment.network.name!r}, which this device "
+                f"does not allow; add it to `networks` in its configuration if that is meant"
+            )
+        return NetworkSpec(**assignment.network.model_dump())

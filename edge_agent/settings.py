@@ -1,0 +1,70 @@
+"""The agent's configuration: one frozen object, checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from broker.errors import TopicError
+from broker.messages import Name
+from broker.topics import check_device
+
+
+class AgentSettings(BaseModel):
+    """Section ``[agent]``; durations in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fleet: Name = "fleet"
+    """The fleet's name in the topic tree."""
+    device: str
+    """This device's name; unique in the fleet, and the name the broker knows it by."""
+    state_dir: Path = Path("agent-state")
+    """Where the device keeps its own learning between restarts."""
+
+    # Its data
+    dataset: str = "fashion-mnist-small"
+    data_root: Path | None = None
+    download: bool = False
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    """Pixels to which the pictures of an image folder are brought."""
+    partition: str = "iid"
+    """How a data set that several devices load is split: iid, dirichlet:ALPHA or lists:FILE."""
+    share: int = Field(default=0, ge=0)
+    """Which part of the split is this device's."""
+    shares: int = Field(default=1, ge=1, le=100_000)
+    """Into how many parts the data set is split; 1: all of it is this device's."""
+    partition_seed: int = Field(default=0, ge=0)
+
+    # How much of the network it runs
+    cut: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    networks: tuple[str, ...] = ()
+    """Factories ``package.module:function`` this device may import, beside the built-in ones."""
+
+    # Where it is computed
+    compute: str = "cpu"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024)
+
+    heartbeat_s: float = Field(default=30.0, gt=0)
+    will_delay_s: int = Field(default=45, ge=0, le=86_400)
+    """How long the broker waits before it says that the device is gone; longer than a back-off."""
+    exit_when_finished: bool = False
+    """End the process after the run instead of waiting for the next one."""
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        try:
+            return check_device(device)
+        except TopicError as exc:
+            raise ValueError(str(exc)) from None
+
+    @model_validator(mode="after")
+    def _check_share(self) -> Self:
+        if self.share >= self.shares:
+            raise ValueError(f"share {self.share} of {self.shares}: the first is 0")
+        return self

@@ -1,0 +1,76 @@
+"""The device's own learning: the start of its round, optimizer included, in memory and on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from edge_agent.errors import StateError
+
+_STATE, _MOMENTUM = "state/", "momentum/"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Parameters and buffers of the device's half, and the optimizer's momentum, by name."""
+
+    state: Mapping[str, np.ndarray]
+    momentum: Mapping[str, np.ndarray]
+
+
+class DiskSnapshots:
+    """Keeps the last snapshot in ``folder``, one safetensors file that is replaced atomically.
+
+    It holds what no one else has (the momentum), and spares a returning device the download.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "snapshot.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise StateError(f"cannot make the state folder {folder}: {exc.strerror}") from exc
+
+    def save(self, run: str, cut: int, version: int, snapshot: Snapshot) -> None:
+        """Replace the kept snapshot. Raises :class:`StateError` if the disk will not have it."""
+        tensors = {_STATE + name: values for name, values in snapshot.state.items()}
+        tensors |= {_MOMENTUM + name: values for name, values in snapshot.momentum.items()}
+        metadata = {"run": run, "cut": str(cut), "version": str(version)}
+        temporary = self._path.with_suffix(".writing")
+        try:
+            with temporary.open("wb") as file:
+                file.write(save(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        except OSError as exc:
+            raise StateError(f"cannot write {self._path}: {exc.strerror}; free some space") from exc
+
+    def load(self, run: str, cut: int) -> tuple[int, Snapshot] | None:
+        """Version and snapshot kept for this run and cut, if there is one.
+
+        Raises :class:`StateError` for a file that is damaged.
+        """
+        if not self._path.exists():
+            return None
+        try:
+            with safe_open(self._path, "np") as file:
+                about = file.metadata() or {}
+                if (about.get("run"), about.get("cut")) != (run, str(cut)):
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return int(about["version"]), Snapshot(
+                _part(tensors, _STATE), _part(tensors, _MOMENTUM)
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as exc:
+            raise StateError(f"{self._path} is unusable ({exc})") from exc
+
+
+def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}

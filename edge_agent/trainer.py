@@ -1,0 +1,188 @@
+"""The learning on a device: pure, no I/O, no clock.
+
+A device may have several batches out at once. Each keeps the parameters it was computed with; the
+gradient that comes back for it is propagated at those and the result applied to the weights of
+today. That is what a delayed gradient is (``θ_{t+1} = θ_t − η g(θ_{t−d})``), and recomputing the
+forward with newer weights is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from edge_agent.errors import TrainingError
+from edge_agent.snapshots import Snapshot
+from tensors.networks import CutNetwork, Exits, State, read_state, write_state
+from tensors.training import (
+    Compute,
+    make_optimizer,
+    read_momentum,
+    set_learning_rate,
+    write_momentum,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one batch at the device's exit: mean loss, correct answers, images."""
+
+    loss: float
+    correct: int
+    images: int
+
+
+@dataclass(slots=True)
+class _InFlight:
+    parameters: dict[str, Tensor]
+    features: Tensor
+    loss: Tensor
+    outcome: Outcome
+
+
+class DeviceTrainer:
+    """Trains a device's blocks and exit head.
+
+    ``exit_weight`` scales the cross entropy of the exit, ``feedback_weight`` the gradient that the
+    coordinator returns for the features; both together make one optimizer step.
+    """
+
+    def __init__(
+        self,
+        half: CutNetwork,
+        compute: Compute,
+        *,
+        exit_weight: float,
+        feedback_weight: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        compute.place(half)
+        self._half = half
+        self._compute = compute
+        self._exits = Exits(half)
+        self._exits.train()
+        self._exit_weight = exit_weight
+        self._feedback_weight = feedback_weight
+        self._optimizer = make_optimizer(half, momentum=momentum, weight_decay=weight_decay)
+        self._in_flight: dict[int, _InFlight] = {}
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Use ``rate`` from the next step on."""
+        set_learning_rate(self._optimizer, rate)
+
+    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
+        """Features at the cut for ``images`` (float32, N×C×H×W), detached.
+
+        Keeps what :meth:`backward` needs. BatchNorm statistics advance here, once per batch.
+        """
+        assert batch not in self._in_flight
+        parameters = {
+            name: parameter.detach().clone().requires_grad_()
+            for name, parameter in self._exits.named_parameters()
+        }
+        buffers = {name: buffer.clone() for name, buffer in self._exits.named_buffers()}
+        targets = torch.from_numpy(labels).to(self._compute.device)
+        with self._compute.arithmetic():
+            features, logits = functional_call(
+                self._exits, {**parameters, **buffers}, (self._compute.tensor(images),)
+            )
+        loss = F.cross_entropy(logits.float(), targets)
+        outcome = Outcome(loss.item(), int((logits.argmax(1) == targets).sum().item()), len(labels))
+        if np.isfinite(outcome.loss):  # a batch that is refused must leave no trace
+            with torch.no_grad():
+                for name, buffer in self._exits.named_buffers():
+                    buffer.copy_(buffers[name])
+        self._in_flight[batch] = _InFlight(parameters, features, loss, outcome)
+        detached: Tensor = features.detach()
+        return detached
+
+    def backward(self, batch: int, gradient: Tensor | None) -> Outcome:
+        """One optimizer step for ``batch``.
+
+        Its exit's loss and, if given, the coordinator's ``gradient`` at the features (any float
+        dtype, the features' shape) are followed.
+
+        Raises:
+            TrainingError: the exit's loss or the gradient is not finite, or the shape is wrong;
+                then the step is left out and the batch forgotten.
+        """
+        flight = self._in_flight.pop(batch)
+        if not np.isfinite(flight.outcome.loss):
+            raise TrainingError(
+                f"the exit's loss of batch {batch} is {flight.outcome.loss}; lower the rate"
+            )
+        outputs: list[Tensor] = []
+        weights: list[Tensor] = []
+        if self._exit_weight:
+            outputs.append(flight.loss)
+            weights.append(torch.tensor(self._exit_weight, device=flight.loss.device))
+        if gradient is not None and self._feedback_weight:
+            if gradient.shape != flight.features.shape:
+                raise TrainingError(
+                    f"the gradient of batch {batch} has shape {tuple(gradient.shape)}, "
+                    f"its features {tuple(flight.features.shape)}"
+                )
+            if not bool(torch.isfinite(gradient).all()):
+                raise TrainingError(f"the gradient of batch {batch} is not finite")
+            outputs.append(flight.features)
+            scaled = gradient.to(flight.features) * self._feedback_weight
+            weights.append(scaled.to(memory_format=_format_of(flight.features)))
+        if outputs:
+            self._step(flight.parameters, outputs, weights)
+        return flight.outcome
+
+    def discard(self, batch: int) -> None:
+        """Forget one batch without learning from it."""
+        del self._in_flight[batch]
+
+    def forget(self) -> None:
+        """Drop all batches in flight: their gradients will not be used."""
+        self._in_flight.clear()
+
+    @property
+    def in_flight(self) -> frozenset[int]:
+        """Batches whose :meth:`backward` is due."""
+        return frozenset(self._in_flight)
+
+    def state(self) -> State:
+        """Parameters and buffers of the device's half, as numpy copies."""
+        return read_state(self._half)
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take parameters and buffers; the momentum stays."""
+        self.forget()
+        write_state(self._half, state)
+
+    def snapshot(self) -> Snapshot:
+        """All that :meth:`restore` needs to come back to this point."""
+        return Snapshot(self.state(), read_momentum(self._half, self._optimizer))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Return to a snapshot; nothing stays in flight."""
+        self.load(snapshot.state)
+        write_momentum(self._half, self._optimizer, snapshot.momentum)
+
+    def _step(
+        self, parameters: dict[str, Tensor], outputs: list[Tensor], weights: list[Tensor]
+    ) -> None:
+        gradients = torch.autograd.grad(
+            outputs, list(parameters.values()), weights, allow_unused=True
+        )
+        own = dict(self._exits.named_parameters())
+        for name, gradient in zip(parameters, gradients, strict=True):
+            own[name].grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

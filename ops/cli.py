@@ -1,0 +1,289 @@
+"""The command ``splitfleet``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from broker.config import BrokerConfig
+from ops import run
+from ops.errors import OpsError, SettingsWrong
+
+app = typer.Typer(
+    help="Split learning with early exits for fleets of unequal devices, over MQTT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure, side by side with something plain.", no_args_is_help=True)
+broker_app = typer.Typer(help="The MQTT broker: run the embedded one, configure Mosquitto.")
+app.add_typer(bench, name="bench")
+app.add_typer(broker_app, name="broker")
+
+BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with the component's section")
+]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="any other setting, key=value; may be repeated")
+]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error")]
+UntilEof = Annotated[bool, typer.Option(hidden=True)]
+
+
+@app.command()
+def demo(
+    *,
+    agents: Annotated[int | None, typer.Option(help="how many devices")] = None,
+    cuts: Annotated[str | None, typer.Option(help="their cut layers, e.g. 2,3,5 or auto")] = None,
+    strategy: Annotated[str | None, typer.Option(help="averaging or sequential")] = None,
+    feedback: Annotated[str | None, typer.Option(help="gradient or none")] = None,
+    rounds: Annotated[int | None, typer.Option()] = None,
+    dataset: Annotated[str | None, typer.Option(help="see docs/cli.md")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, lists:FILE")] = None,
+    width: Annotated[int | None, typer.Option(help="channels of the first stage")] = None,
+    codec: Annotated[str | None, typer.Option(help="of activations and gradients")] = None,
+    window: Annotated[int | None, typer.Option(help="batches a device may have out")] = None,
+    threshold: Annotated[float | None, typer.Option(help="τ: exit if confidence is above")] = None,
+    broker: BrokerUrl = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the run; an old one is resumed")
+    ] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print summary.json, nothing else")
+    ] = False,
+    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+) -> None:
+    """Train a small fleet on this machine, let it answer test images, and write a report."""
+    from ops.demo import DemoSettings, run_demo
+
+    given = {
+        "agents": agents,
+        "cuts": cuts,
+        "strategy": strategy,
+        "feedback": feedback,
+        "rounds": rounds,
+        "dataset": dataset,
+        "data_root": data_root,
+        "partition": partition,
+        "width": width,
+        "codec": codec,
+        "window": window,
+        "threshold": threshold,
+        "broker": broker,
+        "seed": seed,
+    }
+    settings = DemoSettings.resolve(out, given)
+    run_demo(settings, quiet=quiet or as_json, as_json=as_json)
+
+
+@app.command()
+def coordinator(
+    *,
+    broker: BrokerUrl = None,
+    fleet: Annotated[str | None, typer.Option()] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="where runs and checkpoints live")] = None,
+    dataset: Annotated[str | None, typer.Option(help="to score checkpoints on")] = None,
+    data_root: Annotated[Path | None, typer.Option()] = None,
+    network: Annotated[str | None, typer.Option(help="resnet18 or package.module:function")] = None,
+    width: Annotated[int | None, typer.Option()] = None,
+    strategy: Annotated[str | None, typer.Option(help="averaging or sequential")] = None,
+    feedback: Annotated[str | None, typer.Option(help="gradient or none")] = None,
+    rounds: Annotated[int | None, typer.Option()] = None,
+    codec: Annotated[str | None, typer.Option()] = None,
+    window: Annotated[int | None, typer.Option()] = None,
+    min_devices: Annotated[int | None, typer.Option(help="before the first round starts")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="serve /metrics here")] = None,
+    metrics_host: Annotated[str | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    fresh: Annotated[bool, typer.Option(help="start a new run instead of resuming")] = False,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    log_level: LogLevel = "info",
+    until_eof: UntilEof = False,
+) -> None:
+    """Run the coordinator: it trains with the fleet for the given rounds, then ends."""
+    from ops.services import serve_coordinator
+
+    flags = run.parse_assignments(assignments or []) | {
+        "fleet": fleet,
+        "state_dir": state_dir,
+        "dataset": dataset,
+        "data_root": data_root,
+        "strategy": strategy,
+        "feedback": feedback,
+        "rounds": rounds,
+        "codec": codec,
+        "window": window,
+        "min_devices": min_devices,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        "seed": seed,
+    }
+    serve_coordinator(
+        flags,
+        {"name": network, "width": width},
+        {"url": broker},
+        config,
+        fresh=fresh,
+        quiet=quiet,
+        log_level=log_level,
+        until_eof=until_eof,
+    )
+
+
+@app.command()
+def agent(
+    *,
+    device: Annotated[str | None, typer.Option(help="this device's name")] = None,
+    broker: BrokerUrl = None,
+    fleet: Annotated[str | None, typer.Option()] = None,
+    cut: Annotated[str | None, typer.Option(help="cut layer, or auto")] = None,
+    dataset: Annotated[str | None, typer.Option()] = None,
+    data_root: Annotated[Path | None, typer.Option()] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    share: Annotated[
+        int | None, typer.Option(help="this device's part of the data, from 0")
+    ] = None,
+    shares: Annotated[int | None, typer.Option(help="into how many parts it is split")] = None,
+    state_dir: Annotated[Path | None, typer.Option()] = None,
+    threads: Annotated[int | None, typer.Option()] = None,
+    exit_when_finished: Annotated[bool | None, typer.Option()] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    log_level: LogLevel = "info",
+    until_eof: UntilEof = False,
+) -> None:
+    """Run one device's agent."""
+    from ops.services import serve_agent
+
+    flags = run.parse_assignments(assignments or []) | {
+        "device": device,
+        "fleet": fleet,
+        "cut": int(cut) if cut is not None and cut.isdecimal() else cut,
+        "dataset": dataset,
+        "data_root": data_root,
+        "partition": partition,
+        "share": share,
+        "shares": shares,
+        "state_dir": state_dir,
+        "threads": threads,
+        "exit_when_finished": exit_when_finished,
+    }
+    serve_agent(flags, {"url": broker}, config, log_level=log_level, until_eof=until_eof)
+
+
+@broker_app.callback(invoke_without_command=True)
+def broker_run(
+    context: typer.Context,
+    *,
+    port: Annotated[int, typer.Option(help="on the loopback interface; 0 takes a free one")] = 1883,
+    until_eof: UntilEof = False,
+) -> None:
+    """Run the embedded broker: for demos and development, not for a fleet."""
+    if context.invoked_subcommand is None:
+        from ops.services import serve_broker
+
+        serve_broker(port, until_eof=until_eof)
+
+
+@broker_app.command("config")
+def broker_config(
+    folder: Annotated[Path, typer.Argument(help="where the files are written")],
+    device: Annotated[list[str], typer.Option(help="a device's name; may be repeated")],
+    fleet: Annotated[str, typer.Option()] = "fleet",
+    port: Annotated[int, typer.Option()] = 1883,
+    host: Annotated[str, typer.Option(help="the address Mosquitto listens on")] = "127.0.0.1",
+) -> None:
+    """Write a hardened mosquitto.conf with its access rules and passwords."""
+    from ops.services import write_broker_config
+
+    for name, password in write_broker_config(folder, fleet, device, host, port).items():
+        print(f"{name}\t{password}")
+
+
+@app.command()
+def doctor(
+    *,
+    broker: BrokerUrl = None,
+    dataset: Annotated[str, typer.Option()] = "fashion-mnist-small",
+    data_root: Annotated[Path | None, typer.Option()] = None,
+    state_dir: Annotated[Path, typer.Option()] = Path(),
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Check this machine, the broker and the data, and say what to do about each failure."""
+    from ops.doctor import examine, show
+
+    config_of_broker = None
+    if broker is not None or config is not None:
+        config_of_broker = run.settings_of(BrokerConfig, "broker", config, {"url": broker})
+    findings = asyncio.run(
+        examine(config_of_broker, dataset=dataset, data_root=data_root, state_dir=state_dir)
+    )
+    show(findings, as_json=as_json)
+    if any(finding.state == "failed" for finding in findings):
+        raise typer.Exit(1)
+
+
+@bench.command("training")
+def bench_training(
+    *,
+    widths: Annotated[str, typer.Option(help="e.g. 16,64")] = "16,64",
+    windows: Annotated[str, typer.Option(help="e.g. 1,2")] = "1,2",
+    seconds: Annotated[float, typer.Option(help="per measurement")] = 10.0,
+    pairs: Annotated[int, typer.Option(help="interleaved pairs of measurements")] = 3,
+    broker: BrokerUrl = None,
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Compare a fleet of one agent with plain PyTorch in one process."""
+    from ops.bench_training import run_bench
+
+    rows = run_bench(
+        [int(width) for width in widths.split(",")],
+        [int(window) for window in windows.split(",")],
+        seconds=seconds,
+        pairs=pairs,
+        broker=broker,
+        append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The console script: every error one line, every kind of error its exit code."""
+    try:
+        with run.plain_errors():
+            code = app(arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Abort:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OpsError as exc:
+        print(f"splitfleet: {exc}", file=sys.stderr)
+        sys.exit(exc.exit_code)
+    except Exception as exc:
+        if not _is_usage_error(exc):
+            raise
+        exc.show()  # type: ignore[attr-defined]
+        sys.exit(SettingsWrong.exit_code)
+
+
+def _is_usage_error(exc: Exception) -> bool:
+    # typer vendors click's exceptions or imports them, depending on its version.
+    return any(kind.__name__ == "ClickException" for kind in type(exc).__mro__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""The main job: broker, coordinator and unequal agents as processes, then a report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ops.errors import DiskTrouble, FleetFailed, SettingsWrong
+
+POLL_S = 0.2
+STOP_S = 20.0
+RUNS = Path("runs")
+REMEMBERED = "demo.json"
+
+
+class DemoSettings(BaseModel):
+    """What ``splitfleet demo`` trains; kept in the run's folder, so that it can be resumed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    agents: int = Field(default=4, ge=1, le=64)
+    cuts: tuple[str, ...] = ("2", "3", "4", "5")
+    """Cut layers, ``auto`` among them if wanted; repeated if there are more agents."""
+    strategy: str = "averaging"
+    feedback: str = "gradient"
+    rounds: int = Field(default=6, ge=1)
+    dataset: str = "fashion-mnist-small"
+    data_root: Path | None = None
+    partition: str = "iid"
+    width: int = Field(default=16, ge=1)
+    codec: str = "int8+zstd"
+    window: int = Field(default=2, ge=1)
+    threshold: float = 0.7
+    broker: str | None = None
+    seed: int = Field(default=0, ge=0)
+    out: Path = Field(default=Path(), exclude=True)
+
+    @field_validator("cuts", mode="before")
+    @classmethod
+    def _split_cuts(cls, cuts: object) -> object:
+        parts = [part.strip() for part in cuts.split(",")] if isinstance(cuts, str) else cuts
+        if not isinstance(parts, list | tuple) or not parts:
+            raise ValueError("give cut layers like 2,3,5, or auto")
+        for part in parts:
+            if part != "auto" and not (part.isdecimal() and int(part) > 0):
+                raise ValueError(f"{part!r} is no cut layer: give numbers like 2,3,5, or auto")
+        return tuple(parts)
+
+    @classmethod
+    def resolve(cls, out: Path | None, given: Mapping[str, Any]) -> Self:
+        """Settings of a new run, or of the run in ``out``.
+
+        What is not given is as it was there, else the default. Raises :class:`SettingsWrong`.
+        """
+        chosen = {key: value for key, value in given.items() if value is not None}
+        before: dict[str, Any] = {}
+        if out is not None and (out / REMEMBERED).exists():
+            try:
+                before = json.loads((out / REMEMBERED).read_bytes())
+            except (OSError, ValueError) as exc:
+                raise SettingsWrong(f"{out / REMEMBERED} is unreadable ({exc})") from exc
+        if "cuts" in chosen and "agents" not in chosen and not before:
+            chosen["agents"] = len(str(chosen["cuts"]).split(","))
+        if out is None:
+            out = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        try:
+            return cls.model_validate({**before, **chosen, "out": out})
+        except ValidationError as exc:
+            first = exc.errors(include_url=False)[0]
+            name = str(first["loc"][0]).replace("_", "-")
+            what = first["msg"].removeprefix("Value error, ")
+            raise SettingsWrong(f"--{name} {first['input']!r}: {what}") from None
+
+    def cut_of(self, agent: int) -> str:
+        """The cut layer of agent number ``agent``, from 0."""
+        return self.cuts[agent % len(self.cuts)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self) -> str:
+        """The end of its log, for an error message."""
+        try:
+            lines = self.log.read_text("utf-8", "replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else "it left no log"
+
+
+def run_demo(settings: DemoSettings, *, quiet: bool, as_json: bool) -> None:
+    """Run the whole job and print where the report is, or the summary as JSON.
+
+    Raises:
+        FleetFailed: a process ended before its time; says which and its last words.
+        KeyboardInterrupt is turned into exit code 130 by the caller, after everything ended.
+    """
+    from ops.report import write_report
+
+    out = settings.out
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        (out / REMEMBERED).write_text(settings.model_dump_json(indent=1) + "\n", "utf-8")
+    except OSError as exc:
+        raise DiskTrouble(f"cannot write to {out}: {exc.strerror}; choose another --out") from exc
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        url = settings.broker or stack.enter_context(_embedded(out))
+        interrupted = stack.enter_context(_interruptible())
+        with _children(settings, url, quiet=quiet) as children:
+            _watch(children, interrupted)
+        if interrupted:
+            print(
+                f"interrupted; every process has ended. Go on with:\n  splitfleet demo --out {out}",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+    result = _result(out)
+    report = write_report(out, result, wall_seconds=time.monotonic() - started)
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        _print_summary(summary, report)
+
+
+@contextlib.contextmanager
+def _embedded(out: Path) -> Iterator[str]:
+    from broker.embedded import EmbeddedBroker
+
+    with EmbeddedBroker(log_file=out / "logs" / "broker.log") as broker:
+        yield broker.url
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM instead of raising, so that everything ends in order."""
+    seen: list[int] = []
+    before = {
+        number: signal.signal(number, lambda got, _frame: seen.append(got))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _children(settings: DemoSettings, url: str, *, quiet: bool) -> Iterator[list[_Child]]:
+    """Coordinator (first) and agents; all have ended when this is left."""
+    fleet = "demo"
+    children: list[_Child] = []
+    try:
+        children.append(_start_coordinator(settings, url, fleet, quiet=quiet))
+        children.extend(
+            _start_agent(settings, number, url, fleet) for number in range(settings.agents)
+        )
+        yield children
+    finally:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for child in children:
+            try:
+                child.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+
+
+def _start_coordinator(settings: DemoSettings, url: str, fleet: str, *, quiet: bool) -> _Child:
+    flags = {
+        "broker": url,
+        "fleet": fleet,
+        "state-dir": settings.out / "coordinator",
+        "dataset": settings.dataset,
+        "data-root": settings.data_root,
+        "width": settings.width,
+        "strategy": settings.strategy,
+        "feedback": settings.feedback,
+        "rounds": settings.rounds,
+        "codec": settings.codec,
+        "window": settings.window,
+        "min-devices": settings.agents,
+        "seed": settings.seed,
+        "log-level": "warning",
+    }
+    more = ["--set", f"threshold={settings.threshold}", "--set", f"threads={_spare_threads()}"]
+    if quiet:
+        more.append("--quiet")
+    # Its progress is the demo's, so it shares the terminal.
+    log = settings.out / "logs" / "coordinator.log"
+    return _start(
+        "coordinator", ["coordinator", *_flags(flags), *more], log, share_stderr=not quiet
+    )
+
+
+def _start_agent(settings: DemoSettings, number: int, url: str, fleet: str) -> _Child:
+    name = f"agent-{number + 1}"
+    flags = {
+        "device": name,
+        "broker": url,
+        "fleet": fleet,
+        "cut": settings.cut_of(number),
+        "dataset": settings.dataset,
+        "data-root": settings.data_root,
+        "partition": settings.partition,
+        "share": number,
+        "shares": settings.agents,
+        "state-dir": settings.out / "agents" / name,
+        "threads": 1,
+    }
+    more = ["--exit-when-finished", "--set", f"partition_seed={settings.seed}"]
+    return _start(name, ["agent", *_flags(flags), *more], settings.out / "logs" / f"{name}.log")
+
+
+def _flags(values: Mapping[str, object]) -> list[str]:
+    return [
+        part
+        for key, value in values.items()
+        if value is not None
+        for part in (f"--{key}", str(value))
+    ]
+
+
+def _start(name: str, command: list[str], log: Path, *, share_stderr: bool = False) -> _Child:
+    with contextlib.ExitStack() as stack:
+        errors: IO[bytes] | None = None if share_stderr else stack.enter_context(log.open("ab"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ops.cli", *command, "--until-eof"],
+            stdin=subprocess.PIPE,  # closed when this process ends, however it ends
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C reaches this process, which then ends the others
+        )
+    return _Child(name, process, log)
+
+
+def _watch(children: list[_Child], interrupted: list[int]) -> None:
+    """Wait for the coordinator's end. Raises :class:`FleetFailed` if another comes first."""
+    coordinator, agents = children[0], children[1:]
+    while not interrupted:
+        code = coordinator.process.poll()
+        if code is not None:
+            if code != 0:
+                raise FleetFailed(
+                    f"the coordinator ended with exit code {code}; see {coordinator.log}"
+                )
+            break
+        for agent in agents:
+            if agent.process.poll():
+                raise FleetFailed(
+                    f"{agent.name} ended with exit code {agent.process.returncode}: "
+                    f"{agent.last_words()} (all of it in {agent.log})"
+                )
+        time.sleep(POLL_S)
+    if not interrupted:
+        deadline = time.monotonic() + STOP_S
+        while any(a.process.poll() is None for a in agents) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+
+def _spare_threads() -> int:
+    """Threads for the coordinator: the agents take turns, so all cores but one are its own."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 2) - 1)
+
+
+def _result(out: Path) -> dict[str, Any]:
+    state = out / "coordinator"
+    try:
+        run = (state / "current").read_text("utf-8").strip()
+        result: dict[str, Any] = json.loads((state / run / "result.json").read_bytes())
+    except (OSError, ValueError) as exc:
+        raise FleetFailed(f"the coordinator left no result in {state}: {exc}") from exc
+    return result
+
+
+def _print_summary(summary: Mapping[str, Any], report: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{summary['strategy']}, {summary['feedback']} feedback")
+    for column in ("device", "cut", "samples", "exit accuracy", "server accuracy", "exit rate"):
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for device in summary["devices"]:
+        table.add_row(
+            device["device"],
+            str(device["cut"]),
+            str(device["samples"]),
+            _percent(device["exit_accuracy"]),
+            _percent(device["server_accuracy"]),
+            _percent(device["exit_rate"]),
+        )
+    console.print(table)
+    console.print(
+        f"full network {_percent(summary['server_accuracy'])} after {summary['rounds']} rounds, "
+        f"{summary['wall_seconds']:.0f} s, {summary['samples_per_second']:.0f} samples/s, "
+        f"{summary['bytes_up_per_sample']:.0f} bytes up per sample"
+    )
+    console.print(f"report: {report}", soft_wrap=True)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"

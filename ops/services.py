@@ -1,0 +1,139 @@
+"""The services behind the commands: each runs until it has finished or is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from broker.config import BrokerConfig
+from broker.embedded import EmbeddedBroker
+from ops import run
+
+
+def serve_coordinator(
+    flags: Mapping[str, Any],
+    network: Mapping[str, Any],
+    broker_flags: Mapping[str, Any],
+    config: Path | None,
+    *,
+    fresh: bool,
+    quiet: bool,
+    log_level: str,
+    until_eof: bool,
+) -> None:
+    """Run a coordinator to the end of its run.
+
+    What ``network`` and the configuration leave open of the input's shape and the number of classes
+    is taken from the data set.
+    """
+    from coordinator.observer import Observer, Observers
+    from coordinator.service import build_core, last_will, new_boot, run_coordinator
+    from coordinator.settings import CoordinatorSettings
+    from coordinator.traffic import Traffic
+    from ops.metrics import Metrics, serve_metrics
+    from ops.progress import progress_observer
+
+    run.set_up_logging(log_level)
+    broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
+    settings = run.settings_of(CoordinatorSettings, "coordinator", config, flags)
+    settings = settings.model_copy(update={"network": _network(settings, network)})
+    boot = new_boot()
+    observers: list[Observer] = []
+    traffic = Traffic(lambda reason: Observers(*observers).message_dropped(reason))
+    if settings.metrics_port is not None:
+        metrics = Metrics(traffic)
+        serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
+        observers.append(metrics)
+    progress = progress_observer(quiet=quiet)
+    observers.append(progress)
+    core = build_core(
+        settings,
+        observer=Observers(*observers),
+        traffic=traffic.totals,
+        boot=boot,
+        clock=time.monotonic,
+        fresh=fresh,
+    )
+
+    async def serve() -> bool:
+        transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
+        with run.stop_signals(until_eof=until_eof) as stop:
+            await run_coordinator(settings, transport, core, traffic, stop=stop)
+            return stop.is_set()
+
+    with progress:
+        interrupted = asyncio.run(serve())
+    if interrupted and not core.finished:
+        sys.exit(130)
+
+
+def serve_agent(
+    flags: Mapping[str, Any],
+    broker_flags: Mapping[str, Any],
+    config: Path | None,
+    *,
+    log_level: str,
+    until_eof: bool,
+) -> None:
+    """Run an agent until it is stopped, or to the end of the run if its settings say so."""
+    from edge_agent.data import load_device_data
+    from edge_agent.service import last_will, new_boot, run_agent
+    from edge_agent.settings import AgentSettings
+    from edge_agent.snapshots import DiskSnapshots
+
+    run.set_up_logging(log_level)
+    broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
+    settings = run.settings_of(AgentSettings, "agent", config, flags)
+    if settings.threads is not None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    boot = new_boot()
+    data = load_device_data(settings)
+    snapshots = DiskSnapshots(settings.state_dir)
+
+    async def serve() -> None:
+        transport = run.transport_for(broker, settings.device, last_will(settings, boot))
+        with run.stop_signals(until_eof=until_eof) as stop:
+            await run_agent(settings, transport, data, snapshots, boot=boot, stop=stop)
+
+    asyncio.run(serve())
+
+
+def serve_broker(port: int, *, until_eof: bool) -> None:
+    """Run the embedded broker until stopped."""
+
+    async def serve() -> None:
+        with EmbeddedBroker(port=port) as broker, run.stop_signals(until_eof=until_eof) as stop:
+            print(f"listening on {broker.url}; Ctrl-C ends it", file=sys.stderr)
+            await stop.wait()
+
+    asyncio.run(serve())
+
+
+def write_broker_config(
+    folder: Path, fleet: str, devices: Sequence[str], host: str, port: int
+) -> Mapping[str, str]:
+    """Mosquitto's files; user name → password of coordinator and devices."""
+    from broker.mosquitto import write_mosquitto_config
+
+    files = write_mosquitto_config(folder, fleet, devices=devices, host=host, port=port)
+    return files.credentials
+
+
+def _network(settings: Any, flags: Mapping[str, Any]) -> Any:
+    """The network: flags over configuration, open places filled from the data set."""
+    from broker.messages import Network
+    from tensors.datasets import load_dataset
+
+    given = settings.network.model_dump(exclude_unset=True)
+    given |= {key: value for key, value in flags.items() if value is not None}
+    if settings.dataset is not None:
+        data = load_dataset(settings.dataset, "test", root=settings.data_root)
+        _, size, _, channels = data.images.shape
+        given = {"channels": channels, "size": size, "classes": len(data.classes)} | given
+    return Network.model_validate(given)

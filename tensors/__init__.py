@@ -1,0 +1,77 @@
+"""Everything about tensors that device and coordinator share. No network traffic, no clock."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from tensors.averaging import Averager
+from tensors.codecs import Codec, decode, decode_torch, encode_exact, parse_codec
+from tensors.errors import (
+    AveragingError,
+    CodecError,
+    DataError,
+    ExitRuleError,
+    FormatError,
+    NetworkError,
+    TensorsError,
+)
+from tensors.exit_rules import ExitRule, SweepPoint, confidence, exits, softmax, sweep
+from tensors.format import Header, Limits, read_header
+from tensors.parameters import pack_parameters, unpack_parameters
+from tensors.partition import partition
+
+if TYPE_CHECKING:
+    from tensors.batches import BatchStream
+    from tensors.datasets import Dataset, load_dataset
+    from tensors.networks import CutNetwork, NetworkSpec, build_network
+
+__all__ = [
+    "Averager",
+    "AveragingError",
+    "BatchStream",
+    "Codec",
+    "CodecError",
+    "CutNetwork",
+    "DataError",
+    "Dataset",
+    "ExitRule",
+    "ExitRuleError",
+    "FormatError",
+    "Header",
+    "Limits",
+    "NetworkError",
+    "NetworkSpec",
+    "SweepPoint",
+    "TensorsError",
+    "build_network",
+    "confidence",
+    "decode",
+    "decode_torch",
+    "encode_exact",
+    "exits",
+    "load_dataset",
+    "pack_parameters",
+    "parse_codec",
+    "partition",
+    "read_header",
+    "softmax",
+    "sweep",
+    "unpack_parameters",
+]
+
+# Modules that need torch, or more than numpy, load when one of their names is first asked for.
+_LAZY = {
+    "BatchStream": "tensors.batches",
+    "CutNetwork": "tensors.networks",
+    "Dataset": "tensors.datasets",
+    "NetworkSpec": "tensors.networks",
+    "build_network": "tensors.networks",
+    "load_dataset": "tensors.datasets",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,124 @@
+"""The endless stream of training batches of one device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensors.datasets import Dataset
+from tensors.errors import DataError
+
+AUGMENTATIONS = ("none", "crop-flip")
+_ORDER, _AUGMENT = 0, 1
+
+
+class BatchStream:
+    """Batches of a device's share of a data set, as a pure function of their position.
+
+    The stream is one random order of the share after another, one per epoch, without a seam: batch
+    p holds samples [pB, (p + 1)B) of it, so every batch is full. Everything random follows from
+    (seed, device, position): a device that goes back to an earlier position sees the same batches
+    again, bit for bit, on any machine and any version of numpy.
+
+    augment: "none", or "crop-flip": a crop at a random place after padding with an eighth of the
+    side in black (4 pixels at 32), and a mirror image half of the time.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        indices: NDArray[np.integer],
+        *,
+        batch_size: int,
+        seed: int,
+        device: str,
+        augment: str = "none",
+    ) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch_size {batch_size}: must be at least 1")
+        if augment not in AUGMENTATIONS:
+            raise DataError(f"augment {augment!r}: allowed are {', '.join(AUGMENTATIONS)}")
+        if indices.ndim != 1 or len(indices) == 0:
+            raise DataError(f"device {device} has no samples: give it some or leave it out")
+        if indices.min() < 0 or indices.max() >= len(dataset):
+            raise DataError(f"device {device} has samples outside 0..{len(dataset) - 1}")
+        self.batch_size = batch_size
+        self._dataset = dataset
+        self._indices = indices.astype(np.int64)
+        self._augment = augment
+        self._entropy = int.from_bytes(hashlib.sha256(f"{seed}/{device}".encode()).digest(), "big")
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return len(self._indices)
+
+    def batch(self, position: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Batch number `position` >= 0: normalised images float32 (B, C, H, W), labels int64 (B,).
+
+        Both are fresh, C-contiguous arrays.
+        """
+        assert position >= 0, position
+        rows = self.rows(position)
+        images = self._dataset.images[rows]
+        if self._augment == "crop-flip":
+            images = self._crop_flip(images, position)
+        pixels = normalise(images, self._dataset.mean, self._dataset.std)
+        return pixels, self._dataset.labels[rows]
+
+    def rows(self, position: int) -> NDArray[np.int64]:
+        """Which samples of the data set make up a batch: (B,)."""
+        count = len(self._indices)
+        start = position * self.batch_size
+        first = start // count
+        last = (start + self.batch_size - 1) // count
+        # Only the epochs of this batch are kept: the next batch needs the last of them.
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch)
+            for epoch in range(first, last + 1)
+        }
+        orders = list(self._orders.values())
+        order = orders[0] if len(orders) == 1 else np.concatenate(orders)
+        start -= first * count
+        return self._indices[order[start : start + self.batch_size]]
+
+    def _raw(self, purpose: int, number: int, count: int) -> NDArray[np.uint64]:
+        # Raw words, because numpy may change what its distributions make of them.
+        sequence = np.random.SeedSequence(self._entropy, spawn_key=(purpose, number))
+        return np.random.Philox(sequence).random_raw(count)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.argsort(self._raw(_ORDER, epoch, len(self._indices)), kind="stable")
+
+    def _crop_flip(self, images: NDArray[np.uint8], position: int) -> NDArray[np.uint8]:
+        count, height, width, channels = images.shape
+        top, left = height // 8, width // 8
+        words = self._raw(_AUGMENT, position, 3 * count).reshape(3, count)
+        ys = (words[0] % np.uint64(2 * top + 1)).tolist()
+        xs = (words[1] % np.uint64(2 * left + 1)).tolist()
+        flips = (words[2] % np.uint64(2)).tolist()
+        padded = np.zeros((count, height + 2 * top, width + 2 * left, channels), np.uint8)
+        padded[:, top : top + height, left : left + width] = images
+        out = np.empty_like(images)
+        for row, (y, x, flip) in enumerate(zip(ys, xs, flips, strict=True)):
+            crop = padded[row, y : y + height, x : x + width]
+            out[row] = crop[:, ::-1] if flip else crop
+        return out
+
+
+def normalise(
+    images: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:
+    """(pixel / 255 - mean) / std per channel: uint8 (N, H, W, C) to float32 (N, C, H, W)."""
+    scale = 1.0 / (255.0 * np.asarray(std))
+    shift = -np.asarray(mean) / np.asarray(std)
+    count, height, width, channels = images.shape
+    out = np.empty((count, channels, height, width), np.float32)
+    for channel in range(channels):
+        plane = out[:, channel]
+        np.multiply(images[..., channel], np.float32(scale[channel]), out=plane)
+        plane += np.float32(shift[channel])
+    return out

@@ -1,0 +1,1 @@
+"""The bundled image set and the script that made it."""

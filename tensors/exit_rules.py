@@ -1,0 +1,107 @@
+"""When a device's early exit answers by itself.
+
+One rule everywhere: a sample exits iff its confidence is above the threshold τ; a tie offloads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from tensors.errors import ExitRuleError
+
+Float64s = npt.NDArray[np.float64]
+ExitRule = Literal["entropy", "max_softmax", "margin"]
+
+
+class SweepPoint(TypedDict):
+    """What a threshold leads to, as shares of all samples."""
+
+    threshold: float
+    exit_rate: float
+    accuracy: float
+
+
+def softmax(logits: npt.ArrayLike) -> Float64s:
+    """Softmax over the last dimension, in float64, safe for logits of any finite size."""
+    values = np.asarray(logits, np.float64)
+    exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+    normalised: Float64s = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return normalised
+
+
+def confidence(probabilities: npt.NDArray[Any], rule: ExitRule = "entropy") -> Float64s:
+    """Confidence in [0, 1] of each row of class probabilities, (N, K) floats to (N,) float64.
+
+    0 is a uniform row, 1 a row with all its mass on one class:
+
+    - `entropy`: 1 − H(p) / ln K (Hetero-SplitEE, arXiv 2512.09313)
+    - `max_softmax`: (max p − 1/K) / (1 − 1/K)
+    - `margin`: the largest probability minus the second largest (0 for any tie at the top)
+
+    A row with NaN has confidence NaN, which no threshold lets exit.
+    Raises ExitRuleError for an unknown rule or fewer than two classes.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim != 2 or p.shape[1] < 2:
+        raise ExitRuleError(f"probabilities of shape {p.shape}: must be (N, K) with K >= 2")
+    classes = p.shape[1]
+    match rule:
+        case "entropy":
+            logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+            # A zero's logarithm stays 0, and so does the product; a NaN stays NaN.
+            c = 1.0 + (p * logs).sum(axis=1) / math.log(classes)
+        case "max_softmax":
+            c = (p.max(axis=1) - 1.0 / classes) / (1.0 - 1.0 / classes)
+        case "margin":
+            top = np.partition(p, classes - 2, axis=1)
+            c = top[:, -1] - top[:, -2]
+        case _:
+            raise ExitRuleError(f"unknown exit rule {rule!r}: write entropy, max_softmax or margin")
+    clipped: Float64s = np.clip(c, 0.0, 1.0)
+    return clipped
+
+
+def exits(confidence: npt.ArrayLike, threshold: float) -> npt.NDArray[np.bool_]:
+    """Which samples exit: confidence > threshold, elementwise; ties and NaN offload."""
+    return np.asarray(np.asarray(confidence) > threshold)
+
+
+def sweep(
+    exit_probabilities: npt.NDArray[Any],
+    server_labels: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    thresholds: Iterable[float],
+    rule: ExitRule = "entropy",
+) -> list[SweepPoint]:
+    """Exit rate and accuracy of device and server together, per threshold.
+
+    `exit_probabilities` is (N, K) from the exit; `server_labels` (N,) is what the server answers
+    for each sample if asked, `labels` (N,) the truth. Raises ExitRuleError for no samples or
+    lengths that differ.
+    """
+    sure = confidence(exit_probabilities, rule)
+    truth = np.asarray(labels)
+    answers = np.asarray(server_labels)
+    if not sure.size or truth.shape != sure.shape or answers.shape != sure.shape:
+        raise ExitRuleError(
+            f"{sure.size} exit answers, {answers.size} server labels, {truth.size} labels: "
+            "must be equally many, and some"
+        )
+    server_right = answers == truth
+    exit_right = np.argmax(exit_probabilities, axis=1) == truth
+    points: list[SweepPoint] = []
+    for threshold in thresholds:
+        gone = exits(sure, threshold)
+        points.append(
+            SweepPoint(
+                threshold=float(threshold),
+                exit_rate=float(gone.mean()),
+                accuracy=float(np.where(gone, exit_right, server_right).mean()),
+            )
+        )
+    return points
