@@ -48,8 +48,11 @@ class BrokerConfig(BaseModel):
     keepalive_s: int = Field(default=30, ge=5, le=65_535)
     session_expiry_s: int = Field(default=3600, ge=1, le=4_294_967_294)
     """How long the broker keeps subscriptions and messages for a client that is away."""
-    receive_maximum: int = Field(default=64, ge=1, le=65_535)
-    """How many QoS 1 packets the broker may send before the first is acknowledged."""
+    receive_maximum: int = Field(default=64, ge=1, le=64)
+    """How many QoS 1 packets the broker may send before the first is acknowledged.
+
+    The embedded broker stalls at 100, and no broker here gets faster above 20.
+    """
     max_packet_size: int = Field(default=131_072, ge=1024, le=268_435_455)
     """Largest whole packet to send or take; AWS IoT Core's limit by default."""
     connect_timeout_s: float = Field(default=10.0, gt=0)

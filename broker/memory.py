@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,7 +58,8 @@ class _Session:
     connection: MemoryTransport | None = None
     subscriptions: dict[str, int] = field(default_factory=dict)
     waiting: deque[_Message] = field(default_factory=deque)
-    unacknowledged: OrderedDict[int, _Message] = field(default_factory=OrderedDict)
+    unacknowledged: dict[int, _Message] = field(default_factory=dict)
+    acknowledged: set[int] = field(default_factory=set)
     next_id: int = 0
     will_timer: asyncio.TimerHandle | None = None
 
@@ -126,6 +127,7 @@ class MemoryBroker:
         session = self._sessions[client_id]
         session.waiting.extendleft(reversed(session.unacknowledged.values()))
         session.unacknowledged.clear()
+        session.acknowledged.clear()
         self._pump(session)
 
     def detach(self, client_id: str, *, clean: bool) -> None:
@@ -213,9 +215,15 @@ class MemoryBroker:
 
     def _acknowledge(self, session: _Session, generation: int, message_id: int) -> None:
         connection = session.connection
-        if connection is not None and connection.generation == generation:
-            session.unacknowledged.pop(message_id, None)
-            self._pump(session)
+        if connection is None or connection.generation != generation:
+            return
+        session.acknowledged.add(message_id)
+        # As over MQTT, acknowledgements leave in the order of arrival.
+        while (first := next(iter(session.unacknowledged), None)) in session.acknowledged:
+            assert first is not None
+            session.acknowledged.discard(first)
+            del session.unacknowledged[first]
+        self._pump(session)
 
     def _publish_will(self, session: _Session) -> None:
         session.will_timer = None

@@ -33,8 +33,6 @@ per_listener_settings false
 allow_anonymous false
 password_file {folder}/passwords
 acl_file {folder}/acl
-# A client cannot pretend to be another, nor throw another out.
-use_username_as_clientid true
 set_tcp_nodelay true
 # The protocol's own bound; both are announced to the clients.
 max_packet_size 131072
@@ -52,6 +50,8 @@ log_type notice
 log_timestamp_format %Y-%m-%dT%H:%M:%S
 
 listener {port} {host}
+# A client can neither pretend to be another nor throw another out. (An option of the listener.)
+use_username_as_clientid true
 {tls}"""
 
 
@@ -124,7 +124,7 @@ def write_mosquitto_config(
 
 
 def format_acl(topics: Topics) -> str:
-    """The access rules of a fleet as Mosquitto's ACL file; %u is the name a client logged in with."""
+    """The access rules of a fleet as Mosquitto's ACL file; %u is a client's login name."""
     lines = [f"# Written by splitfleet for fleet {topics.fleet}."]
     lines += [
         f"pattern {grant.access} {grant.topic_filter}" for grant in topics.device_grants("%u")
@@ -153,7 +153,7 @@ def _write_private(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as stream:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         stream.write(text)
     if os.geteuid() == 0:
         _hand_over(temporary)
@@ -180,6 +180,4 @@ def _persistence_lines(folder: Path | None) -> str:
 def _tls_lines(certificate: ServerCertificate | None) -> str:
     if certificate is None:
         return ""
-    return (
-        f"certfile {certificate.cert_file}\nkeyfile {certificate.key_file}\ntls_version tlsv1.2\n"
-    )
+    return f"certfile {certificate.cert_file}\nkeyfile {certificate.key_file}\n"

@@ -224,6 +224,8 @@ class MqttTransport:
     def _explain(self, exc: Exception) -> str:
         if isinstance(exc, TimeoutError) and not str(exc):
             return f"{self._config.url} did not answer within {self._config.connect_timeout_s:g} s"
+        if isinstance(exc, ConnectionRefusedError):
+            return f"nobody listens at {self._config.url}; is the broker running?"
         return f"{self._config.url}: {exc}"
 
     def _taken_over(self) -> ConnectRefused:

@@ -78,7 +78,6 @@ class Client(aiomqtt.Client):
             keepalive=config.keepalive_s,
             clean_start=clean_start,
             properties=connect,
-            tls_context=tls,
         )
         self._client.manual_ack_set(on=True)
         self._client.disable_logger()  # what matters is raised or in `lost`
@@ -87,11 +86,15 @@ class Client(aiomqtt.Client):
         self.session_present = False
         self.capabilities = Capabilities()
         self._config = config
+        self._tls = tls
         self._deliver = deliver
         self._loop_thread = threading.get_ident()
         self._handle: socket.socket | None = None
         self._pending: dict[int, asyncio.Future[list[ReasonCode]]] = {}
-        self._unacknowledged: set[int] = set()
+        # Arrived packets in order: serial number -> packet id, which the broker uses again.
+        self._unacknowledged: dict[int, int] = {}
+        self._ready: set[int] = set()
+        self._arrived = 0
 
     async def open(self) -> None:
         """Connect. Raises OSError, TimeoutError or aiomqtt.MqttError, and leaves nothing behind."""
@@ -100,7 +103,7 @@ class Client(aiomqtt.Client):
         # A second handle on the same connection: shutting it down ends even a TLS handshake that a
         # thread is busy with.
         self._handle = sock.dup()
-        self._client._create_socket_connection = lambda: sock  # type: ignore[method-assign]
+        self._client._create_socket = partial(self._secure, sock)  # type: ignore[method-assign]
         entering = asyncio.ensure_future(self.__aenter__())
         try:
             async with asyncio.timeout(self._config.connect_timeout_s):
@@ -113,6 +116,22 @@ class Client(aiomqtt.Client):
             self.kill("the connection could not be made")
             sock.close()
             raise
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        # Called in the thread in which the library connects. Its own TLS leaks the socket when the
+        # handshake fails.
+        if self._tls is None:
+            return sock
+        secured = self._tls.wrap_socket(
+            sock, server_hostname=self._config.host, do_handshake_on_connect=False
+        )
+        try:
+            secured.settimeout(self._config.connect_timeout_s)
+            secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        return secured
 
     async def close(self) -> None:
         """Say goodbye, so that the will is not published and the session ends."""
@@ -182,10 +201,15 @@ class Client(aiomqtt.Client):
         finally:
             del self._pending[mid]
 
-    def _acknowledge(self, mid: int) -> None:
-        if mid in self._unacknowledged and not self.lost.done():
-            self._unacknowledged.discard(mid)
-            self._client.ack(mid, 1)
+    def _acknowledge(self, serial: int) -> None:
+        if self.lost.done() or serial not in self._unacknowledged:
+            return
+        self._ready.add(serial)
+        # MQTT 5, 4.6: in the order of arrival. rumqttd cuts the connection otherwise.
+        while (first := next(iter(self._unacknowledged), None)) in self._ready:
+            assert first is not None
+            self._ready.discard(first)
+            self._client.ack(self._unacknowledged.pop(first), 1)
 
     def _lose(self, reason: str) -> None:
         if self.lost.done():
@@ -193,7 +217,8 @@ class Client(aiomqtt.Client):
         self.lost.set_result(reason)
         # The library's own futures must not keep an error that nobody reads: asyncio complains.
         if not self._connected.done():
-            self._connected.set_exception(aiomqtt.MqttError(f"no connection: {reason}"))
+            self._connected.set_exception(aiomqtt.MqttError(reason))
+            self._connected.exception()
         if not self._disconnected.done():
             self._disconnected.set_result(None)
         for answer in self._pending.values():
@@ -242,8 +267,13 @@ class Client(aiomqtt.Client):
         if message.qos == 0:
             self._deliver(Packet(message.topic, payload, 0, message.retain))
             return
-        self._unacknowledged.add(message.mid)
-        acknowledge = partial(self._acknowledge, message.mid)
+        self._arrived += 1
+        self._unacknowledged[self._arrived] = message.mid
+        if len(self._unacknowledged) > self._config.receive_maximum:
+            # A broker that ignores our Receive Maximum may stop answering, even our publishes, when
+            # too much is unacknowledged (rumqttd at 100). The packets are safe with us.
+            self._acknowledge(next(iter(self._unacknowledged)))
+        acknowledge = partial(self._acknowledge, self._arrived)
         self._deliver(Packet(message.topic, payload, message.qos, message.retain, acknowledge))
 
     def _on_publish(
@@ -312,9 +342,13 @@ class Client(aiomqtt.Client):
                 self._client.loop_read()
                 # The library replaces this object when a packet is complete; else all is read.
                 if self._client._in_packet is packet:
-                    return
+                    break
         except Exception as exc:  # noqa: BLE001 a malformed packet must end the connection, not us
             self.kill(f"{type(exc).__name__}: {exc}")
+            return
+        sock = self._client.socket()
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            self._loop.call_soon(self._read)  # decrypted already: the loop would not tell
 
     def _write(self) -> None:
         try:

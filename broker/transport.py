@@ -32,7 +32,8 @@ class Packet:
 
     Call `ack()` once it is safe (at QoS 1): until then it counts against this client's Receive
     Maximum and is delivered again after a reconnect. A second call, or one after the connection it
-    came on was lost, does nothing.
+    came on was lost, does nothing. Acknowledgements reach the broker in the order of arrival, so one
+    that is kept back keeps back those after it.
     """
 
     topic: str
@@ -222,6 +223,7 @@ class Inbox:
         """The next event, or the error."""
         while not self._events:
             if self._error is not None:
+                self._wake()
                 raise self._error
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)

@@ -46,7 +46,7 @@ from coordinator.registry import Device, Registry
 from coordinator.rounds import Verdict, judge, learning_rate, quorum_of, quota_of
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
-from coordinator.training import RoundInProgress
+from coordinator.training import RoundInProgress, note_report
 from tensors.codecs import decode_torch, parse_codec
 from tensors.errors import TensorsError
 from tensors.format import Limits
@@ -293,9 +293,11 @@ class CoordinatorCore:
             if report.inference.version == self._version:
                 device.inference = report.inference
             return []
-        for candidate in (self._round, self._previous):
-            if candidate is not None and candidate.stamp == report.stamp:
-                candidate.reports[device.name] = report
+        if self._round is not None and self._round.stamp == report.stamp:
+            self._round.reports[device.name] = report
+        for record in self._history[-1:]:
+            if (record["round"], record["attempt"]) == report.stamp[1:]:
+                note_report(record, device.name, report)
         return []
 
     # -- rounds -----------------------------------------------------------------------------------

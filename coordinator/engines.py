@@ -8,9 +8,11 @@ device has finished, so that memory grows with the devices active at once.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NoReturn, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.errors import BatchRefused
+from tensors.errors import AveragingError
 from tensors.networks import CutNetwork, read_state, write_state
 from tensors.training import (
     Compute,
@@ -27,6 +30,8 @@ from tensors.training import (
     set_learning_rate,
     write_momentum,
 )
+
+log = logging.getLogger("splitfleet.coordinator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,8 @@ class Engine(Protocol):
     ) -> Step:
         """Train on one batch of ``device``, entering at ``cut``.
 
-        Raises :class:`BatchRefused` (``diverged``) and changes nothing if the loss or the gradient
-        at the cut is not finite.
+        Raises :class:`BatchRefused` and changes nothing if the loss or the gradient at the cut is
+        not finite (``diverged``) or cannot be computed (``not_computable``).
         """
         ...
 
@@ -88,25 +93,29 @@ class _Copy:
         targets = labels.to(self._compute.device)
         # BatchNorm's statistics change in the forward pass; a refused batch must leave no trace.
         before = [buffer.clone() for buffer in self._buffers]
-        with self._compute.arithmetic():
-            logits = self.network(x, start=cut)
-        loss = F.cross_entropy(logits.float(), targets)
+        try:
+            with self._compute.arithmetic():
+                logits = self.network(x, start=cut)
+            loss = F.cross_entropy(logits.float(), targets)
+        except (RuntimeError, ValueError) as exc:  # e.g. one image is too little for a BatchNorm
+            log.warning("a batch of %d images cannot be computed: %s", len(labels), exc)
+            self._refuse(before, "not_computable")
         value = loss.item()
         if not math.isfinite(value):
-            self._refuse(before)
+            self._refuse(before, "diverged")
         self.optimizer.zero_grad()
         loss.backward()
-        if x.grad is not None and not bool(torch.isfinite(x.grad).all()):
-            self._refuse(before)
+        if x.grad is not None and not math.isfinite(x.grad.sum().item()):
+            self._refuse(before, "diverged")
         self.optimizer.step()
         correct = int((logits.argmax(1) == targets).sum().item())
         return Step(value, correct, len(labels), x.grad)
 
-    def _refuse(self, before: list[Tensor]) -> NoReturn:
+    def _refuse(self, before: list[Tensor], reason: str) -> NoReturn:
         with torch.no_grad():
             for buffer, value in zip(self._buffers, before, strict=True):
                 buffer.copy_(value)
-        raise BatchRefused("diverged")
+        raise BatchRefused(reason)
 
     def fold(self, aggregation: Aggregation, samples: int, blocks: range | None = None) -> None:
         state = read_state(self.network)
@@ -114,7 +123,10 @@ class _Copy:
         if blocks is not None:
             state = {name: v for name, v in state.items() if block_of(name) in blocks}
             momentum = {name: v for name, v in momentum.items() if block_of(name) in blocks}
-        aggregation.add_server(state, momentum, samples)
+        try:
+            aggregation.add_server(state, momentum, samples)
+        except AveragingError as exc:
+            log.warning("a server copy is left out of the average: %s", exc)
 
 
 class Sequential:
@@ -147,7 +159,7 @@ class Sequential:
         """The shared copy is one holder; a block weighs what entered at or below it."""
         stop = self._shared.network.stop
         cuts = sorted(self._samples)
-        for cut, following in zip(cuts, [*cuts[1:], stop], strict=True):
+        for cut, following in pairwise([*cuts, stop]):
             entered = sum(self._samples[c] for c in cuts if c <= cut)
             self._shared.fold(aggregation, entered, range(cut, following))
 

@@ -102,11 +102,11 @@ class Ledger:
         }
 
     def account(self) -> Account:
-        """The books; before the device has finished, what it produced is what was seen."""
-        produced = self.next_batch if self.produced is None else self.produced
+        """The books; what was seen was produced, whatever the device says when it has finished."""
+        produced = max(self.next_batch, self.produced or 0)
         return Account(
             produced,
             len(self._applied),
             dict(Counter(self._discarded.values())),
-            max(0, produced - len(self._applied) - len(self._discarded)),
+            produced - len(self._applied) - len(self._discarded),
         )

@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from broker.messages import Measurement
 
+MAX_QUOTA = 65_536
+
 
 class Verdict(StrEnum):
     """What to do with a round now."""
@@ -47,8 +49,11 @@ def learning_rate(base: float, round_number: int, rounds: int, schedule: str) ->
 
 
 def quota_of(samples: int, batch_size: int, fixed: int | None) -> int:
-    """Batches of one device in a round: a configured number, or one pass over its images."""
-    return fixed if fixed is not None else max(1, samples // batch_size)
+    """Batches of one device in a round: a configured number, or one pass over its images.
+
+    The images are the device's claim, so the pass has a bound.
+    """
+    return fixed if fixed is not None else min(MAX_QUOTA, max(1, samples // batch_size))
 
 
 def credits_of(*, window: int, devices: int, batch_chunks: int, queue_chunks: int) -> int:
@@ -76,11 +81,12 @@ def choose_cut(
     """
     memory = measured.available_mb / 2 if memory_budget_mb is None else memory_budget_mb
     best = 1
-    for index, size in enumerate(batch_bytes[: len(measured.step_ms)]):
+    per_cut = zip(batch_bytes, measured.exit_ms, measured.memory_mb, measured.step_ms, strict=False)
+    for index, (size, exit_ms, memory_mb, _) in enumerate(per_cut):
         upload_ms = (
             1000 * size / measured.uplink_bytes_per_s if measured.uplink_bytes_per_s else 0.0
         )
-        step_ms = sum(measured.step_ms[: index + 1]) + measured.exit_ms[index] + upload_ms
-        if step_ms <= step_budget_ms and measured.memory_mb[index] <= memory:
+        step_ms = sum(measured.step_ms[: index + 1]) + exit_ms + upload_ms
+        if step_ms <= step_budget_ms and memory_mb <= memory:
             best = index + 1
     return best

@@ -216,7 +216,7 @@ class AgentCore:
         times = [self._next_heartbeat]
         if self._question is not None:
             times.append(self._question.due)
-        if self._measure_by is not None:
+        if self._measure_by is not None and self._clock() < self._measure_by:
             times.append(self._measure_by)
         if self._attempt is not None and self._attempt.deadline is not None:
             times.append(self._attempt.deadline)
@@ -276,14 +276,17 @@ class AgentCore:
         before, self._assignment = self._assignment, assignment
         self._attempt = self._inference = self._version = self._settled = None
         self._gradients.clear()
-        self._question = None
+        self._question = self._measure_by = None
+        out = self._become(Phase.JOINING)
         if assignment.cut is None:
             self._measure_by = self._clock() + PROBE_WAIT_S
-            return [up(self._device, Request(what="probe", padding=bytes(PROBE_BYTES)))]
-        subscribe: list[Effect] = [Subscribe(self._topics.cut_filters(assignment.cut))]
+            return [*out, up(self._device, Request(what="probe", padding=bytes(PROBE_BYTES)))]
+        out.append(Subscribe(self._topics.cut_filters(assignment.cut)))
         if before is None or before.run != assignment.run or before.cut != assignment.cut:
             self._manifest = None
         try:
+            for codec in (assignment.activation_codec, assignment.parameter_codec):
+                parse_codec(codec)
             self._learner = self._build(assignment)
         except (AssignmentError, TensorsError) as exc:
             self.problem = str(exc)
@@ -296,7 +299,7 @@ class AgentCore:
                 self._version = kept[0]
         except (StateError, TensorsError) as exc:
             log.warning("starting without the device's own state: %s", exc)
-        return subscribe + self._advance()
+        return out + self._advance()
 
     def _measured(self) -> list[Effect]:
         self._measure_by = None
@@ -319,8 +322,9 @@ class AgentCore:
         self._coordinator_online = message.state == "online"
         if not self._coordinator_online or message.boot == self._coordinator_boot:
             return []
-        restarted, self._coordinator_boot = self._coordinator_boot is not None, message.boot
-        return [self._status(), up(self._device, self._hello)] if restarted else []
+        stranger = self._coordinator_boot is not None or self._assignment is None
+        self._coordinator_boot = message.boot
+        return [self._status(), up(self._device, self._hello)] if stranger else []
 
     def _advance(self) -> list[Effect]:
         """Do what the assignment and the announced round call for."""
@@ -393,9 +397,8 @@ class AgentCore:
         if self.phase is Phase.ENTERING and receipt.complete and self._round is not None:
             if receipt.stamp != self._round.stamp or self._assignment is None:
                 return []
-            self._answered(Phase.ENTERING)
-            self._settled = receipt.stamp
             if not receipt.participant:
+                self._settled = receipt.stamp
                 return self._become(Phase.WAITING)
             assert self._learner is not None
             assert self._version is not None
@@ -412,6 +415,7 @@ class AgentCore:
             except MessageError as exc:
                 log.warning("cannot enter the round: %s", exc)
                 return []
+            self._settled = receipt.stamp
             return self._become(Phase.TRAINING)
         if self._attempt is None or receipt.stamp != self._attempt.stamp:
             return []

@@ -10,7 +10,7 @@ import numpy as np
 
 from broker.messages import Features, Inference, Prediction
 from tensors.codecs import Codec, decode
-from tensors.errors import TensorsError
+from tensors.errors import CodecError, TensorsError
 from tensors.exit_rules import ExitRule, confidence, exits
 
 
@@ -48,6 +48,7 @@ class _Tally:
     answered: int = 0
     refused: int = 0
     timeouts: int = 0
+    replies: int = 0
     correct: int = 0
     exit_correct: int = 0
     bytes_up: int = 0
@@ -117,8 +118,13 @@ class InferenceRun:
         request, self._next = self._next, self._next + 1
         if not unsure.any():
             return None
-        encoded = self._codec.encode(features[unsure])
-        self._offloads[request] = _Offload(answers[unsure], labels[unsure], self._clock())
+        offload = _Offload(answers[unsure], labels[unsure], self._clock())
+        try:
+            encoded = self._codec.encode(features[unsure])
+        except CodecError:  # not finite: there is nothing to ask with
+            self._refuse(offload)
+            return None
+        self._offloads[request] = offload
         self._tally.bytes_up += len(encoded)
         return Features(
             request=request,
@@ -132,6 +138,7 @@ class InferenceRun:
         offload = self._offloads.pop(prediction.request, None)
         if offload is None:
             return
+        self._tally.replies += 1
         self._tally.offload_s += self._clock() - offload.asked
         probabilities = None
         if prediction.tensor is not None and prediction.version == self._version:
@@ -140,9 +147,8 @@ class InferenceRun:
                 probabilities = decode(prediction.tensor)
             except TensorsError:
                 probabilities = None
-        if probabilities is None or probabilities.shape[:1] != offload.labels.shape:
-            self._fall_back(offload)
-            self._tally.refused += len(offload.labels)
+        if probabilities is None or not _is_answer(probabilities, len(offload.labels)):
+            self._refuse(offload)
             return
         self._tally.answered += len(offload.labels)
         self._tally.correct += int((probabilities.argmax(1) == offload.labels).sum())
@@ -157,10 +163,9 @@ class InferenceRun:
                 self._tally.timeouts += len(offload.labels)
 
     def result(self) -> Inference:
-        """The books, in milliseconds per image and per request where times are means."""
+        """The books; times are means, in milliseconds per image and per reply."""
         tally = self._tally
         offloads = tally.answered + tally.refused + tally.timeouts
-        requests = max(1, sum(1 for _ in self._batches))
         return Inference(
             version=self._version,
             threshold=self._policy.threshold,
@@ -175,8 +180,21 @@ class InferenceRun:
             bytes_up=tally.bytes_up,
             bytes_down=tally.bytes_down,
             exit_ms=1000 * tally.exit_s / max(1, tally.images),
-            offload_ms=1000 * tally.offload_s / requests,
+            offload_ms=1000 * tally.offload_s / max(1, tally.replies),
         )
+
+    def _refuse(self, offload: _Offload) -> None:
+        self._fall_back(offload)
+        self._tally.refused += len(offload.labels)
 
     def _fall_back(self, offload: _Offload) -> None:
         self._tally.correct += int((offload.fallback == offload.labels).sum())
+
+
+def _is_answer(probabilities: np.ndarray, images: int) -> bool:
+    return (
+        probabilities.ndim == 2
+        and len(probabilities) == images
+        and probabilities.shape[1] > 0
+        and bool(np.isfinite(probabilities).all())
+    )

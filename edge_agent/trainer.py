@@ -177,9 +177,16 @@ class DeviceTrainer:
         )
         own = dict(self._exits.named_parameters())
         for name, gradient in zip(parameters, gradients, strict=True):
-            own[name].grad = gradient
+            own[name].grad = None if gradient is None else _laid_out_like(own[name], gradient)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the parameter's strides: the fused optimizer takes them to be the same."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _format_of(x: Tensor) -> torch.memory_format:

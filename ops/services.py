@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def serve_coordinator(
     What ``network`` and the configuration leave open of the input's shape and the number of classes
     is taken from the data set.
     """
-    from coordinator.observer import Observer, Observers
+    from coordinator.observer import Observers
     from coordinator.service import build_core, last_will, new_boot, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
@@ -42,22 +43,10 @@ def serve_coordinator(
     settings = run.settings_of(CoordinatorSettings, "coordinator", config, flags)
     settings = settings.model_copy(update={"network": _network(settings, network)})
     boot = new_boot()
-    observers: list[Observer] = []
-    traffic = Traffic(lambda reason: Observers(*observers).message_dropped(reason))
-    if settings.metrics_port is not None:
-        metrics = Metrics(traffic)
-        serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
-        observers.append(metrics)
+    traffic = Traffic(lambda reason: observer.message_dropped(reason))  # noqa: PLW0108 it comes below
+    metrics = Metrics(traffic)
     progress = progress_observer(quiet=quiet)
-    observers.append(progress)
-    core = build_core(
-        settings,
-        observer=Observers(*observers),
-        traffic=traffic.totals,
-        boot=boot,
-        clock=time.monotonic,
-        fresh=fresh,
-    )
+    observer = Observers(metrics, progress)
 
     async def serve() -> bool:
         transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
@@ -65,7 +54,20 @@ def serve_coordinator(
             await run_coordinator(settings, transport, core, traffic, stop=stop)
             return stop.is_set()
 
-    with progress:
+    with contextlib.ExitStack() as stack:
+        if settings.metrics_port is not None:
+            stack.enter_context(
+                serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
+            )
+        core = build_core(
+            settings,
+            observer=observer,
+            traffic=traffic.totals,
+            boot=boot,
+            clock=time.monotonic,
+            fresh=fresh,
+        )
+        stack.enter_context(progress)
         interrupted = asyncio.run(serve())
     if interrupted and not core.finished:
         sys.exit(130)

@@ -175,8 +175,13 @@ class CutNetwork(nn.Module):
         return x
 
     def exit(self, features: Tensor, cut: int) -> Tensor:
-        """Logits ``(N, K)`` of the exit head at ``cut`` for the features there."""
-        return cast(Tensor, self.heads[str(cut)](features))
+        """Logits ``(N, K)`` of the exit head at ``cut`` for the features there.
+
+        Always in float32: the backward pass of a depthwise convolution in bfloat16 has no fast
+        kernel on CPUs and takes about eight times as long.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            return cast(Tensor, self.heads[str(cut)](features.float()))
 
     def require_cut(self, cut: int) -> None:
         """Raise :class:`NetworkError` unless ``cut`` is legal in this whole network."""

@@ -20,6 +20,8 @@ from tensors.training import Compute
 Array = npt.NDArray[Any]
 State = Mapping[str, Array]
 
+torch.set_num_threads(1)  # on networks this small more threads only get in each other's way
+
 CLASSES = 4
 SIZE = 8
 SPEC = NetworkSpec(width=4, channels=1, size=SIZE, classes=CLASSES, head="linear")

@@ -1,0 +1,381 @@
+"""Prometheus metrics of a coordinator: an observer that remembers, and the server that shows it.
+
+Label values come from this side only (cut layers, reasons and phases that the code knows), so that
+no device can fill memory with series. Those whose values are known beforehand start at 0.
+"""
+
+# ruff: noqa: ARG002 (an observer is told more than it needs)
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from broker.messages import KINDS, Inference, Report, RunPhase
+from broker.messages import Histogram as ReportedHistogram
+from coordinator.observer import Observer
+from coordinator.traffic import ROLES, Traffic
+from edge_agent.attempt import ROUND_TRIP_BOUNDS_S
+from edge_agent.core import Phase
+from ops.errors import PortInUse
+
+STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+OUTCOMES = ("closed", "extended", "abandoned")
+PHASES: tuple[RunPhase, ...] = ("gathering", "training", "inference", "finished")
+DISCARDED = (
+    "bad_labels",
+    "beyond_quota",
+    "diverged",
+    "foreign_run",
+    "late",
+    "not_a_participant",
+    "not_finite",
+    "stale_attempt",
+    "wrong_shape",
+    "wrong_version",
+)
+DROPPED = (
+    "bad_parameters",
+    "corrupt",
+    "fleet_full",
+    "foreign_version",
+    "invalid",
+    "late_parameters",
+    "malformed",
+    "not_a_participant",
+    "oversized",
+    "reassembly_full",
+    "reassembly_timeout",
+    "redelivered",
+    "stale_attempt",
+    "stale_join",
+    "unexpected_topic",
+)
+REFUSED = ("bad_tensor", "not_finite", "untrained", "version", "wrong_shape")
+OTHER = "other"
+
+_FLOWS = sorted(
+    {("up" if place == "up" else "down", ROLES.get(kind, "control")) for place, kind in KINDS}
+)
+
+
+class Metrics(Observer, Collector):
+    """What a coordinator is doing, in ``registry``. Safe to read from any thread."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._traffic = traffic
+        self._lock = threading.Lock()
+        self._now = (0, 0)
+        self._losses: dict[int, tuple[tuple[int, int], float, int]] = {}
+        self._exit_losses: dict[str, tuple[int, float]] = {}
+        self._scores: dict[str, Any] = {}
+        self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS_S) + 1)
+        self._round_trip_s = 0.0
+        self._reported: dict[str, tuple[int, int]] = {}
+        self._answered: dict[str, int] = {}
+        self._make_training_metrics()
+        self._make_message_metrics()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def _make_training_metrics(self) -> None:
+        registry = self.registry
+        self._round = Gauge(
+            "splitfleet_round", "The round that the coordinator is in", registry=registry
+        )
+        self._version = Gauge(
+            "splitfleet_parameter_version",
+            "Grows by one with each closed round",
+            registry=registry,
+        )
+        self._rounds = _counter(registry, "splitfleet_rounds", "Rounds", "outcome", OUTCOMES)
+        self._samples = _counter(
+            registry, "splitfleet_samples_applied", "Training samples applied", "cut"
+        )
+        self._batches = _counter(
+            registry, "splitfleet_batches_applied", "Batches the server trained on", "cut"
+        )
+        self._discarded = _counter(
+            registry, "splitfleet_batches_discarded", "Batches refused", "reason", DISCARDED
+        )
+        self._loss = Gauge(
+            "splitfleet_server_loss",
+            "Cross entropy of the whole network, mean over the round's batches so far",
+            ["cut"],
+            registry=registry,
+        )
+        self._step = Histogram(
+            "splitfleet_training_step_seconds",
+            "From taking a batch up to having its gradient, decoding and encoding included",
+            ["cut"],
+            buckets=STEP_BOUNDS_S,
+            registry=registry,
+        )
+
+    def _make_message_metrics(self) -> None:
+        registry = self.registry
+        self._devices = _gauges(
+            registry, "splitfleet_devices", "Devices known", "state", ("online", "offline")
+        )
+        self._phases = _gauges(
+            registry,
+            "splitfleet_devices_by_phase",
+            "Devices online, by what they are doing",
+            "phase",
+            (*Phase, OTHER),
+        )
+        self._run_phase = _gauges(
+            registry, "splitfleet_run_phase", "1 for the phase the run is in", "phase", PHASES
+        )
+        self._dropped = _counter(
+            registry,
+            "splitfleet_messages_dropped",
+            "Messages not understood or not wanted",
+            "reason",
+            DROPPED,
+        )
+        self._requests = _counter(
+            registry,
+            "splitfleet_feature_requests",
+            "Requests with offloaded features, as the coordinator answered them",
+            "outcome",
+            ("answered", *REFUSED),
+        )
+        self._offloads = _counter(
+            registry,
+            "splitfleet_offloads",
+            "Images offloaded, by what came of it at the device",
+            "outcome",
+            ("answered", "refused", "timeout"),
+        )
+        self._predictions = Counter(
+            "splitfleet_predictions",
+            "Images answered: by the exit, by the server, or by the exit as fallback",
+            ["cut", "answered_by"],
+            registry=registry,
+        )
+
+    # -- observed ---------------------------------------------------------------------------------
+
+    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+        self._samples.labels(cut).inc(images)
+        self._batches.labels(cut).inc()
+        self._step.labels(cut).observe(seconds)
+        of_round, total, count = self._losses.get(cut, (self._now, 0.0, 0))
+        if of_round != self._now:
+            total, count = 0.0, 0
+        self._losses[cut] = self._now, total + loss, count + 1
+        self._loss.labels(cut).set((total + loss) / (count + 1))
+
+    def batch_discarded(self, reason: str) -> None:
+        self._discarded.labels(reason).inc()
+
+    def message_dropped(self, reason: str) -> None:
+        self._dropped.labels(reason).inc()
+
+    def round_opened(self, number: int, rounds: int, attempt: int, quota: int) -> None:
+        self._now = number, attempt
+        self._round.set(number)
+
+    def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
+        self._rounds.labels(outcome).inc()
+        if outcome == "closed":
+            with self._lock:
+                self._scores = dict(record)
+            version = record.get("version")
+            if isinstance(version, int):
+                self._version.set(version)
+
+    def device_report(self, device: str, cut: int, report: Report) -> None:
+        """Count a report once, however often the device repeats it."""
+        if report.inference is not None:
+            if report.inference.version > self._answered.get(device, -1):
+                self._answered[device] = report.inference.version
+                self._count_inference(cut, report.inference)
+            return
+        stamp = report.round, report.attempt
+        if stamp <= self._reported.get(device, (-1, -1)):
+            return
+        self._reported[device] = stamp
+        with self._lock:
+            if report.exit_loss is not None:
+                self._exit_losses[device] = cut, report.exit_loss
+            if report.round_trip is not None:
+                self._count_round_trips(report.round_trip)
+
+    def devices(self, by_state: dict[str, int]) -> None:
+        phases: Tally[str] = Tally()
+        for state, count in by_state.items():
+            if state != "offline":
+                phases[state if state in self._phases else OTHER] += count
+        for phase, gauge in self._phases.items():
+            gauge.set(phases[phase])
+        self._devices["online"].set(phases.total())
+        self._devices["offline"].set(by_state.get("offline", 0))
+
+    def features_answered(self, cut: int, images: int, refused: str | None) -> None:
+        self._requests.labels("answered" if refused is None else refused).inc()
+
+    def phase(self, phase: str) -> None:
+        for name, gauge in self._run_phase.items():
+            gauge.set(name == phase)
+
+    def _count_inference(self, cut: int, inference: Inference) -> None:
+        for answered_by, images in (
+            ("exit", inference.exits),
+            ("server", inference.answered),
+            ("fallback", inference.refused + inference.timeouts),
+        ):
+            self._predictions.labels(cut, answered_by).inc(images)
+        self._offloads.labels("answered").inc(inference.answered)
+        self._offloads.labels("refused").inc(inference.refused)
+        self._offloads.labels("timeout").inc(inference.timeouts)
+
+    def _count_round_trips(self, reported: ReportedHistogram) -> None:
+        """Add a device's buckets; one with bounds of its own goes where its upper bound lies."""
+        if len(reported.counts) != len(reported.bounds) + 1:
+            return
+        for bound, count in zip((*reported.bounds, float("inf")), reported.counts, strict=True):
+            self._round_trips[bisect_left(ROUND_TRIP_BOUNDS_S, bound)] += count
+        self._round_trip_s += reported.total
+
+    # -- collected --------------------------------------------------------------------------------
+
+    def collect(self) -> Iterable[Metric]:
+        """What is worked out when it is asked for, or absent until it is known."""
+        yield self._bytes()
+        with self._lock:
+            yield self._round_trip()
+            yield from self._accuracies()
+            yield self._exit_loss()
+
+    def _bytes(self) -> Metric:
+        family = CounterMetricFamily(
+            "splitfleet_message_bytes",
+            "Application payload over the coordinator's link",
+            labels=["direction", "role"],
+        )
+        sizes = Tally(dict.fromkeys(_FLOWS, 0))
+        for (direction, role, _), size in list(self._traffic.bytes.items()):
+            sizes[direction, role] += size
+        for flow, size in sizes.items():
+            family.add_metric(flow, size)
+        return family
+
+    def _round_trip(self) -> Metric:
+        bounds = (*map(str, ROUND_TRIP_BOUNDS_S), "+Inf")
+        return HistogramMetricFamily(
+            "splitfleet_round_trip_seconds",
+            "From a device sending activations to having their gradient, as devices report it",
+            buckets=list(zip(bounds, accumulate(self._round_trips), strict=True)),
+            sum_value=self._round_trip_s,
+        )
+
+    def _accuracies(self) -> Iterator[Metric]:
+        full = GaugeMetricFamily(
+            "splitfleet_server_accuracy",
+            "The full network on the test images, after the last closed round",
+        )
+        if "server_accuracy" in self._scores:
+            full.add_metric([], self._scores["server_accuracy"])
+        yield full
+        exits = GaugeMetricFamily(
+            "splitfleet_exit_accuracy",
+            "The exit at a cut on the test images, after the last closed round",
+            labels=["cut"],
+        )
+        for cut, accuracy in self._scores.get("exit_accuracy", {}).items():
+            exits.add_metric([str(cut)], accuracy)
+        yield exits
+
+    def _exit_loss(self) -> Metric:
+        family = GaugeMetricFamily(
+            "splitfleet_exit_loss",
+            "Cross entropy of the exit at a cut: mean of its devices' last reports",
+            labels=["cut"],
+        )
+        by_cut: dict[int, list[float]] = {}
+        for cut, loss in self._exit_losses.values():
+            by_cut.setdefault(cut, []).append(loss)
+        for cut, losses in sorted(by_cut.items()):
+            family.add_metric([str(cut)], sum(losses) / len(losses))
+        return family
+
+
+class MetricsServer:
+    """Serves ``/metrics`` from a thread of its own until closed, or until the process ends."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port = self._server.server_port
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> MetricsServer:
+    """Serve ``registry`` at ``http://host:port/metrics``; port 0 takes a free one.
+
+    Raises :class:`PortInUse`.
+    """
+    try:
+        return MetricsServer(registry, host, port)
+    except OSError as exc:
+        raise PortInUse(
+            f"metrics cannot be served on {host}:{port} ({exc.strerror or exc}): stop the program "
+            "that listens there, or choose another --metrics-port or --metrics-host"
+        ) from exc
+
+
+def _counter(
+    registry: CollectorRegistry, name: str, help_text: str, label: str, known: Iterable[str] = ()
+) -> Counter:
+    counter = Counter(name, help_text, [label], registry=registry)
+    for value in known:
+        counter.labels(value)
+    return counter
+
+
+def _gauges(
+    registry: CollectorRegistry, name: str, help_text: str, label: str, values: Iterable[str]
+) -> dict[str, Gauge]:
+    gauge = Gauge(name, help_text, [label], registry=registry)
+    return {value: gauge.labels(value) for value in values}

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.errors import MessageError
+from broker.messages import Activations, Gradients, Report, to_ranges
+from edge_agent.attempt import Attempt
+from tensors.codecs import decode, parse_codec
+from tests.fake_device import DEVICE, FakeLearner, PositionStream, receipt_of
+from tests.tiny import RUN, Clock, make_assignment, make_round
+
+GRADIENT = parse_codec("fp32").encode(np.ones((8, 1), np.float32))
+
+
+class Desk:
+    """An attempt, with its learner and clock."""
+
+    def __init__(
+        self,
+        *,
+        number: int = 1,
+        receipt: dict[str, Any] | None = None,
+        learner: FakeLearner | None = None,
+        **assignment: Any,
+    ) -> None:
+        self.clock = Clock()
+        self.learner = learner or FakeLearner()
+        self.round = make_round(number)
+        self.attempt = Attempt(
+            DEVICE,
+            make_assignment(**assignment),
+            self.round,
+            receipt_of(self.round, **(receipt or {})),
+            self.learner,
+            PositionStream(),
+            clock=self.clock,
+        )
+
+    def produce(self) -> list[Activations]:
+        """All batches that may go out now."""
+        out = []
+        while self.attempt.can_produce:
+            for envelope in self.attempt.produce():
+                assert isinstance(envelope.message, Activations)
+                out.append(envelope.message)
+        return out
+
+    def answer(self, batch: int, tensor: bytes = GRADIENT) -> None:
+        self.attempt.gradient(gradients(batch, tensor))
+
+    def receipt(self, **fields: Any) -> None:
+        self.attempt.receipt(receipt_of(self.round, **fields))
+
+    @property
+    def report(self) -> Report:
+        return self.attempt.report()
+
+
+def gradients(batch: int, tensor: bytes = GRADIENT) -> Gradients:
+    return Gradients(run=RUN, round=1, attempt=0, batch=batch, loss=1.0, correct=1, tensor=tensor)
+
+
+def batches(messages: list[Activations]) -> list[int]:
+    return [message.batch for message in messages]
+
+
+def positions(messages: list[Activations]) -> list[int]:
+    return [int(decode(message.tensor)[0, 0]) for message in messages]
+
+
+def balanced(report: Report) -> bool:
+    return report.produced == report.applied + sum(report.discarded.values()) + report.expired
+
+
+def test_it_begins_at_the_start_of_the_round() -> None:
+    learner = FakeLearner()
+    learner.weight = learner.weight + 5
+    desk = Desk(learner=learner)
+    assert desk.learner.weight == learner.start.state["weight"]
+    assert desk.learner.rate == desk.round.learning_rate
+
+
+def test_no_more_batches_are_out_than_the_window() -> None:
+    desk = Desk(window=2, credits=4, receipt={"credits": 4})
+    assert batches(desk.produce()) == [0, 1]
+    desk.answer(0)
+    assert batches(desk.produce()) == [2]
+
+
+def test_no_more_batches_are_out_than_the_credits() -> None:
+    desk = Desk(window=4, receipt={"credits": 1})
+    assert batches(desk.produce()) == [0]
+    desk.receipt(credits=3)
+    assert batches(desk.produce()) == [1, 2]
+
+
+def test_it_is_complete_when_every_batch_of_the_quota_has_its_answer() -> None:
+    desk = Desk(quota=3, window=4, receipt={"credits": 4})
+    assert batches(desk.produce()) == [0, 1, 2]
+    for batch in (1, 0):
+        desk.answer(batch)
+        assert not desk.attempt.complete
+    desk.answer(2)
+    assert desk.attempt.complete
+    assert desk.learner.learnt == [(1, True), (0, True), (2, True)]
+    assert desk.report.applied == desk.report.produced == 3
+
+
+def test_every_attempt_at_a_round_sees_the_same_data_and_the_next_round_goes_on() -> None:
+    fresh = {"quota": 3, "window": 4, "receipt": {"credits": 4}}
+    assert positions(Desk(number=1, **fresh).produce()) == [0, 1, 2]
+    assert positions(Desk(number=1, **fresh).produce()) == [0, 1, 2]
+    assert positions(Desk(number=2, **fresh).produce()) == [3, 4, 5]
+
+
+def test_a_device_that_lost_its_memory_goes_on_behind_what_the_coordinator_saw() -> None:
+    desk = Desk(
+        quota=4,
+        receipt={
+            "next_batch": 3,
+            "applied": [(0, 0)],
+            "discarded": {"late": [(2, 2)]},
+            "complete": True,
+        },
+    )
+    made = desk.produce()
+    assert batches(made) == [3]
+    assert positions(made) == [3]
+    desk.answer(3)
+    assert desk.attempt.complete
+    report = desk.report
+    assert (report.produced, report.applied, report.expired) == (4, 2, 1)
+    assert report.discarded == {"late": 1}
+
+
+def test_everything_was_seen_already() -> None:
+    desk = Desk(quota=4, receipt={"next_batch": 4, "applied": [(0, 3)]})
+    assert desk.attempt.complete
+    assert desk.report.applied == 4
+
+
+def test_more_was_seen_than_the_quota() -> None:
+    assert Desk(quota=4, receipt={"next_batch": 9}).attempt.produced == 4
+
+
+@pytest.mark.parametrize("ranges", [[(3, 1)], [(0, 10_000)]])
+def test_a_receipt_to_begin_with_that_makes_no_sense(ranges: list[tuple[int, int]]) -> None:
+    with pytest.raises(MessageError):
+        Desk(receipt={"applied": ranges})
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+def test_a_gradient_in_time_is_learnt_from_and_its_round_trip_noted() -> None:
+    desk = Desk()
+    desk.produce()
+    desk.clock.advance(0.3)
+    desk.answer(0)
+    assert desk.learner.learnt == [(0, True)]
+    trips = desk.report.round_trip
+    assert trips is not None
+    assert sum(trips.counts) == 1
+    assert trips.total == pytest.approx(0.3)
+    (bucket,) = np.flatnonzero(trips.counts)
+    assert trips.bounds[bucket - 1] < 0.3 <= trips.bounds[bucket]
+
+
+def test_a_gradient_that_is_too_late_is_counted_and_not_learnt_from() -> None:
+    desk = Desk(gradient_timeout_s=10.0)
+    desk.produce()
+    desk.clock.advance(10)
+    desk.attempt.tick()
+    assert desk.learner.learnt == [(0, False), (1, False)]
+    desk.answer(0)
+    assert desk.learner.learnt == [(0, False), (1, False)]
+    report = desk.report
+    assert (report.timeouts, report.late_gradients) == (2, 1)
+    assert (report.applied, report.expired) == (1, 1), "the coordinator did train on batch 0"
+
+
+def test_nothing_times_out_before_its_time() -> None:
+    desk = Desk(gradient_timeout_s=10.0)
+    desk.produce()
+    assert desk.attempt.deadline == desk.clock.now + 10
+    desk.clock.advance(9.9)
+    desk.attempt.tick()
+    assert desk.learner.learnt == []
+
+
+def test_a_gradient_that_comes_twice_is_learnt_from_once() -> None:
+    desk = Desk()
+    desk.produce()
+    desk.answer(0)
+    desk.answer(0)
+    assert desk.learner.learnt == [(0, True)]
+    assert desk.report.applied == 1
+
+
+def test_a_gradient_for_a_batch_that_was_never_made() -> None:
+    desk = Desk()
+    desk.answer(3)
+    assert desk.learner.learnt == []
+    assert balanced(desk.report)
+
+
+def test_a_gradient_that_is_rubbish_leaves_the_exit_to_learn_from() -> None:
+    desk = Desk()
+    desk.produce()
+    desk.answer(0, b"rubbish")
+    assert desk.learner.learnt == [(0, False)]
+    assert batches(desk.produce()) == [2]
+
+
+def test_a_gradient_that_is_not_finite_is_left_out() -> None:
+    desk = Desk(quota=1)
+    desk.produce()
+    desk.answer(0, parse_codec("fp32").encode(np.full((8, 1), np.nan, np.float32)))
+    assert desk.learner.learnt == []
+    assert desk.attempt.complete
+    assert balanced(desk.report)
+
+
+# -- receipts -------------------------------------------------------------------------------------
+
+
+def test_a_discarded_batch_is_learnt_from_at_the_exit_alone() -> None:
+    desk = Desk()
+    desk.produce()
+    desk.receipt(discarded={"wrong_shape": [(1, 1)]})
+    assert desk.learner.learnt == [(1, False)]
+    assert batches(desk.produce()) == [2]
+    assert desk.report.discarded == {"wrong_shape": 1}
+
+
+def test_an_applied_batch_still_waits_for_its_gradient() -> None:
+    desk = Desk()
+    desk.produce()
+    desk.receipt(applied=[(0, 1)])
+    assert not desk.attempt.can_produce
+    desk.answer(0)
+    assert desk.learner.learnt == [(0, True)]
+
+
+def test_a_receipt_that_makes_no_sense_is_refused() -> None:
+    desk = Desk()
+    desk.produce()
+    with pytest.raises(MessageError):
+        desk.receipt(applied=[(0, 10_000)])
+    assert balanced(desk.report)
+
+
+def test_without_feedback_it_learns_at_once_and_receipts_make_room() -> None:
+    desk = Desk(feedback="none", window=1, quota=4, receipt={"credits": 2})
+    assert batches(desk.produce()) == [0, 1]
+    assert desk.learner.learnt == [(0, False), (1, False)]
+    desk.receipt(applied=[(0, 0)], discarded={"wrong_shape": [(1, 1)]})
+    assert batches(desk.produce()) == [2, 3]
+    desk.receipt(applied=[(2, 3)])
+    assert desk.attempt.complete
+    assert desk.learner.learnt == [(b, False) for b in range(4)]
+    assert balanced(desk.report)
+
+
+def test_without_feedback_a_gradient_changes_nothing() -> None:
+    desk = Desk(feedback="none")
+    desk.produce()
+    desk.answer(0)
+    assert desk.learner.learnt == [(0, False), (1, False)]
+    assert desk.report.late_gradients == 0
+
+
+def test_without_feedback_lost_receipts_do_not_stop_the_device() -> None:
+    desk = Desk(feedback="none", quota=4, receipt={"credits": 2}, gradient_timeout_s=10.0)
+    desk.produce()
+    desk.clock.advance(10)
+    desk.attempt.tick()
+    assert batches(desk.produce()) == [2, 3]
+    assert desk.learner.learnt == [(b, False) for b in range(4)]
+    assert desk.report.timeouts == 2
+
+
+# -- the rest -------------------------------------------------------------------------------------
+
+
+def test_features_that_are_not_finite_are_not_sent() -> None:
+    learner = FakeLearner()
+    learner.poisoned = {0, 2}
+    desk = Desk(learner=learner, activation_codec="int8", quota=3, window=4)
+    assert batches(desk.produce()) == [1]
+    desk.answer(1)
+    assert desk.attempt.complete
+    assert desk.learner.learnt == [(1, True)]
+    assert not desk.learner.in_flight
+    report = desk.report
+    assert (report.applied, report.discarded, report.expired) == (1, {"not_finite": 2}, 0)
+
+
+def test_what_is_said_again_is_the_same_and_has_a_new_deadline() -> None:
+    desk = Desk(gradient_timeout_s=10.0)
+    made = desk.produce()
+    desk.clock.advance(8)
+    again = [envelope.message for envelope in desk.attempt.unanswered()]
+    assert again == made
+    assert desk.attempt.deadline == desk.clock.now + 10
+
+
+def test_the_report_has_the_means_of_the_exit() -> None:
+    desk = Desk()
+    assert desk.report.exit_loss is None
+    desk.produce()
+    desk.answer(0)
+    desk.answer(1)
+    assert desk.report.exit_loss == pytest.approx(0.5)
+    assert desk.report.exit_accuracy == pytest.approx(3 / 8)
+
+
+NUMBERS = st.integers(0, 6)
+
+
+@given(
+    feedback=st.sampled_from(["gradient", "none"]),
+    start=NUMBERS,
+    events=st.lists(
+        st.one_of(
+            st.just(("produce",)),
+            st.tuples(st.just("gradient"), NUMBERS, st.sampled_from([GRADIENT, b"", b"SFT"])),
+            st.tuples(st.just("receipt"), st.sets(NUMBERS), st.sets(NUMBERS), st.integers(0, 4)),
+            st.tuples(st.just("wait"), st.floats(0, 12)),
+            st.just(("again",)),
+        ),
+        max_size=40,
+    ),
+)
+def test_whatever_arrives_in_whatever_order_the_books_balance(
+    feedback: str, start: int, events: list[tuple[Any, ...]]
+) -> None:
+    desk = Desk(
+        feedback=feedback,
+        quota=6,
+        window=3,
+        receipt={"next_batch": start, "credits": 3},
+        gradient_timeout_s=10.0,
+    )
+    before = desk.attempt.produced
+    for event in events:
+        match event:
+            case ("produce",) if desk.attempt.can_produce:
+                desk.attempt.produce()
+            case ("gradient", batch, tensor):
+                desk.answer(batch, tensor)
+            case ("receipt", applied, discarded, credit):
+                desk.receipt(
+                    applied=[(b, b) for b in to_singles(applied)],
+                    discarded={"late": [(b, b) for b in to_singles(discarded)]},
+                    credits=credit,
+                )
+            case ("wait", seconds):
+                desk.clock.advance(seconds)
+                desk.attempt.tick()
+            case ("again",):
+                desk.attempt.unanswered()
+        assert balanced(desk.report)
+        assert desk.report.produced == desk.attempt.produced <= 6
+        learnt = [batch for batch, _ in desk.learner.learnt]
+        assert len(set(learnt)) == len(learnt), "no batch is learnt from twice"
+        assert len(learnt) + len(desk.learner.in_flight) == desk.attempt.produced - before
+
+
+def to_singles(numbers: set[int]) -> list[int]:
+    """As the coordinator names them: in order, and below the quota."""
+    return [first for first, _ in to_ranges(n * 2 for n in numbers if n * 2 < 6)]

@@ -1,0 +1,91 @@
+"""A real Mosquitto for tests: free port, its own folder and configuration, gone at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+START_TIMEOUT_S = 10.0
+
+
+def find_mosquitto() -> str:
+    """Path of the broker; a clear failure when it is not installed."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+    program = shutil.which("mosquitto", path=path)
+    if program is None:
+        raise AssertionError(
+            "these tests need a real Mosquitto: apt-get install mosquitto (brew on macOS)"
+        )
+    return program
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Mosquitto:
+    """Runs Mosquitto with the given configuration lines, plus a listener on a free port.
+
+    `file` may be replaced before the start; what it names must listen on `port`.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        self.host = "127.0.0.1"
+        self.port = free_port()
+        # Mosquitto started by root becomes another user, who must be able to read this.
+        self.folder = Path(tempfile.mkdtemp(prefix="splitfleet-mosquitto-"))
+        self.folder.chmod(0o755)
+        self.log = self.folder / "log"
+        self.file = self.folder / "mosquitto.conf"
+        own = [f"listener {self.port} {self.host}", "set_tcp_nodelay true"]
+        self.file.write_text("\n".join([*own, *lines]) + "\n")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://{self.host}:{self.port}"
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [find_mosquitto(), "-c", str(self.file)], stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                socket.create_connection((self.host, self.port), timeout=1).close()
+                return
+            time.sleep(0.01)
+        self.stop()
+        raise AssertionError(f"Mosquitto did not start: {self.log.read_text()}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(START_TIMEOUT_S)
+            self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
