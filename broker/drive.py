@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from broker.errors import TransportError
+from broker.errors import PacketTooLarge, PublishRefused, TransportError
 from broker.link import Arrival, Link
 from broker.messages import Envelope
 from broker.transport import Connected, Disconnected
@@ -176,6 +176,8 @@ class _Loop:
     async def _send(self, envelope: Envelope) -> None:
         try:
             await self._link.send(envelope)
+        except (PublishRefused, PacketTooLarge) as exc:
+            log.error("not sent: %s", exc)  # noqa: TRY400 the message says it all
         except TransportError as exc:
             # Whoever waits for an answer says it again; what nobody waits for may be lost.
             log.debug("not sent on %s: %s", envelope.address, exc)

@@ -53,7 +53,7 @@ def split(message: bytes, message_id: int, chunk_bytes: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on what a receiver holds; sizes in bytes.
+    """Bounds on what a receiver holds; sizes in bytes, one more for every chunk of a message.
 
     A sender that exceeds ``sender_bytes`` loses its own oldest unfinished message, never another's.
     """
@@ -68,9 +68,14 @@ class Limits:
 @dataclass(slots=True)
 class _Partial:
     buffer: bytearray
-    count: int
-    missing: set[int]
+    arrived: bytearray
+    """One byte a chunk: 1 once it is there."""
+    missing: int
     started: float
+
+    @property
+    def cost(self) -> int:
+        return len(self.buffer) + len(self.arrived)
 
 
 class Reassembler:
@@ -94,17 +99,17 @@ class Reassembler:
         index, count, size, message_id, chunk = self._read(payload)
         if count == 1:
             return chunk
-        mine = self._partials.setdefault(sender, OrderedDict())
         key = (topic, message_id)
-        partial = mine.get(key)
-        if partial is None or partial.count != count or len(partial.buffer) != size:
+        partial = self._partials[sender].get(key) if sender in self._partials else None
+        if partial is None or len(partial.arrived) != count or len(partial.buffer) != size:
             if partial is not None:
                 self._forget(sender, key)
             partial = self._start(sender, key, size, count, now)
-        if index in partial.missing:
+        if not partial.arrived[index]:
             length = -(-size // count)
             partial.buffer[index * length : index * length + len(chunk)] = chunk
-            partial.missing.discard(index)
+            partial.arrived[index] = 1
+            partial.missing -= 1
         if partial.missing:
             return None
         self._forget(sender, key)
@@ -153,22 +158,21 @@ class Reassembler:
     def _start(
         self, sender: str, key: tuple[str, int], size: int, count: int, now: float
     ) -> _Partial:
-        limits = self._limits
-        mine = self._partials[sender]
-        held = sum(len(partial.buffer) for partial in mine.values())
-        while mine and (len(mine) >= limits.sender_messages or held + size > limits.sender_bytes):
-            held -= len(next(iter(mine.values())).buffer)
+        limits, cost = self._limits, size + count
+        while mine := self._partials.get(sender):
+            held = sum(partial.cost for partial in mine.values())
+            if len(mine) < limits.sender_messages and held + cost <= limits.sender_bytes:
+                break
             self._forget(sender, next(iter(mine)))
-            mine = self._partials.setdefault(sender, OrderedDict())
-        if held + size > limits.sender_bytes or self.held_bytes + size > limits.total_bytes:
+        if cost > limits.sender_bytes or self.held_bytes + cost > limits.total_bytes:
             raise MessageError("reassembly_full", f"no memory left for a message of {size} bytes")
-        partial = _Partial(bytearray(size), count, set(range(count)), now)
-        mine[key] = partial
-        self.held_bytes += size
+        partial = _Partial(bytearray(size), bytearray(count), count, now)
+        self._partials.setdefault(sender, OrderedDict())[key] = partial
+        self.held_bytes += cost
         return partial
 
     def _forget(self, sender: str, key: tuple[str, int]) -> None:
         mine = self._partials[sender]
-        self.held_bytes -= len(mine.pop(key).buffer)
+        self.held_bytes -= mine.pop(key).cost
         if not mine:
             del self._partials[sender]

@@ -112,8 +112,9 @@ class Link:
             event = await self._transport.receive()
             match event:
                 case Connected():
-                    largest = event.capabilities.max_packet_size
-                    self._chunk = min(self._configured_chunk, (largest or 1 << 28) - OVERHEAD)
+                    room = (event.capabilities.max_packet_size or 1 << 28) - OVERHEAD
+                    # Where there is no room at all, PacketTooLarge will say what to do.
+                    self._chunk = min(self._configured_chunk, room if room > 0 else 1 << 28)
                     return event
                 case Disconnected():
                     return event

@@ -26,6 +26,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Text = Annotated[str, StringConstraints(max_length=256)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Label = Annotated[int, Field(ge=0, le=2**31)]
 RunPhase = Literal["gathering", "training", "inference", "finished"]
 ExitRule = Literal["entropy", "max_softmax", "margin"]
@@ -194,7 +195,7 @@ class Assignment(Message):
 
     run: Name
     network: Network
-    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None
+    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
     feedback: Literal["gradient", "none"]
     feedback_weight: Amount
     exit_weight: Amount
@@ -206,12 +207,12 @@ class Assignment(Message):
     credits: Annotated[int, Field(ge=1, le=1024)]
     momentum: Amount
     weight_decay: Amount
-    gradient_timeout_s: Annotated[float, Field(gt=0)]
+    gradient_timeout_s: Duration
     augment: Text
     seed: int
     exit_rule: ExitRule
     threshold: float
-    offload_timeout_s: Annotated[float, Field(gt=0)]
+    offload_timeout_s: Duration
 
 
 class Gradients(Stamp):

@@ -32,8 +32,8 @@ class Packet:
 
     Call `ack()` once it is safe (at QoS 1): until then it counts against this client's Receive
     Maximum and is delivered again after a reconnect. A second call, or one after the connection it
-    came on was lost, does nothing. Acknowledgements reach the broker in the order of arrival, so one
-    that is kept back keeps back those after it.
+    came on was lost, does nothing. Acknowledgements reach the broker in the order of arrival, so
+    one that is kept back keeps back those after it.
     """
 
     topic: str

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from broker.messages import (
     Activations,
@@ -115,7 +116,6 @@ class CoordinatorCore:
         self._attempt = 0
         self._due: float | None = None
         self._codec = parse_codec(settings.codec)
-        self.finished = False
         self._bytes_since_last_record()
         responder.load(self._version, self._model.state)
 
@@ -137,6 +137,11 @@ class CoordinatorCore:
     def has_work(self) -> bool:
         """All computing here is done when a message calls for it."""
         return False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over and nothing more shall be answered."""
+        return self._phase == "finished" and not self._settings.stay
 
     def work(self) -> list[Envelope]:
         """Nothing, see :attr:`has_work`."""
@@ -175,6 +180,8 @@ class CoordinatorCore:
     def tick(self) -> list[Envelope]:
         """Time has passed: deadlines, and receipts that wait for company."""
         out = [] if self._round is None else self._round.receipts()
+        if self._returning_until is not None and self._clock() >= self._returning_until:
+            self._returning_until = None
         return out + self._advance()
 
     @property
@@ -276,9 +283,10 @@ class CoordinatorCore:
 
     def _answer(self, cut: int, message: Features) -> np.ndarray:
         shape = self._placement.shapes[cut - 1]
-        limits = Limits(max_elements=4096 * int(np.prod(shape)))
+        limits = Limits(max_elements=self._settings.batch_size * int(np.prod(shape)))
         features = decode_torch(message.tensor, limits=limits)
-        if tuple(features.shape[1:]) != shape or not len(features):
+        fits = features.ndim and len(features) and tuple(features.shape[1:]) == shape
+        if not fits or features.dtype is not torch.float32:
             raise BatchRefused("wrong_shape")
         probabilities = self._responder.answer(cut, features)
         if not np.isfinite(probabilities).all():
@@ -337,11 +345,9 @@ class CoordinatorCore:
         ready = self._registry.ready
         if len(ready) < needed:
             return []
-        if self._returning_until is not None:
-            # After a restart the devices come back one by one.
-            if len(ready) < len(self._registry.devices) and self._clock() < self._returning_until:
-                return []
-            self._returning_until = None
+        if self._returning_until is not None and len(ready) < len(self._registry.devices):
+            return []  # after a restart the devices come back one by one
+        self._returning_until = None
         return self._open_round(ready)
 
     def _open_round(self, ready: Sequence[Device]) -> list[Envelope]:
@@ -367,12 +373,12 @@ class CoordinatorCore:
         return [self._announcement()]
 
     def _end_round(self, current: RoundInProgress, *, closed: bool) -> list[Envelope]:
-        self._previous, self._round = current, None
+        self._previous, self._round, self._due = current, None, None
         if not closed:
             self._observer.round_ended(self._number, "abandoned", {})
             log.warning("round %d stayed below quorum: abandoned", self._number)
             self._set_phase("gathering")
-            return self._advance()
+            return self._advance() or [self._announcement()]
         self._model = current.merge()
         self._version += 1
         self._trained_cuts |= current.trained_cuts
@@ -392,7 +398,7 @@ class CoordinatorCore:
         out: list[Envelope] = []
         for cut in self._cuts():
             out += [self._manifest(cut), self._broadcast(cut)]
-        return out + self._advance()
+        return out + (self._advance() or [self._announcement()])
 
     def _score(self, record: dict[str, Any]) -> None:
         record["round"], record["version"] = self._number, self._version
@@ -423,7 +429,6 @@ class CoordinatorCore:
         self._due = None
         self._store.save_result(self._result())
         self._set_phase("finished")
-        self.finished = True
         return [self._announcement()]
 
     def _result(self) -> dict[str, Any]:

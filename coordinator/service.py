@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import logging
 import secrets
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from broker.drive import drive
+from broker.errors import TransportError
 from broker.link import DEFAULT_CHUNK_BYTES, Link, single_frame
 from broker.messages import Coordinator
 from broker.topics import Topics
@@ -109,7 +111,9 @@ def build_core(
     shapes = feature_shapes(blocks, spec)[:-1]
     dataset = None
     if settings.dataset is not None:
-        dataset = load_dataset(settings.dataset, "test", root=settings.data_root)
+        dataset = load_dataset(
+            settings.dataset, "test", root=settings.data_root, download=settings.download
+        )
     store = Store(settings.state_dir, keep=settings.keep_checkpoints)
     run, checkpoint = open_run(settings, store, network, fresh=fresh)
     compute = _compute(settings, spec)
@@ -169,7 +173,8 @@ async def run_coordinator(
         link = Link(transport, topics, observer=traffic, clock=time.monotonic)
         await link.subscribe(*topics.coordinator_filters())
         await drive(core, link, clock=time.monotonic, stop=stop)
-        await link.send(core.goodbye())
+        with contextlib.suppress(TransportError):  # the last will says it otherwise
+            await link.send(core.goodbye())
 
 
 def _compute(settings: CoordinatorSettings, spec: NetworkSpec) -> Compute:

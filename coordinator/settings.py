@@ -77,6 +77,9 @@ class CoordinatorSettings(BaseModel):
     offload_timeout_s: Positive = 10.0
     inference_deadline_s: Positive = 120.0
 
+    stay: bool = False
+    """Go on answering devices after the last round instead of ending."""
+
     # Where it is computed
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -87,6 +90,7 @@ class CoordinatorSettings(BaseModel):
     # Held-out images to score checkpoints on
     dataset: str | None = None
     data_root: Path | None = None
+    download: bool = False
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     metrics_host: str = "127.0.0.1"
 

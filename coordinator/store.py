@@ -88,7 +88,10 @@ class Store:
         if not path.exists():
             return 0, 0
         data = _read_json(path)
-        return int(data["round"]), int(data["attempt"])
+        try:
+            return int(data["round"]), int(data["attempt"])
+        except (KeyError, TypeError, ValueError) as exc:
+            raise StoreError(f"{path} is damaged: it names no round and attempt") from exc
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint: into a folder of another name, synced, then renamed."""
@@ -124,12 +127,21 @@ class Store:
             self._prune(parent)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged ones are logged and passed over."""
-        for folder in sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True):
+        """The newest checkpoint that is whole; damaged ones are logged and passed over.
+
+        None if the run has none at all. Raises :class:`StoreError` if all it has are damaged.
+        """
+        folders = sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True)
+        for folder in folders:
             try:
                 return _load(folder)
             except StoreError as exc:
                 log.warning("%s; going back to the checkpoint before", exc)
+        if folders:
+            raise StoreError(
+                f"no checkpoint in {self.folder} can be read: restore one from a backup, or start "
+                "over with --fresh"
+            )
         return None
 
     def save_result(self, result: dict[str, Any]) -> None:
@@ -149,24 +161,33 @@ def _load(folder: Path) -> Checkpoint:
         raise StoreError(
             f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}"
         )
-    arrays: dict[str, dict[str, np.ndarray]] = {}
-    for name, digest in manifest["sha256"].items():
-        try:
-            data = (folder / name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise StoreError(f"{folder / name} is damaged (checksum)")
-            arrays[name] = load(data)
-        except (OSError, SafetensorError) as exc:
-            raise StoreError(f"{folder / name} cannot be read: {exc}") from exc
-    return Checkpoint(
-        version=manifest["version"],
-        round=manifest["round"],
-        model=Model(arrays["model.safetensors"], arrays["momentum.safetensors"]),
-        trained_cuts=manifest["trained_cuts"],
-        history=manifest["history"],
-        registry=manifest["registry"],
-        traffic=manifest["traffic"],
-    )
+    try:
+        digests = manifest["sha256"]
+        state, momentum = (
+            _load_arrays(folder / name, digests[name])
+            for name in ("model.safetensors", "momentum.safetensors")
+        )
+        return Checkpoint(
+            version=manifest["version"],
+            round=manifest["round"],
+            model=Model(state, momentum),
+            trained_cuts=manifest["trained_cuts"],
+            history=manifest["history"],
+            registry=manifest["registry"],
+            traffic=manifest["traffic"],
+        )
+    except KeyError as exc:
+        raise StoreError(f"{folder / 'manifest.json'} is damaged: it lacks {exc}") from exc
+
+
+def _load_arrays(path: Path, digest: str) -> dict[str, np.ndarray]:
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise StoreError(f"{path} is damaged (checksum)")
+        return load(data)
+    except (OSError, SafetensorError) as exc:
+        raise StoreError(f"{path} cannot be read: {exc}") from exc
 
 
 def _contiguous(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

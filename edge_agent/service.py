@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from importlib.metadata import PackageNotFoundError, version
 
 from broker.drive import drive
+from broker.errors import TransportError
 from broker.link import Link, LinkObserver, single_frame
 from broker.messages import Hello, Status
 from broker.topics import Address, Topics
@@ -110,4 +112,5 @@ async def run_agent(
         await drive(core, link, clock=time.monotonic, stop=stop)
         if not stop.is_set() and core.problem is not None:
             raise AgentError(core.problem)
-        await link.send(core.goodbye())
+        with contextlib.suppress(TransportError):  # the last will says it otherwise
+            await link.send(core.goodbye())

@@ -172,7 +172,7 @@ class DeviceTrainer:
     def _step(
         self, parameters: dict[str, Tensor], outputs: list[Tensor], weights: list[Tensor]
     ) -> None:
-        gradients = torch.autograd.grad(
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
             outputs, list(parameters.values()), weights, allow_unused=True
         )
         own = dict(self._exits.named_parameters())

@@ -46,6 +46,7 @@ def demo(
     rounds: Annotated[int | None, typer.Option()] = None,
     dataset: Annotated[str | None, typer.Option(help="see docs/cli.md")] = None,
     data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    download: Annotated[bool | None, typer.Option(help="fetch a public data set")] = None,
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, lists:FILE")] = None,
     width: Annotated[int | None, typer.Option(help="channels of the first stage")] = None,
     codec: Annotated[str | None, typer.Option(help="of activations and gradients")] = None,
@@ -72,6 +73,7 @@ def demo(
         "rounds": rounds,
         "dataset": dataset,
         "data_root": data_root,
+        "download": download,
         "partition": partition,
         "width": width,
         "codec": codec,
@@ -92,6 +94,7 @@ def coordinator(
     state_dir: Annotated[Path | None, typer.Option(help="where runs and checkpoints live")] = None,
     dataset: Annotated[str | None, typer.Option(help="to score checkpoints on")] = None,
     data_root: Annotated[Path | None, typer.Option()] = None,
+    download: Annotated[bool | None, typer.Option(help="fetch a public data set")] = None,
     network: Annotated[str | None, typer.Option(help="resnet18 or package.module:function")] = None,
     width: Annotated[int | None, typer.Option()] = None,
     strategy: Annotated[str | None, typer.Option(help="averaging or sequential")] = None,
@@ -104,6 +107,7 @@ def coordinator(
     metrics_host: Annotated[str | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     fresh: Annotated[bool, typer.Option(help="start a new run instead of resuming")] = False,
+    stay: Annotated[bool | None, typer.Option(help="go on answering after the run")] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     quiet: Annotated[bool, typer.Option(help="no progress")] = False,
@@ -118,6 +122,7 @@ def coordinator(
         "state_dir": state_dir,
         "dataset": dataset,
         "data_root": data_root,
+        "download": download,
         "strategy": strategy,
         "feedback": feedback,
         "rounds": rounds,
@@ -127,6 +132,7 @@ def coordinator(
         "metrics_port": metrics_port,
         "metrics_host": metrics_host,
         "seed": seed,
+        "stay": stay,
     }
     serve_coordinator(
         flags,
@@ -149,6 +155,7 @@ def agent(
     cut: Annotated[str | None, typer.Option(help="cut layer, or auto")] = None,
     dataset: Annotated[str | None, typer.Option()] = None,
     data_root: Annotated[Path | None, typer.Option()] = None,
+    download: Annotated[bool | None, typer.Option(help="fetch a public data set")] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     share: Annotated[
         int | None, typer.Option(help="this device's part of the data, from 0")
@@ -171,6 +178,7 @@ def agent(
         "cut": int(cut) if cut is not None and cut.isdecimal() else cut,
         "dataset": dataset,
         "data_root": data_root,
+        "download": download,
         "partition": partition,
         "share": share,
         "shares": shares,

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ from typing import IO, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ops.errors import DiskTrouble, FleetFailed, SettingsWrong
+from broker.config import BrokerConfig, load_settings
+from ops.errors import BrokerUnreachable, DiskTrouble, FleetFailed, SettingsWrong
 
 POLL_S = 0.2
 STOP_S = 20.0
@@ -38,6 +40,7 @@ class DemoSettings(BaseModel):
     rounds: int = Field(default=6, ge=1)
     dataset: str = "fashion-mnist-small"
     data_root: Path | None = None
+    download: bool = False
     partition: str = "iid"
     width: int = Field(default=16, ge=1)
     codec: str = "int8+zstd"
@@ -112,6 +115,7 @@ def run_demo(settings: DemoSettings, *, quiet: bool, as_json: bool) -> None:
     """
     from ops.report import write_report
 
+    _check(settings)
     out = settings.out
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -137,6 +141,40 @@ def run_demo(settings: DemoSettings, *, quiet: bool, as_json: bool) -> None:
         print(json.dumps(summary, indent=1))
     else:
         _print_summary(summary, report)
+
+
+def _check(settings: DemoSettings) -> None:
+    """Raise for everything that would stop a process later, before any is started."""
+    from coordinator.settings import CoordinatorSettings
+    from tensors.datasets import load_dataset
+    from tensors.networks import NetworkSpec, build_network
+    from tensors.partition import partition
+
+    keys = {"strategy", "feedback", "rounds", "codec", "window", "threshold", "seed"}
+    load_settings(
+        CoordinatorSettings, section="coordinator", flags=settings.model_dump(include=keys)
+    )
+    train, _ = (
+        load_dataset(settings.dataset, split, root=settings.data_root, download=settings.download)
+        for split in ("train", "test")
+    )
+    partition(train.labels, settings.agents, settings.partition, settings.seed)
+    _, size, _, channels = train.images.shape
+    network = build_network(
+        NetworkSpec(width=settings.width, channels=channels, size=size, classes=len(train.classes))
+    )
+    for cut in settings.cuts:
+        if cut != "auto":
+            network.require_cut(int(cut))
+    if settings.broker is not None:
+        broker = load_settings(BrokerConfig, section="broker", flags={"url": settings.broker})
+        try:
+            socket.create_connection((broker.host, broker.port), timeout=5).close()
+        except OSError as exc:
+            raise BrokerUnreachable(
+                f"nobody answers at {settings.broker} ({exc.strerror or exc}); start it, or "
+                "leave --broker out to use the embedded one"
+            ) from exc
 
 
 @contextlib.contextmanager
@@ -299,8 +337,10 @@ def _print_summary(summary: Mapping[str, Any], report: Path) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{summary['strategy']}, {summary['feedback']} feedback")
-    for column in ("device", "cut", "samples", "exit accuracy", "server accuracy", "exit rate"):
+    table = Table(
+        title=f"{summary['strategy']}, {summary['feedback']} feedback; accuracy on test images"
+    )
+    for column in ("device", "cut", "samples", "exit", "full network", "exit rate", "answers"):
         table.add_column(column, justify="left" if column == "device" else "right")
     for device in summary["devices"]:
         table.add_row(
@@ -310,12 +350,14 @@ def _print_summary(summary: Mapping[str, Any], report: Path) -> None:
             _percent(device["exit_accuracy"]),
             _percent(device["server_accuracy"]),
             _percent(device["exit_rate"]),
+            _percent((device["inference"] or {}).get("accuracy")),
         )
     console.print(table)
     console.print(
         f"full network {_percent(summary['server_accuracy'])} after {summary['rounds']} rounds, "
         f"{summary['wall_seconds']:.0f} s, {summary['samples_per_second']:.0f} samples/s, "
-        f"{summary['bytes_up_per_sample']:.0f} bytes up per sample"
+        f"{summary['bytes_up_per_sample']:.0f} bytes up per sample",
+        soft_wrap=True,
     )
     console.print(f"report: {report}", soft_wrap=True)
 

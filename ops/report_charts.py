@@ -17,7 +17,7 @@ STYLES = 9
 BARS = 48
 WHOLE = "all"
 
-# Role in traffic → name in the legend and colour (not one of the first cuts'), stacked from the axis
+# Role in traffic → name in the legend and colour, not one of the first cuts'. Stacked from the axis
 # outwards in this order.
 _ROLES = {
     "up/activation": ("activations", "c4"),

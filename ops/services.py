@@ -135,7 +135,9 @@ def _network(settings: Any, flags: Mapping[str, Any]) -> Any:
     given = settings.network.model_dump(exclude_unset=True)
     given |= {key: value for key, value in flags.items() if value is not None}
     if settings.dataset is not None:
-        data = load_dataset(settings.dataset, "test", root=settings.data_root)
+        data = load_dataset(
+            settings.dataset, "test", root=settings.data_root, download=settings.download
+        )
         _, size, _, channels = data.images.shape
         given = {"channels": channels, "size": size, "classes": len(data.classes)} | given
     return Network.model_validate(given)

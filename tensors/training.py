@@ -36,11 +36,12 @@ class Compute:
         module.to(device=self.device)
 
     def tensor(self, array: np.ndarray | Tensor) -> Tensor:
-        """An input on the device, images and feature maps in the memory format."""
+        """An input on the device, in the precision and memory format of the arithmetic."""
         x = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
         if self.channels_last and x.ndim == 4:
-            return x.to(self.device, memory_format=torch.channels_last)
-        return x.to(self.device)
+            return x.to(self.device, dtype, memory_format=torch.channels_last)
+        return x.to(self.device, dtype)
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:

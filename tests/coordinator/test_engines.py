@@ -12,26 +12,14 @@ from torch import Tensor
 from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.engines import Averaging, Engine, Sequential
 from coordinator.errors import BatchRefused
-from tensors.networks import CutNetwork, State, build_network, feature_shapes, read_state
+from tensors.networks import CutNetwork, State, read_state
 from tensors.training import Compute
-from tests.tiny import CLASSES, CPU, SPEC, Array, assert_close, assert_same, differs
+from tests.server_side import NETWORK, SHAPES, START, trained_half
+from tests.tiny import CLASSES, CPU, assert_close, assert_same, differs
 
-NETWORK = build_network(SPEC)
-SHAPES = feature_shapes([NETWORK.blocks[str(i)] for i in range(NETWORK.stop)], SPEC)
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 0.01
 KINDS = (Sequential, Averaging)
 each_strategy = pytest.mark.parametrize("kind", KINDS)
-
-
-def zero_momentum() -> dict[str, Array]:
-    return {
-        name: np.zeros(tuple(parameter.shape), np.float32)
-        for name, parameter in NETWORK.named_parameters()
-        if block_of(name) is not None
-    }
-
-
-START = Model(read_state(NETWORK), zero_momentum())
 
 
 def make_engine(kind: type[Sequential | Averaging], model: Model = START) -> Engine:
@@ -69,12 +57,6 @@ def close(
 
 def blocks_of(names: set[str]) -> set[int]:
     return {block for name in names if (block := block_of(name)) is not None}
-
-
-def half_after_training(cut: int) -> State:
-    """A device's half whose every value moved away from the start by half."""
-    state = read_state(NETWORK.device_half(cut))
-    return {n: v if v.dtype.kind == "i" else (v + np.float32(0.5)) for n, v in state.items()}
 
 
 class Reference:
@@ -207,7 +189,7 @@ def test_a_device_at_cut_2_and_one_at_cut_5_share_blocks(
     engine = make_engine(kind)
     feed(engine, "busy", trains, 0, 1)
     devices = {
-        ("busy", 16): half_after_training(trains),
+        ("busy", 16): trained_half(trains),
         ("idle", 0): read_state(NETWORK.device_half(other)),
     }
     moved = differs(close(engine, 2, devices=devices).state, START.state)
@@ -229,7 +211,7 @@ def test_blocks_between_two_cuts_are_the_mean_of_replica_and_deeper_device(
     only_a = make_engine(kind)
     feed(only_a, "a", 2, 0, 1, 2)
     replica = close(only_a, 2).state
-    a, b = half_after_training(2), half_after_training(5)
+    a, b = trained_half(2), trained_half(5)
     merged = close(
         engine, 2, devices={("a", 24): a, ("b", 8): b}, device_copies=device_copies
     ).state
@@ -267,7 +249,7 @@ def test_sequentials_shared_copy_weighs_what_entered_at_or_below_a_block() -> No
     feed(engine, "a", 2, 0, 1)
     feed(engine, "b", 5, 0)
     shared = close(engine, 2).state
-    deepest = half_after_training(9)
+    deepest = trained_half(9)
     engine = make_engine(Sequential)
     feed(engine, "a", 2, 0, 1)
     feed(engine, "b", 5, 0)
@@ -292,7 +274,7 @@ def test_blocks_below_every_entry_are_not_the_servers(kind: type[Sequential | Av
 def test_a_round_in_which_nothing_was_applied_changes_nothing(
     kind: type[Sequential | Averaging],
 ) -> None:
-    merged = close(make_engine(kind), 2, devices={("a", 0): half_after_training(2)})
+    merged = close(make_engine(kind), 2, devices={("a", 0): trained_half(2)})
     assert_same(merged.state, START.state)
     assert_same(merged.momentum, START.momentum)
 
@@ -303,7 +285,7 @@ def test_averaging_also_counts_a_device_that_never_finished() -> None:
     feed(finished, "a", 2, 0)
     server = {n for n in START.state if (b := block_of(n)) is not None and b >= 2}
     one = close(engine, 2).state
-    other = close(finished, 2, devices={("a", 8): half_after_training(2)}).state
+    other = close(finished, 2, devices={("a", 8): trained_half(2)}).state
     assert_same({n: one[n] for n in server}, {n: other[n] for n in server})
 
 

@@ -24,21 +24,19 @@ from coordinator.engines import Averaging, Step
 from coordinator.observer import Observer
 from coordinator.training import RECEIPT_BATCHES, RECEIPT_WAIT_S, RoundInProgress
 from tensors.codecs import decode, encode_exact, parse_codec
-from tensors.networks import build_network, feature_shapes, read_state
 from tensors.parameters import pack_parameters
-from tests.tiny import CLASSES, CPU, RUN, SPEC, Array, Clock, assert_same, differs
-
-NETWORK = build_network(SPEC)
-SHAPES = feature_shapes([NETWORK.blocks[str(i)] for i in range(NETWORK.stop)], SPEC)[:-1]
-STATE = read_state(NETWORK)
-MODEL = Model(
+from tests.server_side import (
+    NETWORK,
+    SHAPES,
+    START,
     STATE,
-    {
-        name: np.zeros(tuple(parameter.shape), np.float32)
-        for name, parameter in NETWORK.named_parameters()
-        if block_of(name) is not None
-    },
+    features_at,
+    make_activations,
+    make_upload,
+    trained_half,
 )
+from tests.tiny import CLASSES, CPU, RUN, Array, Clock, assert_same, differs
+
 STAMP = (RUN, 3, 1)
 VERSION = 2
 QUOTA = 6
@@ -70,7 +68,7 @@ class Desk:
         self.observer = Counting()
         self.round = RoundInProgress(
             engine or Averaging(copy.deepcopy(NETWORK), CPU, momentum=0.9, weight_decay=0.0),
-            MODEL,
+            START,
             0.05,
             shapes=SHAPES,
             classes=CLASSES,
@@ -101,41 +99,13 @@ def answers(envelopes: list[Envelope], device: str) -> list[Message]:
     return [envelope.message for envelope in envelopes]
 
 
-def features_at(cut: int, seed: int = 0, size: int = 8) -> Array:
-    rng = np.random.default_rng(seed)
-    return np.maximum(rng.standard_normal((size, *SHAPES[cut - 1])), 0).astype(np.float32)
-
-
 def batch_of(number: int, *, cut: int = 2, **changes: Any) -> Activations:
-    run, round_number, attempt = STAMP
-    fields: dict[str, Any] = {
-        "run": run,
-        "round": round_number,
-        "attempt": attempt,
-        "batch": number,
-        "version": VERSION,
-        "labels": [i % CLASSES for i in range(8)],
-        "tensor": parse_codec("fp32").encode(features_at(cut, number)),
-    }
-    return Activations(**(fields | changes))
+    return make_activations(STAMP, number, cut=cut, **({"version": VERSION} | changes))
 
 
 def upload_of(device: str, **changes: Any) -> DeviceParameters:
-    run, round_number, attempt = STAMP
-    fields: dict[str, Any] = {
-        "run": run,
-        "round": round_number,
-        "attempt": attempt,
-        "version": VERSION,
-        "produced": QUOTA,
-        "state": pack_parameters(trained_half({"a": 2, "b": 5}[device])),
-    }
-    return DeviceParameters(**(fields | changes))
-
-
-def trained_half(cut: int) -> dict[str, Array]:
-    state = read_state(NETWORK.device_half(cut))
-    return {n: v if v.dtype.kind == "i" else v + np.float32(0.25) for n, v in state.items()}
+    cut = {"a": 2, "b": 5}[device]
+    return make_upload(STAMP, cut=cut, version=VERSION, **({"produced": QUOTA} | changes))
 
 
 def ranges(receipt: Message) -> tuple[set[int], dict[str, set[int]]]:

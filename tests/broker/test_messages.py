@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.errors import MessageError
+from broker.messages import (
+    KINDS,
+    LOSSY,
+    MAX_BATCH,
+    PROTOCOL,
+    Activations,
+    Command,
+    Envelope,
+    Gradients,
+    Hello,
+    Message,
+    Prediction,
+    Receipt,
+    Report,
+    Round,
+    Status,
+    channel,
+    decode_message,
+    down,
+    encode_message,
+    from_ranges,
+    to_all,
+    to_cut,
+    to_ranges,
+    unpack_map,
+    up,
+)
+from broker.topics import ALL_KINDS, CUT_KINDS, DOWN_KINDS, UP_KINDS, Address, Topics
+from tests.fake_device import make_manifest, make_measurement, make_parameters, receipt_of
+from tests.server_side import make_activations, make_upload
+from tests.tiny import make_assignment, make_hello, make_round
+
+STAMP = ("run", 1, 0)
+EXAMPLES: list[Envelope] = [
+    up("d", make_hello(measurement=make_measurement())),
+    up("d", Status(state="online", connection="c1", phase="training")),
+    up("d", make_activations(STAMP, 3, cut=2, version=0)),
+    up("d", make_upload(STAMP, cut=2, version=0, produced=3)),
+    up("d", Report(run="run", round=1, attempt=0, discarded={"late": 2}, exit_loss=0.5)),
+    down("d", make_assignment()),
+    down("d", make_assignment(cut=None)),
+    down("d", Gradients(run="r", round=1, attempt=0, batch=1, loss=0.1, correct=2, tensor=b"x")),
+    down("d", receipt_of(make_round(), applied=[(0, 3), (5, 5)], discarded={"late": [(4, 4)]})),
+    down("d", Prediction(request=1, version=2, refused="version")),
+    down("d", make_parameters(3)),
+    down("d", Command(command="stop", reason="no images")),
+    to_all(make_round()),
+    to_all(Command(command="stop")),
+    to_cut(2, make_manifest(1)),
+    to_cut(2, make_parameters(1)),
+]
+
+
+def pack(fields: object) -> bytes:
+    packed: bytes = msgpack.packb(fields)
+    return packed
+
+
+def fields_of(message: Message) -> dict[str, Any]:
+    unpacked: dict[str, Any] = msgpack.unpackb(encode_message(message))
+    return unpacked
+
+
+def refused(address: Address, data: bytes) -> str:
+    with pytest.raises(MessageError) as caught:
+        decode_message(address, data)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("envelope", EXAMPLES, ids=lambda e: f"{channel(e.address)}")
+def test_a_message_arrives_as_it_was_sent(envelope: Envelope) -> None:
+    data = encode_message(envelope.message)
+    for form in (data, bytearray(data), memoryview(data)):
+        assert decode_message(envelope.address, form) == envelope.message
+
+
+@pytest.mark.parametrize("envelope", EXAMPLES, ids=lambda e: f"{channel(e.address)}")
+def test_fields_of_a_newer_peer_are_ignored(envelope: Envelope) -> None:
+    fields = fields_of(envelope.message) | {"not_yet_known": [1, {"a": None}]}
+    assert decode_message(envelope.address, pack(fields)) == envelope.message
+
+
+@pytest.mark.parametrize("envelope", EXAMPLES, ids=lambda e: f"{channel(e.address)}")
+def test_a_required_field_must_be_there(envelope: Envelope) -> None:
+    model = type(envelope.message)
+    for name, field in model.model_fields.items():
+        fields = fields_of(envelope.message)
+        if not field.is_required() or name not in fields:
+            continue
+        del fields[name]
+        assert refused(envelope.address, pack(fields)) == "invalid"
+
+
+def test_every_kind_of_message_has_a_place_in_the_topic_tree() -> None:
+    places = {"up": UP_KINDS, "down": DOWN_KINDS, "all": ALL_KINDS, "cut": CUT_KINDS}
+    for place, kind in KINDS:
+        assert kind in places[place]
+    assert KINDS.keys() >= LOSSY
+
+
+def test_only_what_changes_no_model_may_be_lost() -> None:
+    assert {KINDS[place] for place in LOSSY} == {Report}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "malformed"),
+        (b"\xc1", "malformed"),
+        (b"rubbish", "malformed"),
+        (pack([1, 2]), "malformed"),
+        (pack(None), "malformed"),
+        (pack({1: 2}), "malformed"),
+        (pack({"state": "online"}) + b"\x00", "malformed"),
+        (pack({"state": "online", "connection": "c"})[:-1], "malformed"),
+        (b"\xdf\xff\xff\xff\xff", "malformed"),
+        (b"\x81\xa1a" + b"\xdd\xff\xff\xff\xff", "malformed"),
+        (b"\x81\xa1a" + b"\xc6\xff\xff\xff\xff", "malformed"),
+        (b"\x81\xa1a" * 3000, "malformed"),
+        (b"\x81\xa1a" + b"\x91" * 100_000, "malformed"),
+        (pack({"a": msgpack.ExtType(5, b"x")}), "malformed"),
+        (pack({"a": msgpack.ExtType(5, b"")}), "malformed"),
+        (pack({"a": msgpack.Timestamp(0)}), "malformed"),
+        (b"\x81\xa1a\xa2\xff\xfe", "malformed"),
+        (pack({}), "invalid"),
+        (pack({"state": "online"}), "invalid"),
+        (pack({"state": "asleep", "connection": "c"}), "invalid"),
+        (pack({"state": "online", "connection": "a/b"}), "invalid"),
+        (pack({"state": "online", "connection": "c" * 65}), "invalid"),
+        (pack({"state": "online", "connection": b"c"}), "invalid"),
+        (pack({"state": "online", "connection": "c", "phase": "x" * 257}), "invalid"),
+        (pack({b"state": "online", b"connection": "c"}), "invalid"),
+    ],
+)
+def test_rubbish_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+    assert refused(up("d", Status(state="online", connection="c")).address, data) == reason
+
+
+def test_nothing_is_expected_on_some_topics() -> None:
+    assert refused(Address("device", "renew", device="d", direction="up"), pack({})) == (
+        "unexpected_topic"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes"),
+    [
+        {"batch": -1},
+        {"batch": 2**53 + 1},
+        {"batch": 1.0},
+        {"batch": "1"},
+        {"batch": True},
+        {"labels": []},
+        {"labels": [0] * (MAX_BATCH + 1)},
+        {"labels": [-1]},
+        {"labels": [0.5]},
+        {"labels": ["1"]},
+        {"labels": [True]},
+        {"labels": 3},
+        {"tensor": "text"},
+        {"run": "../etc"},
+        {"run": ""},
+        {"attempt": None},
+    ],
+    ids=str,
+)
+def test_activations_out_of_bounds(changes: dict[str, Any]) -> None:
+    envelope = up("d", make_activations(STAMP, 3, cut=2, version=0))
+    assert refused(envelope.address, pack(fields_of(envelope.message) | changes)) == "invalid"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"applied": [[1]]},
+        {"applied": [[1, 2, 3]]},
+        {"applied": [["1", "2"]]},
+        {"applied": [[-1, 2]]},
+        {"applied": [[0, 0]] * 70_000},
+        {"discarded": {"a reason with spaces": []}},
+        {"credits": 5000},
+    ],
+    ids=lambda c: str(c)[:40],
+)
+def test_receipts_out_of_bounds(changes: dict[str, Any]) -> None:
+    envelope = down("d", receipt_of(make_round()))
+    assert refused(envelope.address, pack(fields_of(envelope.message) | changes)) == "invalid"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": [1, 28]},
+        {"image": [1, 28, -28]},
+        {"cut": 0},
+        {"samples": -1},
+        {"measurement": {}},
+        {"software": "x" * 257},
+    ],
+    ids=str,
+)
+def test_hellos_out_of_bounds(changes: dict[str, Any]) -> None:
+    envelope = up("d", make_hello())
+    assert refused(envelope.address, pack(fields_of(envelope.message) | changes)) == "invalid"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_durations_and_rates_are_finite_and_not_negative(value: float) -> None:
+    for name in ("learning_rate", "deadline_s"):
+        fields = fields_of(make_round()) | {name: value}
+        assert refused(to_all(make_round()).address, pack(fields)) == "invalid"
+
+
+@pytest.mark.parametrize("name", ["feedback_weight", "exit_weight", "gradient_timeout_s", "offload_timeout_s"])
+def test_an_assignments_numbers_are_finite(name: str) -> None:
+    for value in (float("nan"), float("inf")):
+        envelope = down("d", make_assignment())
+        fields = fields_of(envelope.message) | {name: value}
+        assert refused(envelope.address, pack(fields)) == "invalid"
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_anything_but_a_map_or_a_message_error(data: bytes) -> None:
+    try:
+        assert isinstance(unpack_map(data), dict)
+    except MessageError as exc:
+        assert exc.reason == "malformed"
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(), st.binary()
+)
+VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(), v, max_size=3)
+)
+
+
+@given(data=st.data(), envelope=st.sampled_from(EXAMPLES))
+def test_any_values_make_a_valid_message_or_a_message_error(
+    data: st.DataObject, envelope: Envelope
+) -> None:
+    fields = fields_of(envelope.message)
+    for name in data.draw(st.sets(st.sampled_from(sorted(fields)), min_size=1)):
+        fields[name] = data.draw(VALUES)
+    try:
+        message = decode_message(envelope.address, pack(fields))
+    except MessageError as exc:
+        assert exc.reason == "invalid"
+    else:
+        assert decode_message(envelope.address, encode_message(message)) is not None
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(MessageError, match=r"Hello\.boot"):
+        decode_message(up("d", make_hello()).address, pack({}))
+
+
+def test_a_message_never_says_who_sent_it() -> None:
+    """Identity comes from the topic, which the broker enforces."""
+    for (place, _), model in KINDS.items():
+        if place == "up":
+            assert not {"device", "sender", "name"} & model.model_fields.keys()
+
+
+def test_a_message_that_is_never_sent_somewhere_has_no_address_there() -> None:
+    with pytest.raises(AssertionError):
+        up("d", make_round())
+
+
+def test_addresses_are_those_of_the_topic_tree() -> None:
+    topics = Topics("f")
+    assert topics.format(up("d", make_hello()).address) == "splitfleet/f/device/d/up/hello"
+    assert topics.format(to_cut(3, make_manifest(1)).address) == "splitfleet/f/cut/3/manifest"
+    assert topics.format(to_all(make_round()).address) == "splitfleet/f/all/round"
+
+
+def test_a_hello_and_a_coordinator_tell_their_protocol() -> None:
+    assert fields_of(make_hello())["protocol"] == PROTOCOL
+
+
+# -- ranges ---------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_ranges_are_the_numbers_they_were_made_of(numbers: set[int]) -> None:
+    ranges = to_ranges(numbers)
+    assert from_ranges(ranges, limit=301) == numbers
+    for (_, last), (first, _) in zip(ranges, ranges[1:], strict=False):
+        assert first > last + 1, "as few as possible"
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**53), st.integers(0, 2**53)), max_size=5))
+def test_ranges_of_a_stranger_never_take_more_memory_than_the_limit(
+    ranges: list[tuple[int, int]],
+) -> None:
+    try:
+        assert len(from_ranges(ranges, limit=100)) <= 100
+    except MessageError as exc:
+        assert exc.reason == "invalid"
+
+
+def test_messages_are_values() -> None:
+    assert make_round() == make_round()
+    with pytest.raises(Exception, match="frozen"):
+        make_round().version = 3  # type: ignore[misc]
+    assert isinstance(make_round(), Round)
+    assert {Activations, Hello, Receipt} <= set(KINDS.values())

@@ -1,0 +1,165 @@
+"""A coordinator's state machine driven by hand, on a store in a temporary folder."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeVar
+
+from broker.messages import Envelope, Message, Round, Status, up
+from coordinator.core import CoordinatorCore
+from coordinator.observer import Observer
+from coordinator.service import build_core
+from coordinator.store import Checkpoint, Store
+from tests.server_side import make_activations, make_upload
+from tests.tiny import Clock, make_hello, make_settings
+
+M = TypeVar("M", bound=Message)
+_FOLDERS = Path(tempfile.mkdtemp(prefix="splitfleet-tests-"))
+atexit.register(shutil.rmtree, _FOLDERS, ignore_errors=True)
+
+
+class Counting(Observer):
+    def __init__(self) -> None:
+        self.discarded: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.outcomes: list[tuple[int, str]] = []
+        self.phases: list[str] = []
+        self.answers: list[tuple[int, int, str | None]] = []
+
+    def batch_discarded(self, reason: str) -> None:
+        self.discarded[reason] += 1
+
+    def message_dropped(self, reason: str) -> None:
+        self.dropped[reason] += 1
+
+    def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
+        self.outcomes.append((number, outcome))
+
+    def phase(self, phase: str) -> None:
+        self.phases.append(phase)
+
+    def features_answered(self, cut: int, images: int, refused: str | None) -> None:
+        self.answers.append((cut, images, refused))
+
+
+class Harness:
+    """One life of a coordinator; another one on the same ``folder`` is a restart."""
+
+    def __init__(self, folder: Path | None = None, *, fresh: bool = False, **settings: Any) -> None:
+        self.folder = folder or Path(tempfile.mkdtemp(dir=_FOLDERS))
+        self.settings = make_settings(state_dir=self.folder, **settings)
+        self.clock = Clock()
+        self.observer = Counting()
+        self.core: CoordinatorCore = build_core(
+            self.settings,
+            observer=self.observer,
+            traffic=lambda: {"up/activation/a": 7},
+            boot="boot",
+            clock=self.clock,
+            fresh=fresh,
+        )
+        self.cuts: dict[str, int] = {}
+        self.said: list[Envelope] = []
+        self.announced: Round | None = None
+        self._note(self.core.connected())
+
+    def _note(self, envelopes: list[Envelope]) -> list[Envelope]:
+        self.said += envelopes
+        for envelope in envelopes:
+            if isinstance(envelope.message, Round):
+                self.announced = envelope.message
+        return envelopes
+
+    @property
+    def round(self) -> Round:
+        assert self.announced is not None
+        return self.announced
+
+    def checkpoint(self) -> Checkpoint:
+        """The last closed round as a restart would find it."""
+        store = Store(self.folder)
+        assert store.current() is not None
+        found = store.latest()
+        assert found is not None
+        return found
+
+    def hear(self, device: str, *messages: Message) -> list[Envelope]:
+        out: list[Envelope] = []
+        for message in messages:
+            out += self._note(self.core.receive(up(device, message)))
+        return out
+
+    def wait(self, seconds: float) -> list[Envelope]:
+        """Let time pass, from one tick that is due to the next."""
+        out: list[Envelope] = []
+        end = self.clock.now + seconds
+        for _ in range(1000):
+            due = self.core.next_tick
+            if due is None or due > end:
+                self.clock.now = end
+                return out
+            self.clock.now = max(self.clock.now, due)
+            out += self._note(self.core.tick())
+            due = self.core.next_tick
+            assert due is None or due > self.clock.now, "it would be called again and again"
+        raise AssertionError("too many ticks")
+
+    # -- what devices do --------------------------------------------------------------------------
+
+    def online(self, device: str, connection: str = "c1") -> list[Envelope]:
+        return self.hear(device, Status(state="online", connection=connection))
+
+    def offline(self, device: str, connection: str = "c1") -> list[Envelope]:
+        return self.hear(device, Status(state="offline", connection=connection))
+
+    def join(self, device: str, cut: int, **hello: Any) -> list[Envelope]:
+        self.cuts[device] = cut
+        return self.online(device) + self.hear(device, make_hello(cut=cut, **hello))
+
+    def send(self, device: str, *batches: int, **changes: Any) -> list[Envelope]:
+        """Batches of the round as it is announced."""
+        out: list[Envelope] = []
+        for batch in batches:
+            fields = {"version": self.round.version} | changes
+            out += self.hear(
+                device,
+                make_activations(self.round.stamp, batch, cut=self.cuts[device], **fields),
+            )
+        return out
+
+    def upload(self, device: str, **changes: Any) -> list[Envelope]:
+        fields = {"version": self.round.version, "produced": 3} | changes
+        return self.hear(device, make_upload(self.round.stamp, cut=self.cuts[device], **fields))
+
+    def train(self, *devices: str) -> list[Envelope]:
+        """A whole round."""
+        out: list[Envelope] = []
+        for device in devices:
+            out += self.send(device, 0, 1, 2)
+        announced = self.round
+        for device in devices:
+            assert self.round == announced
+            out += self.upload(device)
+        return out
+
+
+def every(kind: type[M], envelopes: list[Envelope], device: str | None = None) -> list[M]:
+    """All messages of this kind, for this device."""
+    return [
+        envelope.message
+        for envelope in envelopes
+        if isinstance(envelope.message, kind)
+        and (device is None or envelope.address.device == device)
+    ]
+
+
+def only(kind: type[M], envelopes: list[Envelope], device: str | None = None) -> M:
+    """The one message of this kind, for this device."""
+    (found,) = every(kind, envelopes, device)
+    return found
+
+

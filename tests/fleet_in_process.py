@@ -1,0 +1,165 @@
+"""A whole fleet in one process: coordinator and agents as their services run them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from broker.errors import TransportError
+from broker.memory import MemoryBroker, MemoryTransport
+from broker.messages import Report
+from broker.transport import Transport, Will
+from coordinator import service as coordinator_service
+from coordinator.observer import Observer
+from coordinator.service import build_core, run_coordinator
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import Checkpoint, Store
+from coordinator.traffic import Traffic
+from edge_agent import service as agent_service
+from edge_agent.data import DeviceData
+from edge_agent.service import run_agent
+from edge_agent.settings import AgentSettings
+from edge_agent.snapshots import DiskSnapshots
+from tests.tiny import make_settings
+
+Connect = Callable[[str, Will], Transport]
+"""Client id and will → a transport."""
+
+
+class Watcher(Observer):
+    """What happened, and a way to wait for it. Called from the coordinator's worker thread."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.discarded: dict[str, int] = defaultdict(int)
+        self.reports: dict[tuple[str, int, int], Report] = {}
+        self.inference: dict[str, Report] = {}
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+
+    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+        self.losses.append(loss)
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    def batch_discarded(self, reason: str) -> None:
+        self.discarded[reason] += 1
+
+    def device_report(self, device: str, cut: int, report: Report) -> None:
+        if report.inference is not None:
+            self.inference[device] = report
+        else:
+            self.reports[device, report.round, report.attempt] = report
+
+    async def applied(self, batches: int) -> None:
+        """Wait until so many batches have been trained on."""
+        while len(self.losses) < batches:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class Fleet:
+    """``devices`` maps a name to its cut; ``data`` a name to its images."""
+
+    def __init__(
+        self,
+        folder: Path,
+        connect: Connect,
+        devices: Mapping[str, int],
+        data: Callable[[str], DeviceData],
+        **settings: Any,
+    ) -> None:
+        self.folder = folder
+        self.settings: CoordinatorSettings = make_settings(
+            state_dir=folder / "coordinator", min_devices=len(devices), **settings
+        )
+        self.watcher = Watcher()
+        self.transports: dict[str, Transport] = {}
+        self._connect = connect
+        self._devices = devices
+        self._data = data
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start_coordinator(self) -> None:
+        boot = coordinator_service.new_boot()
+        traffic = Traffic(lambda reason: None)
+        transport = self._transport("coordinator", coordinator_service.last_will(self.settings, boot))
+        core = build_core(
+            self.settings,
+            observer=self.watcher,
+            traffic=traffic.totals,
+            boot=boot,
+            clock=time.monotonic,
+        )
+        self._start(
+            "coordinator",
+            run_coordinator(self.settings, transport, core, traffic, stop=asyncio.Event()),
+        )
+
+    def start_agent(self, name: str) -> None:
+        settings = AgentSettings(
+            device=name,
+            cut=self._devices[name],
+            state_dir=self.folder / name,
+            precision="fp32",
+            memory_format="contiguous",
+            exit_when_finished=True,
+        )
+        boot = agent_service.new_boot()
+        transport = self._transport(name, agent_service.last_will(settings, boot))
+        self._start(
+            name,
+            run_agent(
+                settings,
+                transport,
+                self._data(name),
+                DiskSnapshots(settings.state_dir),
+                boot=boot,
+                stop=asyncio.Event(),
+            ),
+        )
+
+    def start(self) -> None:
+        """The coordinator and all agents."""
+        self.start_coordinator()
+        for name in self._devices:
+            self.start_agent(name)
+
+    async def kill(self, name: str) -> None:
+        """End one party as a power cut would."""
+        transport = self.transports[name]
+        assert isinstance(transport, MemoryTransport)
+        transport.abort()
+        try:
+            await self._tasks[name]
+        except TransportError:
+            pass
+
+    async def finish(self) -> dict[str, Any]:
+        """Wait for the end of the run; its result."""
+        await asyncio.gather(*self._tasks.values())
+        (path,) = (self.folder / "coordinator").glob("*/result.json")
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
+
+    def checkpoint(self) -> Checkpoint:
+        store = Store(self.folder / "coordinator")
+        assert store.current() is not None
+        found = store.latest()
+        assert found is not None
+        return found
+
+    def _transport(self, name: str, will: Will) -> Transport:
+        self.transports[name] = self._connect(name, will)
+        return self.transports[name]
+
+    def _start(self, name: str, service: Any) -> None:
+        self._tasks[name] = asyncio.create_task(service, name=name)
+
+
+def in_memory(broker: MemoryBroker) -> Connect:
+    return lambda name, will: MemoryTransport(broker, name, will=will)

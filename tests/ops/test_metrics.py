@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+import ops
+from broker.messages import Histogram, Inference, Report
+from broker.topics import Address
+from coordinator.traffic import Traffic
+from edge_agent.attempt import ROUND_TRIP_BOUNDS_S
+from ops.errors import PortInUse
+from ops.metrics import Metrics, serve_metrics
+
+Labels = dict[str, str]
+
+
+@pytest.fixture
+def traffic() -> Traffic:
+    return Traffic(lambda reason: None)
+
+
+@pytest.fixture
+def metrics(traffic: Traffic) -> Metrics:
+    return Metrics(traffic)
+
+
+def values(metrics: Metrics, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    """Samples of one name by their labels, as a scraper reads them."""
+    text = generate_latest(metrics.registry).decode()
+    return {
+        tuple(sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return values(metrics, name).get(tuple(sorted(labels.items())))
+
+
+def report(
+    *,
+    number: int = 1,
+    attempt: int = 0,
+    exit_loss: float | None = None,
+    round_trip: Histogram | None = None,
+    inference: Inference | None = None,
+) -> Report:
+    return Report(
+        run="r",
+        round=number,
+        attempt=attempt,
+        exit_loss=exit_loss,
+        round_trip=round_trip,
+        inference=inference,
+    )
+
+
+def answers(version: int = 2) -> Inference:
+    return Inference(
+        version=version,
+        threshold=0.7,
+        images=20,
+        exits=12,
+        offloads=8,
+        answered=5,
+        refused=2,
+        timeouts=1,
+        correct=15,
+        exit_correct=11,
+        bytes_up=1000,
+        bytes_down=100,
+        exit_ms=0.5,
+        offload_ms=9.0,
+    )
+
+
+def trips(*counts: int, total: float) -> Histogram:
+    return Histogram(bounds=list(ROUND_TRIP_BOUNDS_S), counts=list(counts), total=total)
+
+
+def test_everything_the_dashboard_asks_for_is_exposed(metrics: Metrics, traffic: Traffic) -> None:
+    metrics.batch_applied(2, 32, 1.0, 0.1)
+    metrics.device_report("d0", 2, report(exit_loss=1.0))
+    metrics.device_report("d0", 2, report(inference=answers()))
+    metrics.round_ended(
+        1, "closed", {"version": 1, "server_accuracy": 0.5, "exit_accuracy": {"2": 0.4}}
+    )
+    text = generate_latest(metrics.registry).decode()
+    exposed: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            exposed.setdefault(sample.name, set()).update(sample.labels)
+    file = Path(ops.__file__).parent / "grafana" / "dashboards" / "fleet.json"
+    asked = 0
+    for panel in json.loads(file.read_text("utf-8"))["panels"]:
+        for target in panel.get("targets", []):
+            expression = target["expr"]
+            names = re.findall(r"splitfleet_\w+", expression)
+            labels = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            labels |= set(re.findall(r'[{,](\w+)="', expression))
+            for by in re.findall(r"by \(([^)]*)\)", expression):
+                labels |= {label.strip() for label in by.split(",")}
+            for name in names:
+                asked += 1
+                assert name in exposed, f"{panel['title']}: {name} is not exposed"
+                assert labels <= exposed[name], f"{panel['title']}: {name} lacks a label"
+    assert asked > 20
+
+
+def test_closed_label_sets_start_at_zero(metrics: Metrics) -> None:
+    assert value(metrics, "splitfleet_rounds_total", outcome="abandoned") == 0
+    assert value(metrics, "splitfleet_batches_discarded_total", reason="not_finite") == 0
+    assert value(metrics, "splitfleet_messages_dropped_total", reason="malformed") == 0
+    assert value(metrics, "splitfleet_offloads_total", outcome="timeout") == 0
+    assert value(metrics, "splitfleet_devices", state="offline") == 0
+    assert value(metrics, "splitfleet_message_bytes_total", direction="up", role="activation") == 0
+    assert value(metrics, "splitfleet_round_trip_seconds_count") == 0
+    assert value(metrics, "splitfleet_round") == 0
+
+
+def test_an_accuracy_that_is_not_known_is_absent(metrics: Metrics) -> None:
+    metrics.round_ended(1, "closed", {"version": 1})
+    assert values(metrics, "splitfleet_server_accuracy") == {}
+    assert value(metrics, "splitfleet_parameter_version") == 1
+
+
+def test_no_created_timestamps_are_exposed(metrics: Metrics) -> None:
+    metrics.batch_applied(2, 32, 1.0, 0.1)
+    assert "_created" not in generate_latest(metrics.registry).decode()
+
+
+def test_batches_count_samples_losses_and_time_by_cut(metrics: Metrics) -> None:
+    metrics.round_opened(1, 5, 0, 10)
+    metrics.batch_applied(2, 32, 2.0, 0.02)
+    metrics.batch_applied(2, 30, 1.0, 0.04)
+    metrics.batch_applied(5, 8, 3.0, 0.01)
+    assert value(metrics, "splitfleet_samples_applied_total", cut="2") == 62
+    assert value(metrics, "splitfleet_batches_applied_total", cut="2") == 2
+    assert value(metrics, "splitfleet_server_loss", cut="2") == 1.5
+    assert value(metrics, "splitfleet_server_loss", cut="5") == 3.0
+    assert value(metrics, "splitfleet_training_step_seconds_count", cut="2") == 2
+    assert value(metrics, "splitfleet_training_step_seconds_sum", cut="2") == pytest.approx(0.06)
+
+
+def test_server_loss_begins_anew_with_each_round(metrics: Metrics) -> None:
+    metrics.round_opened(1, 5, 0, 10)
+    metrics.batch_applied(2, 32, 2.0, 0.02)
+    metrics.round_opened(2, 5, 0, 10)
+    assert value(metrics, "splitfleet_server_loss", cut="2") == 2.0
+    metrics.batch_applied(2, 32, 0.5, 0.02)
+    assert value(metrics, "splitfleet_server_loss", cut="2") == 0.5
+    assert value(metrics, "splitfleet_round") == 2
+
+
+def test_rounds_are_counted_by_outcome_and_scores_kept(metrics: Metrics) -> None:
+    closed = {"version": 3, "server_accuracy": 0.8, "exit_accuracy": {"2": 0.6, "4": 0.7}}
+    metrics.round_ended(3, "closed", dict(closed))
+    metrics.round_ended(4, "extended", {})
+    metrics.round_ended(4, "abandoned", {})
+    assert value(metrics, "splitfleet_rounds_total", outcome="closed") == 1
+    assert value(metrics, "splitfleet_rounds_total", outcome="extended") == 1
+    assert value(metrics, "splitfleet_rounds_total", outcome="abandoned") == 1
+    assert value(metrics, "splitfleet_server_accuracy") == 0.8
+    assert value(metrics, "splitfleet_exit_accuracy", cut="4") == 0.7
+
+
+def test_reasons_are_counted(metrics: Metrics) -> None:
+    metrics.message_dropped("malformed")
+    metrics.message_dropped("something_new")
+    metrics.batch_discarded("wrong_shape")
+    metrics.features_answered(2, 0, "version")
+    assert value(metrics, "splitfleet_messages_dropped_total", reason="malformed") == 1
+    assert value(metrics, "splitfleet_messages_dropped_total", reason="something_new") == 1
+    assert value(metrics, "splitfleet_batches_discarded_total", reason="wrong_shape") == 1
+    assert value(metrics, "splitfleet_feature_requests_total", outcome="version") == 1
+
+
+def test_devices_are_online_whatever_they_do(metrics: Metrics) -> None:
+    metrics.devices({"training": 3, "waiting": 1, "offline": 2})
+    assert value(metrics, "splitfleet_devices", state="online") == 4
+    assert value(metrics, "splitfleet_devices", state="offline") == 2
+    assert value(metrics, "splitfleet_devices_by_phase", phase="training") == 3
+    metrics.devices({"offline": 6})
+    assert value(metrics, "splitfleet_devices", state="online") == 0
+    assert value(metrics, "splitfleet_devices_by_phase", phase="training") == 0
+
+
+def test_a_phase_that_a_device_made_up_makes_no_series(metrics: Metrics) -> None:
+    before = len(values(metrics, "splitfleet_devices_by_phase"))
+    metrics.devices({f"nonsense {number}": 1 for number in range(50)})
+    assert len(values(metrics, "splitfleet_devices_by_phase")) == before
+    assert value(metrics, "splitfleet_devices_by_phase", phase="other") == 50
+
+
+def test_bytes_are_summed_over_devices(metrics: Metrics, traffic: Traffic) -> None:
+    for device, size in (("d0", 100), ("d1", 50)):
+        traffic.received(Address("device", "activations", device=device, direction="up"), size)
+    traffic.sent(Address("cut", "parameters", layer=2), 7)
+    traffic.sent(Address("device", "parameters", device="d0", direction="down"), 8)
+    bytes_of = "splitfleet_message_bytes_total"
+    assert value(metrics, bytes_of, direction="up", role="activation") == 150
+    assert value(metrics, bytes_of, direction="down", role="parameter") == 15
+
+
+def test_a_repeated_inference_report_counts_once(metrics: Metrics) -> None:
+    for _ in range(3):
+        metrics.device_report("d0", 2, report(inference=answers()))
+    counted = "splitfleet_predictions_total"
+    assert value(metrics, counted, cut="2", answered_by="exit") == 12
+    assert value(metrics, counted, cut="2", answered_by="server") == 5
+    assert value(metrics, counted, cut="2", answered_by="fallback") == 3
+    assert value(metrics, "splitfleet_offloads_total", outcome="answered") == 5
+    assert value(metrics, "splitfleet_offloads_total", outcome="refused") == 2
+    assert value(metrics, "splitfleet_offloads_total", outcome="timeout") == 1
+
+
+def test_another_device_or_version_counts_again(metrics: Metrics) -> None:
+    metrics.device_report("d0", 2, report(inference=answers(version=2)))
+    metrics.device_report("d1", 2, report(inference=answers(version=2)))
+    metrics.device_report("d0", 2, report(inference=answers(version=3)))
+    counted = value(metrics, "splitfleet_predictions_total", cut="2", answered_by="exit")
+    assert counted == 36
+
+
+def test_round_trips_of_devices_are_added(metrics: Metrics) -> None:
+    first = trips(1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, total=50.0)
+    second = trips(0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, total=9.5)
+    metrics.device_report("d0", 2, report(round_trip=first))
+    metrics.device_report("d0", 2, report(round_trip=first))  # the same report again
+    metrics.device_report("d1", 3, report(round_trip=second))
+    bucket = "splitfleet_round_trip_seconds_bucket"
+    assert value(metrics, bucket, le="0.005") == 1
+    assert value(metrics, bucket, le="0.01") == 4
+    assert value(metrics, bucket, le="5.0") == 4
+    assert value(metrics, bucket, le="10.0") == 5
+    assert value(metrics, bucket, le="+Inf") == 9
+    assert value(metrics, "splitfleet_round_trip_seconds_count") == 9
+    assert value(metrics, "splitfleet_round_trip_seconds_sum") == 59.5
+
+
+def test_other_bounds_go_where_their_upper_bound_lies(metrics: Metrics) -> None:
+    foreign = Histogram(bounds=[0.02, 60.0], counts=[3, 4, 5], total=1.0)
+    metrics.device_report("d0", 2, report(round_trip=foreign))
+    bucket = "splitfleet_round_trip_seconds_bucket"
+    assert value(metrics, bucket, le="0.01") == 0
+    assert value(metrics, bucket, le="0.025") == 3
+    assert value(metrics, bucket, le="10.0") == 3
+    assert value(metrics, bucket, le="+Inf") == 12
+
+
+def test_a_histogram_of_the_wrong_length_is_ignored(metrics: Metrics) -> None:
+    odd = Histogram(bounds=[0.02], counts=[3], total=1.0)
+    metrics.device_report("d0", 2, report(round_trip=odd))
+    assert value(metrics, "splitfleet_round_trip_seconds_count") == 0
+    assert value(metrics, "splitfleet_round_trip_seconds_sum") == 0
+
+
+def test_exit_loss_is_the_mean_of_the_last_reports_of_a_cut(metrics: Metrics) -> None:
+    metrics.device_report("d0", 2, report(number=1, exit_loss=9.0))
+    metrics.device_report("d0", 2, report(number=2, exit_loss=1.0))
+    metrics.device_report("d1", 2, report(number=2, exit_loss=2.0))
+    metrics.device_report("d2", 4, report(number=2, exit_loss=4.0))
+    assert value(metrics, "splitfleet_exit_loss", cut="2") == 1.5
+    assert value(metrics, "splitfleet_exit_loss", cut="4") == 4.0
+
+
+def test_the_phase_of_the_run_is_one_of_its_phases(metrics: Metrics) -> None:
+    metrics.phase("training")
+    metrics.phase("inference")
+    phases = values(metrics, "splitfleet_run_phase")
+    assert sum(phases.values()) == 1
+    assert value(metrics, "splitfleet_run_phase", phase="inference") == 1
+
+
+def test_metrics_are_served_over_http(metrics: Metrics) -> None:
+    metrics.round_opened(4, 5, 0, 10)
+    with serve_metrics(metrics.registry, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+    assert "splitfleet_round 4.0" in text.splitlines()
+
+
+def test_a_port_taken_is_said_plainly(metrics: Metrics) -> None:
+    with (
+        serve_metrics(metrics.registry, "127.0.0.1", 0) as server,
+        pytest.raises(PortInUse, match=rf"{server.port}.*--metrics-port") as caught,
+    ):
+        serve_metrics(metrics.registry, "127.0.0.1", server.port)
+    assert caught.value.exit_code == 6
