@@ -49,7 +49,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.training import RoundInProgress, note_report
 from tensors.codecs import decode_torch, parse_codec
-from tensors.errors import TensorsError
+from tensors.errors import CodecError, TensorsError
 from tensors.format import Limits
 from tensors.parameters import pack_parameters
 
@@ -537,10 +537,12 @@ class CoordinatorCore:
     def _pack(self, cut: int) -> bytes:
         if cut not in self._packs:
             prefixes = (*(f"blocks.{i}." for i in range(cut)), f"heads.{cut}.")
-            self._packs[cut] = pack_parameters(
-                {n: v for n, v in self._model.state.items() if n.startswith(prefixes)},
-                codec=self._settings.parameter_codec,
-            )
+            half = {n: v for n, v in self._model.state.items() if n.startswith(prefixes)}
+            try:
+                self._packs[cut] = pack_parameters(half, codec=self._settings.parameter_codec)
+            except CodecError as exc:
+                log.warning("sending version %d in fp32: %s", self._version, exc)
+                self._packs[cut] = pack_parameters(half)
         return self._packs[cut]
 
     def _cuts(self) -> list[int]:

@@ -58,10 +58,6 @@ class Ledger:
         """Whether this batch has its outcome already."""
         return batch in self._applied or batch in self._discarded
 
-    def was_applied(self, batch: int) -> bool:
-        """Whether this batch was trained on."""
-        return batch in self._applied
-
     def apply(self, batch: int, samples: int) -> None:
         """This batch was trained on."""
         assert not self.seen(batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from broker.frames import OVERHEAD
-from broker.messages import Hello
+from broker.messages import PROTOCOL, Hello
 from coordinator.errors import DeviceRefused
 from coordinator.rounds import choose_cut, credits_of
 from coordinator.settings import CoordinatorSettings
@@ -44,6 +44,11 @@ class Placement:
         Raises :class:`DeviceRefused` if the device cannot take part in this run.
         """
         network = self._settings.network
+        if hello.protocol != PROTOCOL:
+            raise DeviceRefused(
+                f"it speaks version {hello.protocol} of the protocol, the coordinator {PROTOCOL}: "
+                "update the older one"
+            )
         if hello.image != (network.channels, network.size, network.size):
             raise DeviceRefused(
                 f"its images are {hello.image} (channels, height, width), the network takes "

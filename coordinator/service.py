@@ -31,7 +31,8 @@ from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
 from tensors.codecs import parse_codec
-from tensors.datasets import load_dataset
+from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
+from tensors.errors import DataError
 from tensors.networks import CutNetwork, NetworkSpec, build_network, feature_shapes, read_state
 from tensors.training import Compute, choose_compute
 
@@ -109,11 +110,7 @@ def build_core(
     network = build_network(spec, seed=settings.seed)
     blocks = [network.blocks[str(index)] for index in range(network.stop)]
     shapes = feature_shapes(blocks, spec)[:-1]
-    dataset = None
-    if settings.dataset is not None:
-        dataset = load_dataset(
-            settings.dataset, "test", root=settings.data_root, download=settings.download
-        )
+    dataset = _held_out_images(settings)
     store = Store(settings.state_dir, keep=settings.keep_checkpoints)
     run, checkpoint = open_run(settings, store, network, fresh=fresh)
     compute = _compute(settings, spec)
@@ -175,6 +172,32 @@ async def run_coordinator(
         await drive(core, link, clock=time.monotonic, stop=stop)
         with contextlib.suppress(TransportError):  # the last will says it otherwise
             await link.send(core.goodbye())
+
+
+def _held_out_images(settings: CoordinatorSettings) -> Dataset | None:
+    if settings.dataset is None:
+        return None
+    network = settings.network
+    dataset = load_dataset(
+        settings.dataset,
+        "test",
+        root=settings.data_root,
+        download=settings.download,
+        size=network.size if settings.dataset.startswith(IMAGE_FOLDER) else None,
+    )
+    _, height, width, channels = dataset.images.shape
+    if (channels, height, width) != (network.channels, network.size, network.size):
+        raise DataError(
+            f"the images of {settings.dataset} are {channels}×{height}×{width} (channels, height, "
+            f"width), the network takes {network.channels}×{network.size}×{network.size}: set "
+            "channels and size of the network to the data's"
+        )
+    if len(dataset.classes) > network.classes:
+        raise DataError(
+            f"{settings.dataset} has {len(dataset.classes)} classes, the network "
+            f"{network.classes}: set classes of the network to the data's"
+        )
+    return dataset
 
 
 def _compute(settings: CoordinatorSettings, spec: NetworkSpec) -> Compute:

@@ -47,7 +47,7 @@ from edge_agent.errors import AssignmentError, StateError
 from edge_agent.predictor import InferenceRun, Policy
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import parse_codec
-from tensors.errors import TensorsError
+from tensors.errors import CodecError, TensorsError
 from tensors.parameters import pack_parameters, unpack_parameters
 
 log = logging.getLogger("splitfleet.agent")
@@ -155,11 +155,8 @@ class AgentCore:
         """The broker is there (again): introduce ourselves and say again what may be lost."""
         self._connected = True
         out: list[Effect] = [self._status(), up(self._device, self._hello)]
-        if self._attempt is not None:
-            out += self._attempt.unanswered()
-        if self._question is not None:
-            out += self._question.envelopes
-        elif self._assignment is None:
+        out += self._unanswered()
+        if self._question is None and self._assignment is None:
             self._ask(up(self._device, self._hello))
         return out
 
@@ -319,9 +316,11 @@ class AgentCore:
         return self._advance()
 
     def _coordinator(self, message: Coordinator) -> list[Effect]:
-        self._coordinator_online = message.state == "online"
-        if not self._coordinator_online or message.boot == self._coordinator_boot:
+        was_online, self._coordinator_online = self._coordinator_online, message.state == "online"
+        if not self._coordinator_online:
             return []
+        if message.boot == self._coordinator_boot:
+            return [] if was_online else self._unanswered()
         stranger = self._coordinator_boot is not None or self._assignment is None
         self._coordinator_boot = message.boot
         return [self._status(), up(self._device, self._hello)] if stranger else []
@@ -435,7 +434,11 @@ class AgentCore:
         assert assignment is not None
         assert learner is not None
         run, number, tried = attempt.stamp
-        state = pack_parameters(learner.state(), codec=assignment.parameter_codec)
+        try:
+            state = pack_parameters(learner.state(), codec=assignment.parameter_codec)
+        except CodecError as exc:  # the coordinator leaves out what is no parameter pack
+            log.warning("nothing to upload: %s", exc)
+            state = b""
         self._become(Phase.FINISHING)
         return self._ask(
             up(
@@ -493,6 +496,11 @@ class AgentCore:
     def _ask(self, *envelopes: Envelope) -> list[Effect]:
         self._question = _Question(list(envelopes), self._clock() + FIRST_RETRY_S, FIRST_RETRY_S)
         return list(envelopes)
+
+    def _unanswered(self) -> list[Effect]:
+        """What may have been lost, or its answer, with a connection: ours or the coordinator's."""
+        out = list[Effect](self._attempt.unanswered() if self._attempt is not None else [])
+        return out + (self._question.envelopes if self._question is not None else [])
 
     def _answered(self, phase: Phase) -> None:
         if self.phase is phase:

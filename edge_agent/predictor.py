@@ -55,6 +55,7 @@ class _Tally:
     bytes_down: int = 0
     exit_s: float = 0.0
     offload_s: float = 0.0
+    round_trips: int = 0
 
 
 class InferenceRun:
@@ -140,6 +141,7 @@ class InferenceRun:
             return
         self._tally.replies += 1
         self._tally.offload_s += self._clock() - offload.asked
+        self._tally.round_trips += 1
         probabilities = None
         if prediction.tensor is not None and prediction.version == self._version:
             self._tally.bytes_down += len(prediction.tensor)

@@ -8,6 +8,7 @@ forward with newer weights is not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -129,11 +130,12 @@ class DeviceTrainer:
                     f"the gradient of batch {batch} has shape {tuple(gradient.shape)}, "
                     f"its features {tuple(flight.features.shape)}"
                 )
-            if not bool(torch.isfinite(gradient).all()):
+            if not math.isfinite(gradient.sum().item()):
                 raise TrainingError(f"the gradient of batch {batch} is not finite")
             outputs.append(flight.features)
-            scaled = gradient.to(flight.features) * self._feedback_weight
-            weights.append(scaled.to(memory_format=_format_of(flight.features)))
+            # One pass that also brings it into the features' layout.
+            weights.append(torch.empty_like(flight.features).copy_(gradient))
+            weights[-1].mul_(self._feedback_weight)
         if outputs:
             self._step(flight.parameters, outputs, weights)
         return flight.outcome
@@ -187,9 +189,3 @@ def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     if gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
-
-
-def _format_of(x: Tensor) -> torch.memory_format:
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format

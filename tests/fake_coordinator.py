@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from broker.messages import Envelope, Message, Round, Status, up
+from broker.messages import Envelope, Inference, Message, Report, Round, Status, up
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import build_core
@@ -163,3 +163,10 @@ def only(kind: type[M], envelopes: list[Envelope], device: str | None = None) ->
     return found
 
 
+def inference_report(server: Harness, **changes: Any) -> Report:
+    fields: dict[str, Any] = dict.fromkeys(
+        [name for name, field in Inference.model_fields.items() if name != "threshold"], 0
+    )
+    fields |= {"version": server.round.version, "threshold": 0.5, "images": 4, "exits": 4}
+    run, number, attempt = server.round.stamp
+    return Report(run=run, round=number, attempt=attempt, inference=Inference(**fields | changes))

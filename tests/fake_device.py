@@ -11,14 +11,18 @@ import numpy as np
 
 from broker.drive import Effect, Subscribe
 from broker.messages import (
+    Activations,
     Assignment,
+    DeviceParameters,
     Envelope,
+    Gradients,
     Hello,
     Manifest,
     Measurement,
     Message,
     Parameters,
     Receipt,
+    Report,
     Round,
     down,
     to_all,
@@ -205,14 +209,14 @@ class Harness:
 
     def hear(self, *messages: Message) -> list[Message]:
         """What the device says to these messages; it has not worked yet."""
-        out = []
+        out: list[Message] = []
         for message in messages:
             out += self._note(self.core.receive(envelope_of(message)))
         return out
 
     def work(self, limit: int = 100) -> list[Message]:
         """What the device says while it works until there is nothing to do."""
-        out = []
+        out: list[Message] = []
         for _ in range(limit):
             if not self.core.has_work:
                 return out
@@ -298,3 +302,47 @@ def only(kind: type[M], messages: list[Message]) -> M:
 def every(kind: type[M], messages: list[Message]) -> list[M]:
     """All messages of this kind."""
     return [message for message in messages if isinstance(message, kind)]
+
+
+GRADIENT = parse_codec("fp32").encode(np.ones((8, 1), np.float32))
+
+
+def gradients(activations: Activations, tensor: bytes = GRADIENT) -> Gradients:
+    run, number, attempt = activations.stamp
+    return Gradients(
+        run=run,
+        round=number,
+        attempt=attempt,
+        batch=activations.batch,
+        loss=1.0,
+        correct=1,
+        tensor=tensor,
+    )
+
+
+def train(device: Harness, announced: Round) -> DeviceParameters:
+    """Answer every batch; the upload."""
+    for _ in range(20):
+        said = device.work()
+        uploads = every(DeviceParameters, said)
+        if uploads:
+            return uploads[0]
+        assert every(Activations, said)
+        device.hear(*(gradients(m) for m in every(Activations, said)))
+    raise AssertionError("the round never ends")
+
+
+def finish(device: Harness, announced: Round) -> Report:
+    train(device, announced)
+    said = device.hear(receipt_of(announced, applied=[(0, 3)], complete=True, final=True))
+    return only(Report, said)
+
+
+def exam(*images: tuple[int, float, int]) -> FakeData:
+    """Batches of one image: what the exit says, how sure it is of it, and the truth."""
+    batches: list[tuple[Array, Array]] = []
+    for answer, sure, label in images:
+        pixels = np.zeros((1, 1, SIZE, SIZE), np.float32)
+        pixels[0, 0, 0, :2] = answer, sure
+        batches.append((pixels, np.array([label])))
+    return FakeData(batches)

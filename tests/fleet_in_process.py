@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import defaultdict
@@ -87,7 +88,9 @@ class Fleet:
     def start_coordinator(self) -> None:
         boot = coordinator_service.new_boot()
         traffic = Traffic(lambda reason: None)
-        transport = self._transport("coordinator", coordinator_service.last_will(self.settings, boot))
+        transport = self._transport(
+            "coordinator", coordinator_service.last_will(self.settings, boot)
+        )
         core = build_core(
             self.settings,
             observer=self.watcher,
@@ -134,10 +137,8 @@ class Fleet:
         transport = self.transports[name]
         assert isinstance(transport, MemoryTransport)
         transport.abort()
-        try:
+        with contextlib.suppress(TransportError):
             await self._tasks[name]
-        except TransportError:
-            pass
 
     async def finish(self) -> dict[str, Any]:
         """Wait for the end of the run; its result."""

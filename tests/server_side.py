@@ -25,12 +25,19 @@ START = Model(
     },
 )
 
+FP32 = parse_codec("fp32")
 Stamp = tuple[str, int, int]
 
 
 def features_at(cut: int, seed: int = 0, size: int = 8) -> Array:
     rng = np.random.default_rng(seed)
     return np.maximum(rng.standard_normal((size, *SHAPES[cut - 1])), 0).astype(np.float32)
+
+
+def poisoned_features() -> bytes:
+    features = features_at(2)
+    features[0] = np.nan
+    return FP32.encode(features)
 
 
 def trained_half(cut: int) -> dict[str, Array]:

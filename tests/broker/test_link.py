@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Self
 
 import msgpack
 import pytest
@@ -58,18 +58,16 @@ class End:
         self.clock = Clock()
         self.observer = Counting()
         self.transport = MemoryTransport(broker, name)
-        self.link = Link(
-            self.transport, TOPICS, observer=self.observer, clock=self.clock, **link
-        )
+        self.link = Link(self.transport, TOPICS, observer=self.observer, clock=self.clock, **link)
         self._filters = filters
 
-    async def __aenter__(self) -> End:
+    async def __aenter__(self) -> Self:
         await self.transport.__aenter__()
         await self.link.subscribe(*self._filters)
         assert isinstance(await self.link.receive(), Connected)
         return self
 
-    async def __aexit__(self, *exc: Any) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.transport.__aexit__(None, None, None)
 
     async def arrival(self) -> Envelope:
@@ -108,8 +106,9 @@ async def test_a_large_message_crosses_a_broker_with_small_packets() -> None:
         await server.link.send(to_cut(2, sent))
         assert await agent.message() == sent
         assert agent.observer.sizes["received parameters"] > 99_840
-        assert agent.observer.sizes["received parameters"] == (
-            server.observer.sizes["sent parameters"]
+        assert (
+            agent.observer.sizes["received parameters"]
+            == (server.observer.sizes["sent parameters"])
         )
 
 
@@ -152,7 +151,10 @@ GARBAGE: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "malformed"),
     "a list": (msgpack.packb([1, 2]), "malformed"),
     "no frame": (msgpack.packb({"state": "online"}), "foreign_version"),
-    "another version": (single_frame(STATUS).replace(b"\xa1v\x01", b"\xa1v\x02"), "foreign_version"),
+    "another version": (
+        single_frame(STATUS).replace(b"\xa1v\x01", b"\xa1v\x02"),
+        "foreign_version",
+    ),
     "a flipped bit": (single_frame(STATUS).replace(b"online", b"onlinf"), "corrupt"),
     "no message in the frame": (next(iter(split(b"rubbish", 1, 100))), "malformed"),
     "another message": (single_frame(Coordinator(state="online", boot="b")), "invalid"),

@@ -82,7 +82,9 @@ def reference(
 
     state = {
         name: mean(
-            name, [(h.state, h.samples) for h in holders if name in h.state and counts(h, name)], old
+            name,
+            [(h.state, h.samples) for h in holders if name in h.state and counts(h, name)],
+            old,
         )
         for name, old in start.state.items()
     }

@@ -35,7 +35,7 @@ from tests.server_side import (
     make_upload,
     trained_half,
 )
-from tests.tiny import CLASSES, CPU, RUN, Array, Clock, assert_same, differs
+from tests.tiny import CLASSES, CPU, RUN, Clock, assert_same, differs
 
 STAMP = (RUN, 3, 1)
 VERSION = 2
@@ -342,7 +342,6 @@ def test_an_upload_counts_with_the_samples_the_coordinator_applied() -> None:
     assert desk.round.contributions() == {"a": (1, 24), "b": (1, 8)}
 
 
-
 def uploads() -> dict[str, bytes]:
     good = trained_half(2)
     name, variance = "blocks.1.conv1.weight", "blocks.1.bn1.running_var"
@@ -421,43 +420,48 @@ def test_receipts_add_up_to_what_became_of_the_batches(
 ) -> None:
     desk = Desk(feedback=feedback)
     told: dict[str, dict[int, str]] = {"a": {}, "b": {}, "x": {}}
-
-    def note(envelopes: list[Envelope]) -> None:
-        for envelope in envelopes:
-            message, device = envelope.message, envelope.address.device
-            if not isinstance(message, Receipt):
-                continue
-            assert device is not None
-            applied, discarded = ranges(message)
-            for reason, batches in (("applied", applied), *discarded.items()):
-                for batch in batches:
-                    assert told[device].setdefault(batch, reason) == reason
-
     for event in events:
-        match event:
-            case ("batch", device, number, spoil):
-                changes = {"labels": [CLASSES] * 8} if spoil else {}
-                cut = 2 if device == "a" else 5
-                note(desk.round.activations(device, batch_of(number, cut=cut, **changes)))
-            case ("join", device):
-                note([desk.round.join(device)])
-            case ("upload", device, produced):
-                note(desk.round.parameters(device, upload_of(device, produced=produced)))
-            case ("wait", seconds):
-                desk.clock.advance(seconds)
-                note(desk.round.receipts())
-        for name, entry in desk.round.record(0)["devices"].items():
-            account = entry["account"]
-            assert account["expired"] >= 0
-            assert account["produced"] == (
-                account["applied"] + sum(account["discarded"].values()) + account["expired"]
-            )
-            assert entry["samples"] == 8 * account["applied"], name
+        for envelope in react(desk, event):
+            if isinstance(envelope.message, Receipt):
+                note(told[str(envelope.address.device)], envelope.message)
+        assert_balanced(desk)
     for device in "ab":
-        note([desk.round.join(device)])
+        note(told[device], desk.round.join(device).message)
         account = desk.round.record(0)["devices"][device]["account"]
         assert list(told[device].values()).count("applied") == account["applied"]
         assert len(told[device]) == account["applied"] + sum(account["discarded"].values())
-    assert sum(e["account"]["applied"] for e in desk.round.record(0)["devices"].values()) == (
-        desk.observer.applied
-    )
+
+
+def react(desk: Desk, event: tuple[Any, ...]) -> list[Envelope]:
+    match event:
+        case ("batch", device, number, spoil):
+            changes = {"labels": [CLASSES] * 8} if spoil else {}
+            cut = 2 if device == "a" else 5
+            return desk.round.activations(device, batch_of(number, cut=cut, **changes))
+        case ("join", device):
+            return [desk.round.join(device)]
+        case ("upload", device, produced):
+            return desk.round.parameters(device, upload_of(device, produced=produced))
+        case (_, seconds):
+            desk.clock.advance(seconds)
+    return desk.round.receipts()
+
+
+def note(told: dict[int, str], receipt: Message) -> None:
+    """Enter a receipt; an outcome that was told before must not change."""
+    applied, discarded = ranges(receipt)
+    for reason, batches in (("applied", applied), *discarded.items()):
+        for batch in batches:
+            assert told.setdefault(batch, reason) == reason
+
+
+def assert_balanced(desk: Desk) -> None:
+    entries = desk.round.record(0)["devices"]
+    for name, entry in entries.items():
+        account = entry["account"]
+        assert account["expired"] >= 0
+        assert account["produced"] == (
+            account["applied"] + sum(account["discarded"].values()) + account["expired"]
+        )
+        assert entry["samples"] == 8 * account["applied"], name
+    assert sum(e["account"]["applied"] for e in entries.values()) == desk.observer.applied

@@ -112,7 +112,7 @@ def test_it_is_complete_when_every_batch_of_the_quota_has_its_answer() -> None:
 
 
 def test_every_attempt_at_a_round_sees_the_same_data_and_the_next_round_goes_on() -> None:
-    fresh = {"quota": 3, "window": 4, "receipt": {"credits": 4}}
+    fresh: dict[str, Any] = {"quota": 3, "window": 4, "receipt": {"credits": 4}}
     assert positions(Desk(number=1, **fresh).produce()) == [0, 1, 2]
     assert positions(Desk(number=1, **fresh).produce()) == [0, 1, 2]
     assert positions(Desk(number=2, **fresh).produce()) == [3, 4, 5]

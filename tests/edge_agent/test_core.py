@@ -1,85 +1,33 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from broker.messages import (
     Activations,
-    Assignment,
-    Command,
     Coordinator,
     DeviceParameters,
-    Features,
-    Gradients,
     Hello,
-    Message,
-    Prediction,
     Report,
     Request,
-    Round,
     Status,
 )
 from broker.topics import Topics
-from edge_agent.attempt import Learner
-from edge_agent.core import LAST_RETRY_S, PROBE_WAIT_S, Phase
-from edge_agent.errors import AssignmentError
-from tensors.codecs import parse_codec
-from tensors.errors import NetworkError
+from edge_agent.core import LAST_RETRY_S, Phase
 from tensors.parameters import unpack_parameters
 from tests.fake_device import (
-    FakeData,
-    FakeLearner,
     Harness,
-    MemorySnapshots,
     every,
+    finish,
+    gradients,
     make_manifest,
-    make_measurement,
     make_parameters,
     only,
     pack,
-    probabilities_of,
     receipt_of,
+    train,
 )
-from tests.tiny import RUN, SIZE, Array, make_assignment, make_hello, make_round
-
-GRADIENT = parse_codec("fp32").encode(np.ones((8, 1), np.float32))
-
-
-def gradients(activations: Activations, tensor: bytes = GRADIENT) -> Gradients:
-    run, number, attempt = activations.stamp
-    return Gradients(
-        run=run,
-        round=number,
-        attempt=attempt,
-        batch=activations.batch,
-        loss=1.0,
-        correct=1,
-        tensor=tensor,
-    )
-
-
-def train(device: Harness, announced: Round) -> DeviceParameters:
-    """Answer every batch; the upload."""
-    for _ in range(20):
-        said = device.work()
-        uploads = every(DeviceParameters, said)
-        if uploads:
-            return uploads[0]
-        assert every(Activations, said)
-        device.hear(*(gradients(m) for m in every(Activations, said)))
-    raise AssertionError("the round never ends")
-
-
-def finish(device: Harness, announced: Round) -> Report:
-    train(device, announced)
-    said = device.hear(receipt_of(announced, applied=[(0, 3)], complete=True, final=True))
-    return only(Report, said)
-
+from tests.tiny import RUN, make_assignment, make_round
 
 # -- joining --------------------------------------------------------------------------------------
 
@@ -191,6 +139,17 @@ def test_a_device_that_was_there_first_says_hello_to_the_coordinator_at_once() -
     assert every(Hello, device.hear(Coordinator(state="online", boot="first")))
 
 
+def test_what_was_out_is_said_again_to_a_coordinator_that_lost_the_broker() -> None:
+    device = Harness()
+    device.join()
+    device.hear(Coordinator(state="online", boot="first"))
+    made = every(Activations, device.work())
+    device.hear(Coordinator(state="offline", boot="first"))
+    again = device.hear(Coordinator(state="online", boot="first"))
+    assert every(Activations, again) == made
+    assert not device.hear(Coordinator(state="online", boot="first"))
+
+
 def test_without_a_coordinator_nothing_is_produced() -> None:
     device = Harness()
     device.join()
@@ -227,6 +186,15 @@ def test_the_upload_is_said_again_until_the_final_receipt() -> None:
     assert every(DeviceParameters, device.wait(7)) == [upload, upload]
     device.hear(receipt_of(make_round(), applied=[(0, 3)], complete=True, final=True))
     assert not every(DeviceParameters, device.wait(100))
+
+
+def test_parameters_that_cannot_be_encoded_end_the_round_without_an_upload_of_them() -> None:
+    device = Harness()
+    device.join(make_assignment(parameter_codec="fp16"))
+    device.learner.weight = device.learner.weight * np.float32("nan")
+    assert train(device, make_round()).state == b""
+    device.hear(receipt_of(make_round(), applied=[(0, 3)], complete=True, final=True))
+    assert device.core.phase is Phase.WAITING
 
 
 def test_a_round_it_has_finished_is_not_entered_again() -> None:
@@ -400,310 +368,3 @@ def test_parameters_for_others_are_not_taken() -> None:
     device.hear(make_parameters(2))
     assert device.core.phase is Phase.FETCHING
     assert device.learner.weight == 0
-
-
-# -- its own memory -------------------------------------------------------------------------------
-
-
-def test_a_restarted_device_needs_no_download() -> None:
-    snapshots = MemorySnapshots()
-    first = Harness(snapshots=snapshots)
-    first.join()
-    first.work()
-    second = Harness(snapshots=snapshots)
-    second.connect()
-    second.hear(make_assignment())
-    assert only(Request, second.hear(make_round())).what == "join"
-    second.hear(receipt_of(make_round(), complete=True, next_batch=2, applied=[(0, 1)]))
-    assert [m.batch for m in every(Activations, second.work())] == [2, 3]
-    assert second.learner.weight == 10
-
-
-def test_a_restarted_device_of_an_old_version_fetches_the_new_one() -> None:
-    snapshots = MemorySnapshots()
-    Harness(snapshots=snapshots).join()
-    second = Harness(snapshots=snapshots)
-    second.connect()
-    second.hear(make_assignment())
-    assert only(Request, second.hear(make_round(2, version=1))).what == "parameters"
-
-
-def test_a_broken_disk_costs_the_memory_but_not_the_training() -> None:
-    device = Harness(snapshots=MemorySnapshots(broken=True))
-    device.join()
-    assert finish(device, make_round()).applied == 4
-
-
-# -- what cannot be done --------------------------------------------------------------------------
-
-
-def refuse(error: Exception) -> Callable[[Assignment], Learner]:
-    def build(assignment: Assignment) -> Learner:
-        raise error
-
-    return build
-
-
-@pytest.mark.parametrize("error", [AssignmentError("not allowed"), NetworkError("no such cut")])
-def test_an_assignment_it_cannot_follow_ends_the_device_with_the_reason(error: Exception) -> None:
-    device = Harness(build=refuse(error), stay=True)
-    device.connect()
-    device.hear(make_assignment(), make_round())
-    assert device.core.finished
-    assert device.core.problem == str(error)
-
-
-@pytest.mark.parametrize("key", ["activation_codec", "parameter_codec"])
-def test_a_codec_it_does_not_know_ends_the_device_with_the_reason(key: str) -> None:
-    device = Harness()
-    device.connect()
-    device.hear(make_assignment(**{key: "int3"}), make_round())
-    assert device.core.finished
-    assert "int3" in str(device.core.problem)
-
-
-def test_a_device_that_is_refused_stops_with_the_reason() -> None:
-    device = Harness(stay=True)
-    device.connect()
-    device.hear(Command(command="stop", reason="it has no training images"))
-    assert device.core.finished
-    assert device.core.problem == "it has no training images"
-
-
-@pytest.mark.parametrize("stay", [True, False])
-def test_after_the_run_a_device_stays_or_goes(stay: bool) -> None:
-    device = Harness(stay=stay)
-    device.join()
-    finish(device, make_round())
-    device.hear(make_round(3, phase="finished"))
-    assert device.core.phase is Phase.FINISHED
-    assert device.core.finished is not stay
-    assert device.core.problem is None
-
-
-def test_a_device_that_stays_takes_part_in_the_next_run() -> None:
-    device = Harness(stay=True)
-    device.join()
-    device.hear(make_round(3, phase="finished"))
-    device.hear(make_assignment(run="next"), make_round(run="next"))
-    device.hear(make_parameters(0, run="next"), receipt_of(make_round(run="next"), complete=True))
-    assert {m.run for m in every(Activations, device.work())} == {"next"}
-
-
-# -- cut auto -------------------------------------------------------------------------------------
-
-
-def test_a_device_without_a_cut_measures_itself_and_its_uplink() -> None:
-    device = Harness(hello=make_hello(cut=None))
-    device.connect()
-    probe = only(Request, device.hear(make_assignment(cut=None)))
-    assert probe.what == "probe"
-    assert len(probe.padding) > 64 << 10
-    assert not device.core.has_work, "the probe is still on its way"
-    device.uplink = 1e6
-    hello = only(Hello, device.work())
-    assert hello.measurement is not None
-    assert hello.measurement.uplink_bytes_per_s == 1e6
-    device.hear(make_assignment(cut=4), make_round())
-    assert device.core.phase is Phase.FETCHING
-
-
-def test_a_probe_that_is_lost_does_not_hold_up_the_measurement() -> None:
-    device = Harness(hello=make_hello(cut=None))
-    device.connect()
-    device.hear(make_assignment(cut=None))
-    device.wait(PROBE_WAIT_S - 0.1)
-    assert not device.core.has_work
-    device.wait(0.2)
-    hello = only(Hello, device.work())
-    assert hello.measurement is not None
-    assert hello.measurement.uplink_bytes_per_s == 0
-
-
-def test_a_device_that_cannot_measure_says_why() -> None:
-    def measure(assignment: Assignment) -> Any:
-        raise AssignmentError("not allowed")
-
-    device = Harness(measure=measure)
-    device.connect()
-    device.hear(make_assignment(cut=None))
-    device.uplink = 1.0
-    device.work()
-    assert device.core.finished
-    assert device.core.problem == "not allowed"
-
-
-# -- answering images -----------------------------------------------------------------------------
-
-
-def exam(*images: tuple[int, float, int]) -> FakeData:
-    """Batches of one image: what the exit says, how sure it is of it, and the truth."""
-    batches: list[tuple[Array, Array]] = []
-    for answer, sure, label in images:
-        pixels = np.zeros((1, 1, SIZE, SIZE), np.float32)
-        pixels[0, 0, 0, :2] = answer, sure
-        batches.append((pixels, np.array([label])))
-    return FakeData(batches)
-
-
-def start_answering(device: Harness) -> None:
-    device.connect()
-    device.hear(make_assignment(), make_round(3, phase="inference", version=7))
-    device.hear(make_parameters(7))
-
-
-def test_it_answers_by_its_exit_or_asks_and_reports_until_the_run_is_over() -> None:
-    device = Harness(data=exam((1, 1.0, 1), (0, 0.0, 2), (0, 0.0, 3)))
-    start_answering(device)
-    first, second = every(Features, device.work())
-    assert first.version == 7
-    right, wrong = probabilities_of(2), probabilities_of(2)
-    device.hear(Prediction(request=second.request, version=7, tensor=wrong))
-    device.hear(Prediction(request=first.request, version=7, tensor=right))
-    report = only(Report, device.work())
-    assert report.inference is not None
-    assert report.inference.images == 3
-    assert (report.inference.exits, report.inference.offloads) == (1, 2)
-    assert report.inference.correct == 2
-    assert device.core.phase is Phase.REPORTING
-    assert every(Report, device.wait(10)), "reports are not acknowledged: it says it again"
-    assert device.hear(make_round(3, phase="inference", version=7)) == []
-    device.hear(make_round(3, phase="finished", version=7))
-    assert not every(Report, device.wait(100))
-    assert device.core.finished
-
-
-def test_without_an_answer_the_exits_own_counts() -> None:
-    device = Harness(data=exam((2, 0.1, 2)))
-    start_answering(device)
-    device.work()
-    device.wait(6)
-    report = only(Report, device.work())
-    assert report.inference is not None
-    assert (report.inference.timeouts, report.inference.correct) == (1, 1)
-
-
-def test_a_device_without_test_images_reports_at_once() -> None:
-    device = Harness()
-    start_answering(device)
-    report = only(Report, device.work())
-    assert report.inference is not None
-    assert report.inference.images == 0
-
-
-# -- anything, in any order -----------------------------------------------------------------------
-
-ROUNDS = st.builds(
-    make_round,
-    st.integers(1, 2),
-    attempt=st.integers(0, 1),
-    version=st.integers(0, 2),
-    phase=st.sampled_from(["training", "training", "gathering", "inference", "finished"]),
-    run=st.sampled_from([RUN, RUN, RUN, "other"]),
-)
-RANGES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=2)
-RECEIPTS = st.builds(
-    receipt_of,
-    ROUNDS,
-    applied=RANGES,
-    discarded=st.dictionaries(st.sampled_from(["late", "wrong_shape"]), RANGES, max_size=2),
-    credits=st.integers(0, 3),
-    next_batch=st.integers(0, 5),
-    complete=st.booleans(),
-    participant=st.booleans(),
-    final=st.booleans(),
-)
-TENSORS = st.sampled_from(
-    [GRADIENT, b"", b"rubbish", parse_codec("fp32").encode(np.full((8, 1), np.nan, np.float32))]
-)
-MESSAGES = st.one_of(
-    st.builds(
-        make_assignment,
-        run=st.sampled_from([RUN, RUN, "other"]),
-        cut=st.sampled_from([2, 2, None]),
-        feedback=st.sampled_from(["gradient", "none"]),
-        quota=st.integers(1, 4),
-    ),
-    ROUNDS,
-    ROUNDS,
-    RECEIPTS,
-    RECEIPTS,
-    st.builds(
-        Gradients,
-        run=st.just(RUN),
-        round=st.integers(1, 2),
-        attempt=st.integers(0, 1),
-        batch=st.integers(0, 4),
-        loss=st.just(1.0),
-        correct=st.just(0),
-        tensor=TENSORS,
-    ),
-    st.builds(make_parameters, st.integers(0, 2)),
-    st.builds(make_parameters, st.integers(0, 2), state=TENSORS),
-    st.builds(make_manifest, st.integers(0, 2), st.sampled_from([10.0, 11.0])),
-    st.builds(
-        Prediction,
-        request=st.integers(0, 2),
-        version=st.integers(0, 2),
-        tensor=st.one_of(
-            st.none(),
-            TENSORS,
-            st.just(probabilities_of(1)),
-            st.just(parse_codec("fp32").encode(np.ones(1, np.float32))),
-        ),
-    ),
-    st.builds(
-        Coordinator, state=st.sampled_from(["online", "offline"]), boot=st.sampled_from("ab")
-    ),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    events=st.lists(
-        st.one_of(
-            MESSAGES,
-            st.sampled_from(["connect", "disconnect", "work", "work", "uplink"]),
-            st.floats(0, 40),
-        ),
-        max_size=50,
-    ),
-    ready=st.booleans(),
-)
-def test_whatever_arrives_in_whatever_order_the_books_balance(
-    events: list[Message | str | float], ready: bool
-) -> None:
-    device = Harness(stay=True, data=exam((1, 0.0, 1), (0, 0.9, 2), (0, 0.0, 3)))
-    if ready:
-        device.join()
-    for event in events:
-        if isinstance(event, Message):
-            device.hear(event)
-        elif isinstance(event, float):
-            device.wait(event)
-        elif event == "work":
-            device.work()
-        elif event == "uplink":
-            device.uplink = 1e6
-        else:
-            getattr(device, event)()
-    device.hear(make_round(2, phase="finished"))
-    for report in every(Report, device.said):
-        if report.inference is None:
-            assert report.produced == (
-                report.applied + sum(report.discarded.values()) + report.expired
-            )
-        else:
-            inference = report.inference
-            assert inference.images == inference.exits + inference.offloads == 3
-            assert inference.offloads == (
-                inference.answered + inference.refused + inference.timeouts
-            )
-    made = [(m.stamp, m.batch) for m in every(Activations, device.said)]
-    assert all(batch < 4 for _, batch in made)
-
-
-def test_the_fakes_are_what_the_state_machine_takes() -> None:
-    learner: Learner = FakeLearner()
-    assert learner.state().keys() == {"weight"}
-    assert make_measurement().cores == 1

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.messages import (
+    Activations,
+    Coordinator,
+    Gradients,
+    Message,
+    Prediction,
+    Report,
+)
+from edge_agent.attempt import Learner
+from tensors.codecs import parse_codec
+from tests.fake_device import (
+    GRADIENT,
+    FakeLearner,
+    Harness,
+    every,
+    exam,
+    make_manifest,
+    make_measurement,
+    make_parameters,
+    probabilities_of,
+    receipt_of,
+)
+from tests.tiny import RUN, make_assignment, make_round
+
+# -- anything, in any order -----------------------------------------------------------------------
+
+ROUNDS = st.builds(
+    make_round,
+    st.integers(1, 2),
+    attempt=st.integers(0, 1),
+    version=st.integers(0, 2),
+    phase=st.sampled_from(["training", "training", "gathering", "inference", "finished"]),
+    run=st.sampled_from([RUN, RUN, RUN, "other"]),
+)
+RANGES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=2)
+RECEIPTS = st.builds(
+    receipt_of,
+    ROUNDS,
+    applied=RANGES,
+    discarded=st.dictionaries(st.sampled_from(["late", "wrong_shape"]), RANGES, max_size=2),
+    credits=st.integers(0, 3),
+    next_batch=st.integers(0, 5),
+    complete=st.booleans(),
+    participant=st.booleans(),
+    final=st.booleans(),
+)
+TENSORS = st.sampled_from(
+    [GRADIENT, b"", b"rubbish", parse_codec("fp32").encode(np.full((8, 1), np.nan, np.float32))]
+)
+MESSAGES = st.one_of(
+    st.builds(
+        make_assignment,
+        run=st.sampled_from([RUN, RUN, "other"]),
+        cut=st.sampled_from([2, 2, None]),
+        feedback=st.sampled_from(["gradient", "none"]),
+        quota=st.integers(1, 4),
+    ),
+    ROUNDS,
+    ROUNDS,
+    RECEIPTS,
+    RECEIPTS,
+    st.builds(
+        Gradients,
+        run=st.just(RUN),
+        round=st.integers(1, 2),
+        attempt=st.integers(0, 1),
+        batch=st.integers(0, 4),
+        loss=st.just(1.0),
+        correct=st.just(0),
+        tensor=TENSORS,
+    ),
+    st.builds(make_parameters, st.integers(0, 2)),
+    st.builds(make_parameters, st.integers(0, 2), state=TENSORS),
+    st.builds(make_manifest, st.integers(0, 2), st.sampled_from([10.0, 11.0])),
+    st.builds(
+        Prediction,
+        request=st.integers(0, 2),
+        version=st.integers(0, 2),
+        tensor=st.one_of(
+            st.none(),
+            TENSORS,
+            st.just(probabilities_of(1)),
+            st.just(parse_codec("fp32").encode(np.ones(1, np.float32))),
+        ),
+    ),
+    st.builds(
+        Coordinator, state=st.sampled_from(["online", "offline"]), boot=st.sampled_from("ab")
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    events=st.lists(
+        st.one_of(
+            MESSAGES,
+            st.sampled_from(["connect", "disconnect", "work", "work", "uplink"]),
+            st.floats(0, 40),
+        ),
+        max_size=50,
+    ),
+    ready=st.booleans(),
+)
+def test_whatever_arrives_in_whatever_order_the_books_balance(
+    events: list[Message | str | float], ready: bool
+) -> None:
+    device = Harness(stay=True, data=exam((1, 0.0, 1), (0, 0.9, 2), (0, 0.0, 3)))
+    if ready:
+        device.join()
+    for event in events:
+        if isinstance(event, Message):
+            device.hear(event)
+        elif isinstance(event, float):
+            device.wait(event)
+        elif event == "work":
+            device.work()
+        elif event == "uplink":
+            device.uplink = 1e6
+        else:
+            getattr(device, event)()
+    device.hear(make_round(2, phase="finished"))
+    for report in every(Report, device.said):
+        if report.inference is None:
+            assert report.produced == (
+                report.applied + sum(report.discarded.values()) + report.expired
+            )
+        else:
+            inference = report.inference
+            assert inference.images == inference.exits + inference.offloads == 3
+            assert inference.offloads == (
+                inference.answered + inference.refused + inference.timeouts
+            )
+    made = [(m.stamp, m.batch) for m in every(Activations, device.said)]
+    assert all(batch < 4 for _, batch in made)
+
+
+def test_the_fakes_are_what_the_state_machine_takes() -> None:
+    learner: Learner = FakeLearner()
+    assert learner.state().keys() == {"weight"}
+    assert make_measurement().cores == 1
