@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from broker.errors import TransportError
 from broker.memory import MemoryBroker, MemoryTransport
@@ -70,7 +70,7 @@ class Fleet:
         self,
         folder: Path,
         connect: Connect,
-        devices: Mapping[str, int],
+        devices: Mapping[str, int | Literal["auto"]],
         data: Callable[[str], DeviceData],
         **settings: Any,
     ) -> None:

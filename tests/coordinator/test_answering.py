@@ -24,13 +24,6 @@ from tests.server_side import (
 from tests.tiny import SPEC
 
 
-def closed(server: Harness) -> int:
-    return server.checkpoint().round
-
-
-# -- answering ------------------------------------------------------------------------------------
-
-
 def trained_server() -> Harness:
     server = Harness(rounds=1, inference=True, min_devices=2)
     server.join("a", 2, test_samples=4)

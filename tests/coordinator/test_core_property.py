@@ -28,13 +28,6 @@ from tests.server_side import (
 )
 from tests.tiny import CLASSES, make_hello
 
-
-def closed(server: Harness) -> int:
-    return server.checkpoint().round
-
-
-# -- anything, in any order -----------------------------------------------------------------------
-
 STAMPS = st.tuples(
     st.sampled_from(["current", "current", "other"]), st.integers(0, 2), st.integers(0, 1)
 )
@@ -73,7 +66,10 @@ def test_whatever_devices_say_in_whatever_order_nothing_breaks(
             server.wait(data.draw(st.sampled_from([0.1, 1.0, 60.0, 200.0])))
         elif what == "good" and device in server.cuts:
             batch = data.draw(st.integers(0, 2))
-            server.send(device, batch) if batch < 2 else server.upload(device)
+            if batch < 2:
+                server.send(device, batch)
+            else:
+                server.upload(device)
         else:
             server.hear(device, data.draw(messages(server)))
     for record in server.checkpoint().history:

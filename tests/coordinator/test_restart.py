@@ -18,13 +18,6 @@ from tests.server_side import (
 from tests.tiny import NETWORK, assert_same
 
 
-def closed(server: Harness) -> int:
-    return server.checkpoint().round
-
-
-# -- a restart ------------------------------------------------------------------------------------
-
-
 def test_a_restarted_coordinator_raises_the_attempt_and_starts_from_the_last_closed_round() -> None:
     first = Harness(min_devices=2, rounds=3)
     first.join("a", 2)

@@ -16,8 +16,6 @@ from tests.fake_device import (
 )
 from tests.tiny import make_assignment, make_round
 
-# -- answering images -----------------------------------------------------------------------------
-
 
 def start_answering(device: Harness) -> None:
     device.connect()

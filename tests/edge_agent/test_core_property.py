@@ -28,8 +28,6 @@ from tests.fake_device import (
 )
 from tests.tiny import RUN, make_assignment, make_round
 
-# -- anything, in any order -----------------------------------------------------------------------
-
 ROUNDS = st.builds(
     make_round,
     st.integers(1, 2),

@@ -103,6 +103,23 @@ async def test_a_run_from_the_first_hello_to_the_result(
     assert all(np.isfinite(values).all() for values in checkpoint.model.state.values())
 
 
+async def test_a_device_without_a_cut_measures_itself_and_is_given_one(tmp_path: Path) -> None:
+    fleet = Fleet(
+        tmp_path,
+        in_memory(MemoryBroker()),
+        {"a": "auto", "b": 2},
+        lambda name: make_device_data(48, seed=ord(name)),
+        rounds=1,
+        step_budget_ms=1e6,
+    )
+    fleet.start()
+    result = await fleet.finish()
+    assert [(d["device"], d["cut"], d["rounds"]) for d in result["devices"]] == [
+        ("a", 9, 1),
+        ("b", 2, 1),
+    ]
+
+
 async def test_training_learns(tmp_path: Path) -> None:
     fleet = make_fleet(tmp_path, MemoryBroker(), rounds=6, batches_per_round=8, inference=False)
     fleet.start()

@@ -120,7 +120,8 @@ class Fleet:
 
     def logs(self) -> str:
         return "\n".join(
-            f"== {log.name}\n" + log.read_text()[-1500:] for log in sorted(self.folder.glob("*.log"))
+            f"== {log.name}\n" + log.read_text()[-1500:]
+            for log in sorted(self.folder.glob("*.log"))
         )
 
 
