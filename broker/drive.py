@@ -15,7 +15,7 @@ from typing import Protocol
 
 from broker.errors import PacketTooLarge, PublishRefused, TransportError
 from broker.link import Arrival, Link
-from broker.messages import Envelope
+from broker.messages import DeferredEnvelope, Envelope
 from broker.transport import Connected, Disconnected
 
 log = logging.getLogger("splitfleet.service")
@@ -112,6 +112,8 @@ class _Loop:
         self._sending: set[asyncio.Task[None]] = set()
         self._filters: tuple[str, ...] = ()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="machine")
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="maker")
+        self._next_housekeeping = clock() + HOUSEKEEPING_S
 
     async def read(self) -> None:
         """Move what arrives into the bounded inbox."""
@@ -132,6 +134,9 @@ class _Loop:
             if not self._inbox.empty():
                 return self._handler(self._inbox.get_nowait())
             now = self._clock()
+            if now >= self._next_housekeeping:
+                self._link.expire()
+                self._next_housekeeping = now + HOUSEKEEPING_S
             due = machine.next_tick
             if due is not None and now >= due:
                 return machine.tick
@@ -175,6 +180,11 @@ class _Loop:
 
     async def _send(self, envelope: Envelope) -> None:
         try:
+            if isinstance(envelope, DeferredEnvelope):
+                # Made here, so that the machine goes on with the next message meanwhile.
+                await asyncio.get_running_loop().run_in_executor(
+                    self._maker, lambda: envelope.message
+                )
             await self._link.send(envelope)
         except (PublishRefused, PacketTooLarge) as exc:
             log.error("not sent: %s", exc)  # noqa: TRY400 the message says it all
@@ -194,4 +204,5 @@ class _Loop:
         for task in self._sending:
             task.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(None, self._worker.shutdown)
+        for pool in (self._worker, self._maker):
+            await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)

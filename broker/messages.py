@@ -7,7 +7,8 @@ A tensor is opaque at this level: the bytes of ``tensors.format``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -334,6 +335,33 @@ class Envelope:
     message: Message
 
 
+class DeferredEnvelope(Envelope):
+    """An envelope whose message takes computing to make.
+
+    It is made once, by whoever asks for it first: usually a thread beside the state machine's.
+    """
+
+    __slots__ = ("_lock", "_made")
+
+    _lock: threading.Lock
+    _made: Message | Callable[[], Message]
+
+    def __init__(self, address: Address, make: Callable[[], Message]) -> None:
+        object.__setattr__(self, "address", address)
+        object.__setattr__(self, "_made", make)
+        object.__setattr__(self, "_lock", threading.Lock())
+
+    @property
+    def message(self) -> Message:
+        """The message; blocks while it is being made."""
+        with self._lock:
+            made = self._made
+            if not isinstance(made, Message):
+                made = made()
+                object.__setattr__(self, "_made", made)  # frees what it was made from
+            return made
+
+
 def channel(address: Address) -> tuple[str, str]:
     """The key of ``KINDS`` for an address."""
     return address.direction or address.scope, address.kind
@@ -341,31 +369,40 @@ def channel(address: Address) -> tuple[str, str]:
 
 def up(device: str, message: Message) -> Envelope:
     """An envelope from ``device`` to the coordinator."""
-    return Envelope(Address("device", _kind("up", message), device=device, direction="up"), message)
+    return Envelope(
+        Address("device", _kind("up", type(message)), device=device, direction="up"), message
+    )
 
 
 def down(device: str, message: Message) -> Envelope:
     """An envelope from the coordinator to ``device``."""
     return Envelope(
-        Address("device", _kind("down", message), device=device, direction="down"), message
+        Address("device", _kind("down", type(message)), device=device, direction="down"), message
+    )
+
+
+def down_later(device: str, kind: type[Message], make: Callable[[], Message]) -> Envelope:
+    """Like :func:`down`, for a message of ``kind`` that is made when it is sent."""
+    return DeferredEnvelope(
+        Address("device", _kind("down", kind), device=device, direction="down"), make
     )
 
 
 def to_all(message: Message) -> Envelope:
     """An envelope to every device."""
-    return Envelope(Address("all", _kind("all", message)), message)
+    return Envelope(Address("all", _kind("all", type(message))), message)
 
 
 def to_cut(layer: int, message: Message) -> Envelope:
     """An envelope to every device with cut ``layer``."""
-    return Envelope(Address("cut", _kind("cut", message), layer=layer), message)
+    return Envelope(Address("cut", _kind("cut", type(message)), layer=layer), message)
 
 
-def _kind(where: str, message: Message) -> str:
-    for (place, kind), model in KINDS.items():
-        if place == where and type(message) is model:
-            return kind
-    raise AssertionError(f"{type(message).__name__} is never sent {where}")
+def _kind(where: str, kind: type[Message]) -> str:
+    for (place, name), model in KINDS.items():
+        if place == where and model is kind:
+            return name
+    raise AssertionError(f"{kind.__name__} is never sent {where}")
 
 
 def encode_message(message: Message) -> bytes:

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from broker.messages import Gradients, Range, to_ranges
+from broker.messages import Envelope, Range, to_ranges
 
 Stamp = tuple[str, int, int]
 
@@ -42,7 +42,7 @@ class Ledger:
     _applied: set[int] = field(default_factory=set)
     _discarded: dict[int, str] = field(default_factory=dict)
     _news: list[int] = field(default_factory=list)
-    _answers: OrderedDict[int, Gradients] = field(default_factory=OrderedDict)
+    _answers: OrderedDict[int, Envelope] = field(default_factory=OrderedDict)
 
     @property
     def finished(self) -> bool:
@@ -71,13 +71,13 @@ class Ledger:
         self._discarded[batch] = reason
         self._news.append(batch)
 
-    def remember(self, batch: int, answer: Gradients) -> None:
+    def remember(self, batch: int, answer: Envelope) -> None:
         """Keep an answer for a redelivered batch; only the last few are."""
         self._answers[batch] = answer
         while len(self._answers) > self.keep_answers:
             self._answers.popitem(last=False)
 
-    def answer(self, batch: int) -> Gradients | None:
+    def answer(self, batch: int) -> Envelope | None:
         """The answer this batch had, if it is still kept."""
         return self._answers.get(batch)
 

@@ -127,6 +127,7 @@ def build_core(
             learning_rate,
             shapes=shapes,
             classes=spec.classes,
+            batch_size=settings.batch_size,
             codec=parse_codec(settings.codec),
             want_gradient=settings.feedback == "gradient",
             device_copies=settings.device_copies,

@@ -134,9 +134,14 @@ class Store:
         folders = sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True)
         for folder in folders:
             try:
-                return _load(folder)
+                checkpoint = _load(folder)
             except StoreError as exc:
                 log.warning("%s; going back to the checkpoint before", exc)
+                continue
+            if folder != folders[0]:
+                # A device may hold the damaged version: its number must not mean other weights.
+                checkpoint.version = int(folders[0].name) + 1
+            return checkpoint
         if folders:
             raise StoreError(
                 f"no checkpoint in {self.folder} can be read: restore one from a backup, or start "

@@ -18,13 +18,14 @@ from broker.messages import (
     Receipt,
     Report,
     down,
+    down_later,
 )
 from coordinator.aggregation import Aggregation, Model
-from coordinator.engines import Engine, Step
+from coordinator.engines import Engine
 from coordinator.errors import BatchRefused
 from coordinator.ledger import Ledger, Stamp
 from coordinator.observer import Observer
-from tensors.codecs import Codec, decode_torch
+from tensors.codecs import Codec, decode_torch, parse_codec
 from tensors.errors import AveragingError, CodecError, FormatError
 from tensors.format import Limits
 from tensors.networks import State
@@ -51,6 +52,7 @@ class RoundInProgress:
         *,
         shapes: Sequence[tuple[int, ...]],
         classes: int,
+        batch_size: int,
         codec: Codec,
         want_gradient: bool,
         device_copies: bool,
@@ -63,6 +65,7 @@ class RoundInProgress:
         self._learning_rate = learning_rate
         self._shapes = shapes
         self._classes = classes
+        self._batch_size = batch_size
         self._codec = codec
         self._want_gradient = want_gradient
         self._device_copies = device_copies
@@ -138,9 +141,7 @@ class RoundInProgress:
         if ledger.seen(batch):
             self._observer.message_dropped("redelivered")
             answer = ledger.answer(batch)
-            return [
-                self._receipt(device, complete=True) if answer is None else down(device, answer)
-            ]
+            return [self._receipt(device, complete=True) if answer is None else answer]
         if batch >= ledger.quota:
             self._observer.batch_discarded("beyond_quota")
             return [self._receipt(device, complete=True)]
@@ -155,7 +156,7 @@ class RoundInProgress:
         out = []
         if answer is not None:
             ledger.remember(batch, answer)
-            out.append(down(device, answer))
+            out.append(answer)
         enough = RECEIPT_BATCHES if self._want_gradient else max(1, ledger.credits // 2)
         if ledger.unreported >= enough:
             out.append(self._receipt(device))
@@ -227,7 +228,7 @@ class RoundInProgress:
 
     # -- small parts ------------------------------------------------------------------------------
 
-    def _train(self, device: str, message: Activations) -> Gradients | None:
+    def _train(self, device: str, message: Activations) -> Envelope | None:
         started = self._clock()
         if self._ledgers[device].finished:
             raise BatchRefused("late")
@@ -237,31 +238,35 @@ class RoundInProgress:
         step = self._engine.step(device, cut, features, labels, want_gradient=self._want_gradient)
         self._losses.setdefault(cut, []).append(step.loss)
         self._correct.setdefault(cut, []).append(step.correct)
-        answer = None if step.gradient is None else self._answer(message.batch, step, step.gradient)
         self._observer.batch_applied(cut, step.images, step.loss, self._clock() - started)
-        return answer
-
-    def _answer(self, batch: int, step: Step, gradient: torch.Tensor) -> Gradients | None:
-        try:
-            encoded = self._codec.encode(gradient)
-        except CodecError as exc:  # the batch is applied; its device goes on without
-            self._observer.message_dropped("gradient_not_encodable")
-            log.warning("the gradient of batch %d is not sent: %s", batch, exc)
+        gradient, batch, (run, number, attempt) = step.gradient, message.batch, self.stamp
+        if gradient is None:
             return None
-        run, number, attempt = self.stamp
-        return Gradients(
-            run=run,
-            round=number,
-            attempt=attempt,
-            batch=batch,
-            loss=step.loss,
-            correct=step.correct,
-            tensor=encoded,
+        return down_later(
+            device,
+            Gradients,
+            lambda: Gradients(
+                run=run,
+                round=number,
+                attempt=attempt,
+                batch=batch,
+                loss=step.loss,
+                correct=step.correct,
+                tensor=self._encode(gradient),
+            ),
         )
+
+    def _encode(self, gradient: torch.Tensor) -> bytes:
+        try:
+            return self._codec.encode(gradient)
+        except CodecError:  # its range is too small for this one; the receiver reads any codec
+            return parse_codec("fp32").encode(gradient)
 
     def _read(self, message: Activations, cut: int) -> torch.Tensor:
         if message.version != self.version:
             raise BatchRefused("wrong_version")
+        if len(message.labels) > self._batch_size:
+            raise BatchRefused("batch_too_large")
         if max(message.labels) >= self._classes:
             raise BatchRefused("bad_labels")
         shape = (len(message.labels), *self._shapes[cut - 1])

@@ -29,6 +29,7 @@ from broker.messages import (
     channel,
     decode_message,
     down,
+    down_later,
     encode_message,
     from_ranges,
     to_all,
@@ -320,3 +321,17 @@ def test_messages_are_values() -> None:
         make_round().version = 3  # type: ignore[misc]
     assert isinstance(make_round(), Round)
     assert {Activations, Hello, Receipt} <= set(KINDS.values())
+
+
+def test_a_deferred_message_is_made_once_and_looks_like_any_other() -> None:
+    made: list[int] = []
+
+    def make() -> Message:
+        made.append(1)
+        return Prediction(request=1, version=2)
+
+    envelope = down_later("device", Prediction, make)
+    assert made == [], "not before somebody asks"
+    assert envelope.address == down("device", Prediction(request=1, version=2)).address
+    assert envelope.message is envelope.message
+    assert made == [1]

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.messages import Gradients, Receipt, from_ranges
+from broker.messages import Gradients, Receipt, down, from_ranges
 from coordinator.ledger import Ledger
 
 QUOTA = 10
@@ -52,7 +52,7 @@ def test_only_the_last_answers_are_kept() -> None:
     ledger = make_ledger(keep=2)
     for batch in range(4):
         ledger.apply(batch, 8)
-        ledger.remember(batch, gradients(batch))
+        ledger.remember(batch, down("device", gradients(batch)))
     assert [ledger.answer(batch) is not None for batch in range(4)] == [False, False, True, True]
 
 

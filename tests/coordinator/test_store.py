@@ -130,10 +130,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     store = make_store(tmp_path, 0, 1, 2)
+    before = reopened(tmp_path).latest()
+    assert before is not None
     damage(store.folder / "checkpoints" / "000002" / name)
     found = reopened(tmp_path).latest()
     assert found is not None
-    assert found.version == 1
+    assert found.round == before.round - 1
+    # A device may hold the damaged version 2, so that number never means other weights.
+    assert found.version == 3
 
 
 def test_a_damaged_checkpoint_is_replaced_by_its_repetition(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class Desk:
             0.05,
             shapes=SHAPES,
             classes=CLASSES,
+            batch_size=9,
             codec=parse_codec(codec),
             want_gradient=feedback,
             device_copies=True,
@@ -282,11 +283,18 @@ class Enormous:
     def close(self, aggregation: Aggregation) -> None: ...
 
 
-def test_a_gradient_the_codec_cannot_carry_is_not_sent_but_the_batch_counts() -> None:
+def test_a_gradient_the_codec_cannot_carry_is_sent_as_fp32() -> None:
     desk = Desk(engine=Enormous(), codec="fp16")
-    sent = desk.send(batch_of(0))
-    assert not any(isinstance(message, Gradients) for message in sent)
+    (sent,) = [m for m in desk.send(batch_of(0)) if isinstance(m, Gradients)]
+    assert (decode(sent.tensor) == np.float32(1e30)).all()
     assert desk.applied() == {0}
+
+
+def test_a_batch_above_the_agreed_size_is_refused() -> None:
+    desk = Desk()
+    desk.send(batch_of(0, labels=[0] * 10))
+    assert desk.applied() == set()
+    assert desk.observer.discarded["batch_too_large"] == 1
 
 
 # -- joining --------------------------------------------------------------------------------------
