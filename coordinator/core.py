@@ -9,49 +9,39 @@ can keep checkpoints in memory.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-
 from broker.messages import (
     Activations,
-    Assignment,
     Command,
     Coordinator,
     DeviceParameters,
     Envelope,
     Features,
     Hello,
-    Manifest,
-    Parameters,
-    Prediction,
     Report,
     Request,
-    Round,
     RunPhase,
     Status,
     down,
     to_all,
-    to_cut,
 )
+from coordinator import orders
 from coordinator.aggregation import Model
-from coordinator.errors import BatchRefused, DeviceRefused
+from coordinator.answering import Answering
+from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator, Responder
 from coordinator.observer import Observer
 from coordinator.placement import Placement
+from coordinator.published import Published
 from coordinator.registry import Device, Registry
-from coordinator.rounds import Verdict, judge, learning_rate, quorum_of, quota_of
+from coordinator.rounds import Verdict, judge, quorum_of
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
+from coordinator.traffic import TrafficLog
 from coordinator.training import RoundInProgress, note_report
-from tensors.codecs import decode_torch, parse_codec
-from tensors.errors import CodecError, TensorsError
-from tensors.format import Limits
-from tensors.parameters import pack_parameters
 
 log = logging.getLogger("splitfleet.coordinator")
 
@@ -95,29 +85,31 @@ class CoordinatorCore:
         self._placement = placement
         self._store = store
         self._observer = observer
-        self._traffic_now = traffic
         self._boot = boot
         self._clock = clock
         self._registry = Registry(settings.max_devices)
         self._registry.restore(checkpoint.registry)
-        self._version = checkpoint.version
         # An attempt announced before a crash is never announced again: its round gets a new one.
         self._number = max(checkpoint.round, store.announced()[0] - 1)
         self._returning_until = clock() + settings.return_wait_s if checkpoint.registry else None
-        self._model = checkpoint.model
-        self._trained_cuts = set(checkpoint.trained_cuts)
+        self._published = Published(
+            run,
+            checkpoint.version,
+            checkpoint.model,
+            set(checkpoint.trained_cuts),
+            settings.parameter_codec,
+        )
+        self._answering = Answering(
+            responder, placement.shapes, batch_size=settings.batch_size, observer=observer
+        )
         self._history = list(checkpoint.history)
-        self._traffic_before = checkpoint.traffic
-        self._bytes_before: dict[str, int] = {}
+        self._traffic = TrafficLog(checkpoint.traffic, traffic)
         self._round: RoundInProgress | None = None
         self._previous: RoundInProgress | None = None
-        self._packs: dict[int, bytes] = {}
         self._phase: RunPhase = "gathering"
         self._attempt = 0
         self._due: float | None = None
-        self._codec = parse_codec(settings.codec)
-        self._bytes_since_last_record()
-        responder.load(self._version, self._model.state)
+        responder.load(self._published.version, self._published.model.state)
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -125,7 +117,7 @@ class CoordinatorCore:
         """The broker is there (again), maybe without its retained messages: say them all."""
         out = [to_all(Coordinator(state="online", boot=self._boot))]
         out += [self._assign(device) for device in self._registry.devices.values() if device.hello]
-        out += [self._manifest(cut) for cut in self._cuts()]
+        out += [self._published.manifest(cut) for cut in self._cuts()]
         out.append(self._announcement())
         return out + self._advance()
 
@@ -161,7 +153,8 @@ class CoordinatorCore:
             case DeviceParameters():
                 out = self._device_parameters(known, message)
             case Features():
-                out = self._features(known, message)
+                prediction = self._answering.answer(known.cut, self._published.trained, message)
+                out = [down(known.name, prediction)]
             case Status():
                 self._registry.status(device, message)
                 self._observer.devices(self._registry.by_state())
@@ -212,22 +205,11 @@ class CoordinatorCore:
         device.cut = cut
         if cut is None:
             return [self._assign(device)]
-        return [self._assign(device), self._manifest(cut)]
+        return [self._assign(device), self._published.manifest(cut)]
 
     def _request(self, device: Device, request: Request) -> list[Envelope]:
         if request.what == "parameters" and device.cut is not None:
-            return [
-                self._manifest(device.cut),
-                down(
-                    device.name,
-                    Parameters(
-                        run=self._run,
-                        version=self._version,
-                        cut=device.cut,
-                        state=self._pack(device.cut),
-                    ),
-                ),
-            ]
+            return self._published.answer(device.name, device.cut)
         if request.what == "join" and request.run is not None:
             stamp = (request.run, request.round, request.attempt)
             if self._round is not None and stamp == self._round.stamp:
@@ -251,54 +233,12 @@ class CoordinatorCore:
         self._observer.message_dropped("stale_attempt")
         return []
 
-    def _features(self, device: Device, message: Features) -> list[Envelope]:
-        refused: str | None = None
-        probabilities = None
-        if message.version != self._responder.version:
-            refused = "version"
-        elif device.cut is None or device.cut not in self._trained_cuts:
-            refused = "untrained"
-        else:
-            try:
-                probabilities = self._answer(device.cut, message)
-            except TensorsError:
-                refused = "bad_tensor"
-            except BatchRefused as exc:
-                refused = exc.reason
-        images = 0 if probabilities is None else len(probabilities)
-        self._observer.features_answered(device.cut or 0, images, refused)
-        return [
-            down(
-                device.name,
-                Prediction(
-                    request=message.request,
-                    version=self._version,
-                    tensor=None
-                    if probabilities is None
-                    else parse_codec("fp32").encode(probabilities),
-                    refused=refused,
-                ),
-            )
-        ]
-
-    def _answer(self, cut: int, message: Features) -> np.ndarray:
-        shape = self._placement.shapes[cut - 1]
-        limits = Limits(max_elements=self._settings.batch_size * int(np.prod(shape)))
-        features = decode_torch(message.tensor, limits=limits)
-        fits = features.ndim and len(features) and tuple(features.shape[1:]) == shape
-        if not fits or features.dtype is not torch.float32:
-            raise BatchRefused("wrong_shape")
-        probabilities = self._responder.answer(cut, features)
-        if not np.isfinite(probabilities).all():
-            raise BatchRefused("not_finite")
-        return probabilities
-
     def _report(self, device: Device, report: Report) -> list[Envelope]:
         if report.run != self._run:
             return []
         self._observer.device_report(device.name, device.cut or 0, report)
         if report.inference is not None:
-            if report.inference.version == self._version:
+            if report.inference.version == self._published.version:
                 device.inference = report.inference
             return []
         if self._round is not None and self._round.stamp == report.stamp:
@@ -356,19 +296,23 @@ class CoordinatorCore:
         last_number, last_attempt = self._store.announced()
         self._attempt = last_attempt + 1 if last_number == self._number else 0
         self._store.announce(self._number, self._attempt)
-        rate = learning_rate(
-            settings.learning_rate, self._number, settings.rounds, settings.schedule
-        )
-        self._round = self._new_round(self._model, rate)
+        rate = orders.rate(settings, self._number)
+        self._round = self._new_round(self._published.model, rate)
         self._round.open(
             (self._run, self._number, self._attempt),
-            self._version,
-            {device.name: (self._require_cut(device), self._quota(device)) for device in ready},
+            self._published.version,
+            {
+                device.name: (self._require_cut(device), orders.quota(self._settings, device))
+                for device in ready
+            },
         )
         self._set_phase("training")
         self._due = self._clock() + settings.round_deadline_s
         self._observer.round_opened(
-            self._number, settings.rounds, self._attempt, sum(map(self._quota, ready))
+            self._number,
+            settings.rounds,
+            self._attempt,
+            sum(orders.quota(settings, device) for device in ready),
         )
         return [self._announcement()]
 
@@ -379,12 +323,9 @@ class CoordinatorCore:
             log.warning("round %d stayed below quorum: abandoned", self._number)
             self._set_phase("gathering")
             return self._advance() or [self._announcement()]
-        self._model = current.merge()
-        self._version += 1
-        self._trained_cuts |= current.trained_cuts
-        self._packs.clear()
+        self._published.replace(current.merge(), current.trained_cuts)
         record = current.record(self._clock())
-        record["bytes"] = self._bytes_since_last_record()
+        record["bytes"] = self._traffic.since_mark()
         self._score(record)
         self._history.append(record)
         for name, (rounds, samples) in current.contributions().items():
@@ -392,18 +333,20 @@ class CoordinatorCore:
             device.rounds += rounds
             device.samples += samples
         self._store.save(self._checkpoint())
-        self._responder.load(self._version, self._model.state)
+        self._responder.load(self._published.version, self._published.model.state)
         self._observer.round_ended(self._number, "closed", record)
         self._set_phase("gathering")
         out: list[Envelope] = []
         for cut in self._cuts():
-            out += [self._manifest(cut), self._broadcast(cut)]
+            out += [self._published.manifest(cut), self._published.broadcast(cut)]
         return out + (self._advance() or [self._announcement()])
 
     def _score(self, record: dict[str, Any]) -> None:
-        record["round"], record["version"] = self._number, self._version
+        record["round"], record["version"] = self._number, self._published.version
         if self._evaluator is not None:
-            scores = self._evaluator.scores(self._model.state, sorted(self._trained_cuts))
+            scores = self._evaluator.scores(
+                self._published.model.state, sorted(self._published.trained)
+            )
             record["server_accuracy"] = scores.server_accuracy
             record["server_loss"] = scores.server_loss
             record["exit_accuracy"] = {str(c): a for c, a in scores.exit_accuracy.items()}
@@ -444,10 +387,10 @@ class CoordinatorCore:
                 "rounds": device.rounds,
                 "inference": device.inference.model_dump() if device.inference else None,
             }
-            if self._evaluator is not None and device.cut in self._trained_cuts:
+            if self._evaluator is not None and device.cut in self._published.trained:
                 if device.cut not in by_cut:
                     by_cut[device.cut] = self._evaluator.cut_scores(
-                        self._model.state,
+                        self._published.model.state,
                         device.cut,
                         self._settings.codec,
                         self._settings.exit_rule,
@@ -461,96 +404,24 @@ class CoordinatorCore:
             "run": self._run,
             "settings": self._settings.model_dump(mode="json"),
             "rounds": self._number,
-            "version": self._version,
+            "version": self._published.version,
             "history": self._history,
-            "traffic": self._traffic(),
+            "traffic": self._traffic.totals(),
             "devices": devices,
         }
 
     # -- small parts ------------------------------------------------------------------------------
 
     def _assign(self, device: Device) -> Envelope:
-        settings = self._settings
-        return down(
-            device.name,
-            Assignment(
-                run=self._run,
-                network=settings.network,
-                cut=device.cut,
-                feedback=settings.feedback,
-                feedback_weight=settings.feedback_weight,
-                exit_weight=settings.exit_weight,
-                activation_codec=settings.codec,
-                parameter_codec=settings.parameter_codec,
-                batch_size=settings.batch_size,
-                quota=self._quota(device),
-                window=settings.window,
-                credits=self._placement.credits(device.cut or 1, len(self._registry.devices)),
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                gradient_timeout_s=settings.gradient_timeout_s,
-                augment=settings.augment,
-                seed=settings.seed,
-                exit_rule=settings.exit_rule,
-                threshold=settings.threshold,
-                offload_timeout_s=settings.offload_timeout_s,
-            ),
-        )
+        grant = self._placement.credits(device.cut or 1, len(self._registry.devices))
+        return orders.assignment(self._settings, self._run, device, grant)
 
     def _announcement(self) -> Envelope:
-        settings = self._settings
-        number = max(1, self._number)
-        return to_all(
-            Round(
-                run=self._run,
-                round=self._number,
-                attempt=self._attempt,
-                phase=self._phase,
-                version=self._version,
-                rounds=settings.rounds,
-                learning_rate=learning_rate(
-                    settings.learning_rate, number, settings.rounds, settings.schedule
-                ),
-                deadline_s=settings.round_deadline_s,
-            )
-        )
-
-    def _manifest(self, cut: int) -> Envelope:
-        pack = self._pack(cut)
-        return to_cut(
-            cut,
-            Manifest(
-                run=self._run,
-                version=self._version,
-                sha256=hashlib.sha256(pack).hexdigest(),
-                size=len(pack),
-                trained=cut in self._trained_cuts,
-            ),
-        )
-
-    def _broadcast(self, cut: int) -> Envelope:
-        return to_cut(
-            cut,
-            Parameters(run=self._run, version=self._version, cut=cut, state=self._pack(cut)),
-        )
-
-    def _pack(self, cut: int) -> bytes:
-        if cut not in self._packs:
-            prefixes = (*(f"blocks.{i}." for i in range(cut)), f"heads.{cut}.")
-            half = {n: v for n, v in self._model.state.items() if n.startswith(prefixes)}
-            try:
-                self._packs[cut] = pack_parameters(half, codec=self._settings.parameter_codec)
-            except CodecError as exc:
-                log.warning("sending version %d in fp32: %s", self._version, exc)
-                self._packs[cut] = pack_parameters(half)
-        return self._packs[cut]
+        stamp = (self._run, self._number, self._attempt)
+        return orders.announcement(self._settings, stamp, self._phase, self._published.version)
 
     def _cuts(self) -> list[int]:
         return sorted({d.cut for d in self._registry.devices.values() if d.cut is not None})
-
-    def _quota(self, device: Device) -> int:
-        samples = device.hello.samples if device.hello else 0
-        return quota_of(samples, self._settings.batch_size, self._settings.batches_per_round)
 
     def _require_cut(self, device: Device) -> int:
         assert device.cut is not None
@@ -564,29 +435,13 @@ class CoordinatorCore:
             self._phase = phase
             self._observer.phase(phase)
 
-    def _traffic(self) -> dict[str, int]:
-        total = dict(self._traffic_before)
-        for key, size in self._traffic_now().items():
-            total[key] = total.get(key, 0) + size
-        return total
-
-    def _bytes_since_last_record(self) -> dict[str, int]:
-        """Bytes by direction and role since the round before was closed."""
-        now: dict[str, int] = {}
-        for key, size in self._traffic().items():
-            kind = key.rpartition("/")[0]
-            now[kind] = now.get(kind, 0) + size
-        since = {kind: size - self._bytes_before.get(kind, 0) for kind, size in now.items()}
-        self._bytes_before = now
-        return since
-
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
-            version=self._version,
+            version=self._published.version,
             round=self._number,
-            model=self._model,
-            trained_cuts=sorted(self._trained_cuts),
+            model=self._published.model,
+            trained_cuts=sorted(self._published.trained),
             history=self._history,
             registry=self._registry.dump(),
-            traffic=self._traffic(),
+            traffic=self._traffic.totals(),
         )

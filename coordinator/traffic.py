@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from broker.topics import Address
 
@@ -51,3 +51,31 @@ def _party(address: Address) -> str:
     if address.device is not None:
         return address.device
     return f"cut-{address.layer}" if address.scope == "cut" else "all"
+
+
+class TrafficLog:
+    """Bytes over the whole run: those of earlier lives of the coordinator, and this one's."""
+
+    def __init__(self, before: Mapping[str, int], now: Callable[[], dict[str, int]]) -> None:
+        self._before = before
+        self._now = now
+        self._marked = self._by_role()
+
+    def totals(self) -> dict[str, int]:
+        """By ``direction/role/device``."""
+        total = Counter(self._before)
+        total.update(self._now())
+        return dict(total)
+
+    def since_mark(self) -> dict[str, int]:
+        """By ``direction/role`` since the last call, or the start."""
+        now = self._by_role()
+        since = {role: size - self._marked.get(role, 0) for role, size in now.items()}
+        self._marked = now
+        return since
+
+    def _by_role(self) -> dict[str, int]:
+        roles: Counter[str] = Counter()
+        for key, size in self.totals().items():
+            roles[key.rpartition("/")[0]] += size
+        return dict(roles)

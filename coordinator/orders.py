@@ -1,0 +1,70 @@
+"""What the coordinator tells devices to do, as pure functions of the settings."""
+
+from __future__ import annotations
+
+from broker.messages import Assignment, Envelope, Round, RunPhase, down, to_all
+from coordinator.registry import Device
+from coordinator.rounds import learning_rate, quota_of
+from coordinator.settings import CoordinatorSettings
+
+
+def quota(settings: CoordinatorSettings, device: Device) -> int:
+    """Batches of this device in a round."""
+    samples = device.hello.samples if device.hello else 0
+    return quota_of(samples, settings.batch_size, settings.batches_per_round)
+
+
+def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: int) -> Envelope:
+    """What a device has to do in this run; ``grant`` are its credits."""
+    return down(
+        device.name,
+        Assignment(
+            run=run,
+            network=settings.network,
+            cut=device.cut,
+            feedback=settings.feedback,
+            feedback_weight=settings.feedback_weight,
+            exit_weight=settings.exit_weight,
+            activation_codec=settings.codec,
+            parameter_codec=settings.parameter_codec,
+            batch_size=settings.batch_size,
+            quota=quota(settings, device),
+            window=settings.window,
+            credits=grant,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            gradient_timeout_s=settings.gradient_timeout_s,
+            augment=settings.augment,
+            seed=settings.seed,
+            exit_rule=settings.exit_rule,
+            threshold=settings.threshold,
+            offload_timeout_s=settings.offload_timeout_s,
+        ),
+    )
+
+
+def announcement(
+    settings: CoordinatorSettings,
+    stamp: tuple[str, int, int],
+    phase: RunPhase,
+    version: int,
+) -> Envelope:
+    """What the fleet is doing now."""
+    run, number, attempt = stamp
+    return to_all(
+        Round(
+            run=run,
+            round=number,
+            attempt=attempt,
+            phase=phase,
+            version=version,
+            rounds=settings.rounds,
+            learning_rate=rate(settings, max(1, number)),
+            deadline_s=settings.round_deadline_s,
+        )
+    )
+
+
+def rate(settings: CoordinatorSettings, number: int) -> float:
+    """The learning rate of a round."""
+    return learning_rate(settings.learning_rate, number, settings.rounds, settings.schedule)
