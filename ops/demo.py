@@ -25,6 +25,8 @@ POLL_S = 0.2
 STOP_S = 20.0
 RUNS = Path("runs")
 REMEMBERED = "demo.json"
+_FIXED = ("strategy", "feedback", "dataset", "partition", "width", "codec", "seed")
+"""What a run in an existing folder cannot be resumed without."""
 
 
 class DemoSettings(BaseModel):
@@ -74,6 +76,13 @@ class DemoSettings(BaseModel):
                 before = json.loads((out / REMEMBERED).read_bytes())
             except (OSError, ValueError) as exc:
                 raise SettingsWrong(f"{out / REMEMBERED} is unreadable ({exc})") from exc
+        changed = [key for key in _FIXED if key in chosen and key in before]
+        for key in changed:
+            if str(chosen[key]) != str(before[key]):
+                raise SettingsWrong(
+                    f"the run in {out} was made with {key} = {before[key]}, now it is "
+                    f"{chosen[key]}; leave --{key} out to go on with it, or choose another --out"
+                )
         if "cuts" in chosen and "agents" not in chosen and not before:
             chosen["agents"] = len(str(chosen["cuts"]).split(","))
         if out is None:
@@ -299,9 +308,10 @@ def _watch(children: list[_Child], interrupted: list[int]) -> None:
         code = coordinator.process.poll()
         if code is not None:
             if code != 0:
-                raise FleetFailed(
-                    f"the coordinator ended with exit code {code}; see {coordinator.log}"
+                where = (
+                    f"see {coordinator.log}" if coordinator.log.exists() else "its error is above"
                 )
+                raise FleetFailed(f"the coordinator ended with exit code {code}; {where}")
             break
         for agent in agents:
             if agent.process.poll():

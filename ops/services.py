@@ -12,7 +12,9 @@ from typing import Any
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
+from broker.topics import COORDINATOR
 from ops import run
+from ops.errors import SettingsWrong
 
 
 def serve_coordinator(
@@ -123,6 +125,15 @@ def write_broker_config(
     """Mosquitto's files; user name → password of coordinator and devices."""
     from broker.mosquitto import write_mosquitto_config
 
+    known = folder / "passwords"
+    if known.exists():
+        before = {line.partition(":")[0] for line in known.read_text("utf-8").splitlines()}
+        lost = sorted(before - {COORDINATOR, *devices})
+        if lost:
+            raise SettingsWrong(
+                f"{folder} has passwords of {', '.join(lost)}, who would be shut out; name every "
+                "device of the fleet with --device, or write to another folder"
+            )
     files = write_mosquitto_config(folder, fleet, devices=devices, host=host, port=port)
     return files.credentials
 

@@ -111,3 +111,20 @@ def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
     failed = [check for check in findings.values() if check["state"] == "failed"]
     assert failed
     assert all(check["advice"] for check in failed)
+
+
+def test_broker_config_shuts_no_device_out_by_accident(tmp_path: Path) -> None:
+    folder = str(tmp_path / "mosquitto")
+    assert splitfleet("broker", "config", folder, "--device", "a", "--device", "b").returncode == 0
+    done = splitfleet("broker", "config", folder, "--device", "a")
+    assert done.returncode == 2
+    assert "passwords of b" in done.stderr
+
+
+def test_a_run_is_not_resumed_with_other_settings_nor_spoilt_by_the_attempt(tmp_path: Path) -> None:
+    remembered = tmp_path / "demo.json"
+    remembered.write_text(json.dumps({"strategy": "averaging", "rounds": 2}))
+    done = splitfleet("demo", "--out", str(tmp_path), "--strategy", "sequential")
+    assert done.returncode == 2
+    assert "averaging" in done.stderr
+    assert json.loads(remembered.read_text()) == {"strategy": "averaging", "rounds": 2}

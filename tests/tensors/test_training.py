@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tensors.errors import NetworkError
-from tensors.networks import CutNetwork, build_network
+from tensors.networks import CutNetwork, NetworkSpec, build_network
 from tensors.training import (
     Compute,
     choose_compute,
@@ -149,3 +149,11 @@ def test_momentum_that_was_read_is_a_copy() -> None:
     kept = {name: values.copy() for name, values in momentum.items()}
     momentum["weight"][...] = 5
     assert_same(read_momentum(module, optimizer), kept)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_narrow_networks_are_never_tried_in_channels_last(width: int) -> None:
+    # torch's backward corrupts the heap there: this test would end the process.
+    spec = NetworkSpec(width=width, size=64, classes=3)
+    compute = choose_compute(lambda: build_network(spec), (8, 3, 64, 64))
+    assert not compute.channels_last
