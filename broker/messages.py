@@ -1,7 +1,8 @@
 """What is said on each topic: one frozen, strictly validated model per kind of message.
 
-On the wire a message is a MessagePack map of its fields, carried in frames (``broker.frames``). Unknown fields are
-ignored, so that a newer peer may add some; everything else is checked here, once, at the border.
+On the wire a message is a MessagePack map of its fields, carried in frames (``broker.frames``).
+Unknown fields are ignored, so that a newer peer may add some; everything else is checked here,
+once, at the border.
 A tensor is opaque at this level: the bytes of ``tensors.format``.
 """
 
