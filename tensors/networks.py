@@ -10,7 +10,7 @@ exchanged freely.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -282,13 +282,10 @@ def build_network(spec: NetworkSpec, *, seed: int = 0) -> CutNetwork:
     return network
 
 
-def read_state(module: nn.Module, *, prefixes: Iterable[str] = ("",)) -> State:
-    """Parameters and buffers as numpy copies, those whose name starts with one of ``prefixes``."""
-    wanted = tuple(prefixes)
+def read_state(module: nn.Module) -> State:
+    """Parameters and buffers as numpy copies."""
     return {
-        name: tensor.detach().cpu().numpy().copy()
-        for name, tensor in module.state_dict().items()
-        if name.startswith(wanted)
+        name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()
     }
 
 

@@ -248,15 +248,6 @@ def test_a_state_is_a_copy() -> None:
     assert_same(read_state(network), kept)
 
 
-def test_a_state_by_prefix() -> None:
-    names = read_state(build_network(SPEC), prefixes=("blocks.0.", "heads.2."))
-    assert {name.rsplit(".", 1)[0] for name in names} == {
-        "blocks.0.conv",
-        "blocks.0.norm",
-        "heads.2.0.fc",
-    }
-
-
 def test_a_state_goes_from_one_network_to_another() -> None:
     source, target = build_network(SPEC, seed=1), build_network(SPEC, seed=2)
     write_state(target, read_state(source))
