@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
+from broker.envelopes import DeferredEnvelope, Envelope
 from broker.errors import PacketTooLarge, PublishRefused, TransportError
 from broker.link import Arrival, Link
-from broker.messages import DeferredEnvelope, Envelope
 from broker.transport import Connected, Disconnected
 
 log = logging.getLogger("splitfleet.service")
@@ -85,76 +87,78 @@ async def drive(
     machine raises.
     """
     loop = _Loop(machine, link, clock)
-    reader = asyncio.create_task(loop.read(), name="reader")
-    runner = asyncio.create_task(loop.run(), name="machine")
+    jobs: list[asyncio.Future[Any]] = [
+        loop.start(),
+        asyncio.create_task(loop.read(), name="reader"),
+        asyncio.create_task(loop.carry_out(), name="carrier"),
+        asyncio.create_task(loop.keep_house(), name="housekeeping"),
+    ]
     stopping = asyncio.create_task(stop.wait(), name="stop")
     try:
-        await asyncio.wait({reader, runner, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (runner, reader):
-            if task.done():
-                await task
+        await asyncio.wait([stopping, *jobs], return_when=asyncio.FIRST_COMPLETED)
+        for job in jobs:
+            if job.done():
+                await job
         await loop.flush(flush_s)
     finally:
-        for task in (reader, runner):
-            task.cancel()
-        stopping.cancel()
-        await asyncio.gather(reader, runner, stopping, return_exceptions=True)
+        loop.end()
+        for job in (stopping, *jobs[1:]):
+            job.cancel()
+        await asyncio.gather(stopping, *jobs, return_exceptions=True)
         await loop.close()
 
 
 class _Loop:
+    """The event loop reads and sends; the machine's thread never waits for it between two steps."""
+
     def __init__(self, machine: Machine, link: Link, clock: Callable[[], float]) -> None:
         self._machine = machine
         self._link = link
         self._clock = clock
-        self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX)
-        self._slots = asyncio.Semaphore(SENDING)
+        self._loop = asyncio.get_running_loop()
+        self._inbox: SimpleQueue[Event | None] = SimpleQueue()
+        self._room = asyncio.Semaphore(INBOX)
+        self._outbox: asyncio.Queue[Effect] = asyncio.Queue()
+        self._slots = threading.Semaphore(SENDING)
         self._sending: set[asyncio.Task[None]] = set()
         self._filters: tuple[str, ...] = ()
+        self._ending = threading.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="machine")
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="maker")
-        self._next_housekeeping = clock() + HOUSEKEEPING_S
 
-    async def read(self) -> None:
-        """Move what arrives into the bounded inbox."""
-        while True:
-            await self._inbox.put(await self._link.receive())
+    # -- in the machine's thread ------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Feed the machine: messages first, then time, then work."""
-        loop = asyncio.get_running_loop()
-        while not self._machine.finished:
-            step = await self._next_step()
-            for effect in await loop.run_in_executor(self._worker, step):
-                await self._carry_out(effect)
+    def start(self) -> asyncio.Future[None]:
+        """Feed the machine in its thread: messages first, then time, then work."""
+        return self._loop.run_in_executor(self._worker, self._compute)
 
-    async def _next_step(self) -> Callable[[], Sequence[Effect]]:
+    def _compute(self) -> None:
+        while not self._machine.finished and not self._ending.is_set():
+            for effect in self._next_step()():
+                while not self._slots.acquire(timeout=1.0):
+                    if self._ending.is_set():
+                        return
+                self._loop.call_soon_threadsafe(self._outbox.put_nowait, effect)
+
+    def _next_step(self) -> Callable[[], Sequence[Effect]]:
         machine = self._machine
+        patience = 0.0
         while True:
-            if not self._inbox.empty():
-                return self._handler(self._inbox.get_nowait())
-            now = self._clock()
-            if now >= self._next_housekeeping:
-                self._link.expire()
-                self._next_housekeeping = now + HOUSEKEEPING_S
-            due = machine.next_tick
+            try:
+                return self._handler(self._inbox.get(timeout=patience))
+            except Empty:
+                pass
+            now, due = self._clock(), machine.next_tick
             if due is not None and now >= due:
                 return machine.tick
             if machine.has_work:
-                # Messages that lie in the socket go before the next unit of work.
-                await asyncio.sleep(0)
-                if self._inbox.empty():
-                    return machine.work
-                continue
+                return machine.work
             patience = HOUSEKEEPING_S if due is None else min(HOUSEKEEPING_S, due - now)
-            try:
-                async with asyncio.timeout(patience):
-                    event = await self._inbox.get()
-                return self._handler(event)
-            except TimeoutError:
-                self._link.expire()
 
-    def _handler(self, event: Event) -> Callable[[], Sequence[Effect]]:
+    def _handler(self, event: Event | None) -> Callable[[], Sequence[Effect]]:
+        if event is None:
+            return lambda: ()
+        self._loop.call_soon_threadsafe(self._room.release)
         match event:
             case Connected():
                 log.info("connected to the broker")
@@ -165,26 +169,45 @@ class _Loop:
             case Arrival(envelope):
                 return lambda: self._machine.receive(envelope)
 
-    async def _carry_out(self, effect: Effect) -> None:
-        if isinstance(effect, Subscribe):
-            obsolete = [topic for topic in self._filters if topic not in effect.filters]
-            if obsolete:
-                await self._link.unsubscribe(*obsolete)
-            self._filters = effect.filters
-            await self._link.subscribe(*effect.filters)
-            return
-        await self._slots.acquire()
-        task = asyncio.create_task(self._send(effect), name="send")
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+    # -- in the event loop ------------------------------------------------------------------------
+
+    async def read(self) -> None:
+        """Move what arrives into the bounded inbox."""
+        while True:
+            await self._room.acquire()
+            self._inbox.put(await self._link.receive())
+
+    async def carry_out(self) -> None:
+        """Do in their order what the machine wants; several messages are sent at a time."""
+        while True:
+            effect = await self._outbox.get()
+            if isinstance(effect, Subscribe):
+                await self._subscribe(effect.filters)
+                self._slots.release()
+            else:
+                task = asyncio.create_task(self._send(effect), name="send")
+                self._sending.add(task)
+                task.add_done_callback(self._sending.discard)
+            self._outbox.task_done()
+
+    async def keep_house(self) -> None:
+        """Drop what has been incomplete for too long."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            self._link.expire()
+
+    async def _subscribe(self, filters: tuple[str, ...]) -> None:
+        obsolete = [topic for topic in self._filters if topic not in filters]
+        if obsolete:
+            await self._link.unsubscribe(*obsolete)
+        self._filters = filters
+        await self._link.subscribe(*filters)
 
     async def _send(self, envelope: Envelope) -> None:
         try:
             if isinstance(envelope, DeferredEnvelope):
                 # Made here, so that the machine goes on with the next message meanwhile.
-                await asyncio.get_running_loop().run_in_executor(
-                    self._maker, lambda: envelope.message
-                )
+                await self._loop.run_in_executor(self._maker, lambda: envelope.message)
             await self._link.send(envelope)
         except (PublishRefused, PacketTooLarge) as exc:
             log.error("not sent: %s", exc)  # noqa: TRY400 the message says it all
@@ -195,14 +218,25 @@ class _Loop:
             self._slots.release()
 
     async def flush(self, seconds: float) -> None:
-        """Let what is being sent arrive."""
-        if self._sending:
-            await asyncio.wait(set(self._sending), timeout=seconds)
+        """End the machine's thread and let what is being sent arrive."""
+        self.end()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._outbox.join()
+                if self._sending:
+                    await asyncio.wait(set(self._sending))
+        except TimeoutError:
+            pass
 
     async def close(self) -> None:
-        """Cancel what is still being sent and let the worker finish its last step."""
+        """Cancel what is still being sent and let the threads end."""
         for task in self._sending:
             task.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
         for pool in (self._worker, self._maker):
-            await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)
+            await self._loop.run_in_executor(None, pool.shutdown)
+
+    def end(self) -> None:
+        """Let the machine's thread end after its step."""
+        self._ending.set()
+        self._inbox.put(None)

@@ -19,10 +19,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import msgpack
-
 from broker.errors import MessageError
-from broker.messages import PROTOCOL, unpack_map
+from broker.maps import Buffer, Pieces, pack_map, unpack_map
+from broker.messages import PROTOCOL
 
 OVERHEAD = 1024
 """Bytes kept free in a packet for topic, MQTT header and frame fields."""
@@ -31,24 +30,25 @@ _U32 = 2**32
 _FIELDS = ("id", "i", "n", "size", "crc")
 
 
-def split(message: bytes, message_id: int, chunk_bytes: int) -> Iterator[bytes]:
-    """The frames of ``message``, each with at most ``chunk_bytes`` of it."""
-    count = max(1, -(-len(message) // chunk_bytes))
-    length = -(-len(message) // count)
-    view = memoryview(message)
-    for index in range(count):
-        chunk = view[index * length : (index + 1) * length]
-        yield msgpack.packb(
-            {
-                "v": PROTOCOL,
-                "id": message_id % _U32,
-                "i": index,
-                "n": count,
-                "size": len(message),
-                "crc": zlib.crc32(chunk),
-                "d": chunk,
-            }
-        )
+def split(message: Pieces, message_id: int, chunk_bytes: int) -> Iterator[bytes]:
+    """The frames of ``message``, each with at most ``chunk_bytes`` of it, which it copies once."""
+    size = message.size
+    count = max(1, -(-size // chunk_bytes))
+    chunks = message.cut(-(-size // count)) if size else [message]
+    for index, chunk in enumerate(chunks):
+        crc = 0
+        for piece in chunk:
+            crc = zlib.crc32(piece, crc)
+        fields = {
+            "v": PROTOCOL,
+            "id": message_id % _U32,
+            "i": index,
+            "n": count,
+            "size": size,
+            "crc": crc,
+            "d": chunk,
+        }
+        yield b"".join(pack_map(fields))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +86,8 @@ class Reassembler:
         self._partials: dict[str, OrderedDict[tuple[str, int], _Partial]] = {}
         self.held_bytes = 0
 
-    def add(self, sender: str, topic: str, payload: bytes, now: float) -> bytes | bytearray | None:
-        """The whole message if ``payload`` completes one, else None.
+    def add(self, sender: str, topic: str, payload: Buffer, now: float) -> Buffer | None:
+        """The whole message if ``payload`` completes one, else None; of one frame, a view of it.
 
         ``sender`` is whose memory bound counts (a device, or the coordinator), ``now`` a monotonic
         time in seconds.
@@ -107,7 +107,8 @@ class Reassembler:
             partial = self._start(sender, key, size, count, now)
         if not partial.arrived[index]:
             length = -(-size // count)
-            partial.buffer[index * length : index * length + len(chunk)] = chunk
+            # A bytearray would copy the chunk once more before it takes it in.
+            memoryview(partial.buffer)[index * length : index * length + len(chunk)] = chunk
             partial.arrived[index] = 1
             partial.missing -= 1
         if partial.missing:
@@ -127,7 +128,7 @@ class Reassembler:
             self._forget(sender, key)
         return [sender for sender, _ in late]
 
-    def _read(self, payload: bytes) -> tuple[int, int, int, int, bytes]:
+    def _read(self, payload: Buffer) -> tuple[int, int, int, int, memoryview]:
         fields = unpack_map(payload)
         if fields.get("v") != PROTOCOL:
             raise MessageError(
@@ -137,7 +138,7 @@ class Reassembler:
             )
         numbers = [fields.get(name) for name in _FIELDS]
         chunk = fields.get("d")
-        if not isinstance(chunk, bytes) or any(
+        if not isinstance(chunk, memoryview) or any(
             type(number) is not int or not 0 <= number < _U32 for number in numbers
         ):
             raise MessageError("invalid", "a frame field is missing or of the wrong type")

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from broker.envelopes import Envelope, channel, decode_message, encode_message
 from broker.errors import MessageError, TopicError
 from broker.frames import OVERHEAD, Limits, Reassembler, split
-from broker.messages import LOSSY, Envelope, Message, channel, decode_message, encode_message
+from broker.messages import LOSSY, Message
 from broker.topics import Address, Topics
 from broker.transport import Connected, Disconnected, Transport
 
@@ -25,6 +26,8 @@ log = logging.getLogger("splitfleet.link")
 LOG_EVERY_S = 60.0
 DEFAULT_CHUNK_BYTES = 96 << 10
 MEASURED_BYTES = 64 << 10
+LATENCY_BYTES = 2 << 10
+"""A message smaller than that takes about as long as an empty one."""
 
 
 class LinkObserver(Protocol):
@@ -73,7 +76,11 @@ class Link:
         self._next_id = random.getrandbits(32)
         self._logged: dict[tuple[str, str | None], float] = {}
         self.uplink_bytes_per_s = 0.0
-        """Speed to the broker as last measured on a message of 64 KiB or more; 0 if unknown."""
+        """Speed to the broker, its latency not counted; 0 if unknown.
+
+        As last measured on activations or on a message of 64 KiB or more.
+        """
+        self._latency_s: float | None = None
 
     async def send(self, envelope: Envelope) -> None:
         """Publish a message; returns when the broker has acknowledged every frame (QoS 1).
@@ -94,8 +101,8 @@ class Link:
             )
         )
         size = sum(map(len, frames))
-        if size >= MEASURED_BYTES:
-            self.uplink_bytes_per_s = size / max(1e-6, self._clock() - started)
+        if qos:
+            self._measure(address, size, max(1e-6, self._clock() - started))
         self._observer.sent(address, size)
 
     async def subscribe(self, *filters: str) -> None:
@@ -115,6 +122,7 @@ class Link:
                     room = (event.capabilities.max_packet_size or 1 << 28) - OVERHEAD
                     # Where there is no room at all, PacketTooLarge will say what to do.
                     self._chunk = min(self._configured_chunk, room if room > 0 else 1 << 28)
+                    self._latency_s = None
                     return event
                 case Disconnected():
                     return event
@@ -137,6 +145,14 @@ class Link:
                 self._logged.clear()
             self._logged[reason, device] = now
             log.warning("dropped a message of %s (%s): %s", device or "the fleet", reason, why)
+
+    def _measure(self, address: Address, size: int, elapsed_s: float) -> None:
+        if address.kind == "activations" or size >= MEASURED_BYTES:
+            # Latency hides behind other batches; what remains after it may be noise.
+            transfer_s = max(elapsed_s - (self._latency_s or 0.0), 0.1 * elapsed_s)
+            self.uplink_bytes_per_s = size / transfer_s
+        elif size < LATENCY_BYTES:
+            self._latency_s = min(elapsed_s, self._latency_s or elapsed_s)
 
     def _open(self, topic: str, payload: bytes) -> Envelope | None:
         device: str | None = None

@@ -8,21 +8,27 @@ A tensor is opaque at this level: the bytes of ``tensors.format``.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import msgpack
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    StringConstraints,
+)
 
 from broker.errors import MessageError
-from broker.topics import Address
+from broker.maps import Buffer
 
 PROTOCOL = 1
 MAX_BATCH = 4096
 MAX_BLOCKS = 1024
 MAX_RANGES = 65_536
+MAX_REASONS = 64
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Text = Annotated[str, StringConstraints(max_length=256)]
@@ -32,15 +38,40 @@ Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Label = Annotated[int, Field(ge=0, le=2**31)]
 RunPhase = Literal["gathering", "training", "inference", "finished"]
 ExitRule = Literal["entropy", "max_softmax", "margin"]
-Blob = Annotated[bytes, Field(max_length=1 << 30)]
 Range = Annotated[tuple[Count, Count], Field(strict=False)]
 """First and last of a run of batch numbers, both included."""
+Ranges = Annotated[list[Range], FailFast(), Field(max_length=MAX_RANGES)]
+
+
+def _not_many(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_REASONS:
+        raise ValueError(f"Dictionary should have at most {MAX_REASONS} items")
+    return value
+
+
+BY_REASON = BeforeValidator(_not_many)
+"""Bounds a map from reasons before its entries are looked at: each could cost an error."""
+
+
+def _blob(limit: int) -> PlainValidator:
+    def check(value: object) -> Buffer:
+        if not isinstance(value, Buffer):
+            raise ValueError("Input should be bytes")  # noqa: TRY004 pydantic's way
+        if len(value) > limit:
+            raise ValueError(f"Data should have at most {limit} bytes")
+        return value
+
+    return PlainValidator(check)
+
+
+Blob = Annotated[Buffer, _blob(1 << 30)]
+"""Bytes that are not looked into here; of a message that arrived, a view of what arrived."""
 
 
 class Message(BaseModel):
     """Base of all messages."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", ser_json_bytes="base64")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
 class Stamp(Message):
@@ -64,9 +95,9 @@ class Measurement(Message):
     """
 
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
-    step_ms: Annotated[list[Amount], Field(max_length=MAX_BLOCKS)]
-    exit_ms: Annotated[list[Amount], Field(max_length=MAX_BLOCKS)]
-    memory_mb: Annotated[list[Amount], Field(max_length=MAX_BLOCKS)]
+    step_ms: Annotated[list[Amount], FailFast(), Field(max_length=MAX_BLOCKS)]
+    exit_ms: Annotated[list[Amount], FailFast(), Field(max_length=MAX_BLOCKS)]
+    memory_mb: Annotated[list[Amount], FailFast(), Field(max_length=MAX_BLOCKS)]
     available_mb: Amount
     cores: Annotated[int, Field(ge=1, le=4096)]
     uplink_bytes_per_s: Amount
@@ -104,15 +135,20 @@ class Activations(Stamp):
 
     batch: Count
     version: Count
-    labels: Annotated[list[Label], Field(min_length=1, max_length=MAX_BATCH)]
+    labels: Annotated[list[Label], FailFast(), Field(min_length=1, max_length=MAX_BATCH)]
     tensor: Blob
 
 
 class DeviceParameters(Stamp):
-    """A device's blocks and exit head after its last batch of the round."""
+    """A device's blocks and exit head after its last batch of the round.
+
+    With ``base``, ``state`` holds what changed since that version (``tensors.deltas``); it must be
+    the version of the round.
+    """
 
     version: Count
     produced: Count
+    base: Count | None = None
     state: Blob
 
 
@@ -128,8 +164,8 @@ class Features(Message):
 class Histogram(Message):
     """Counts per bucket (the last one unbounded) and the sum, in seconds."""
 
-    bounds: Annotated[list[Amount], Field(max_length=64)]
-    counts: Annotated[list[Count], Field(max_length=65)]
+    bounds: Annotated[list[Amount], FailFast(), Field(max_length=64)]
+    counts: Annotated[list[Count], FailFast(), Field(max_length=65)]
     total: Amount
 
 
@@ -157,12 +193,17 @@ class Report(Stamp):
 
     produced: Count = 0
     applied: Count = 0
-    discarded: dict[Name, Count] = Field(default_factory=dict)
+    discarded: Annotated[dict[Name, Count], BY_REASON] = Field(default_factory=dict)
     expired: Count = 0
     late_gradients: Count = 0
     timeouts: Count = 0
     exit_loss: Amount | None = None
     exit_accuracy: Amount | None = None
+    activation_bytes: Count = 0
+    """Encoded activations of the batches produced here, and how many values they stand for."""
+    activation_values: Count = 0
+    activation_levels: Amount | None = None
+    """Mean number of levels of a batch; absent for floats."""
     round_trip: Histogram | None = None
     inference: Inference | None = None
 
@@ -175,7 +216,7 @@ class Request(Message):
     run: Name | None = None
     round: Count = 0
     attempt: Count = 0
-    padding: Annotated[bytes, Field(max_length=1 << 20)] = b""
+    padding: Annotated[Buffer, _blob(1 << 20)] = b""
 
 
 # -- down: to a device ----------------------------------------------------------------------------
@@ -202,6 +243,10 @@ class Assignment(Message):
     feedback_weight: Amount
     exit_weight: Amount
     activation_codec: Text
+    bytes_per_sample: Duration | None = None
+    """Budget of activations, in bytes for each training image; only fewer levels can keep it."""
+    follow_link: bool = False
+    """Whether activations are sent with as many levels as the uplink carries in time."""
     parameter_codec: Text
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     quota: Annotated[int, Field(ge=1)]
@@ -234,10 +279,8 @@ class Receipt(Stamp):
     first number the coordinator has not seen, where a device that lost its memory goes on.
     """
 
-    applied: Annotated[list[Range], Field(max_length=MAX_RANGES)] = Field(default_factory=list)
-    discarded: dict[Name, Annotated[list[Range], Field(max_length=MAX_RANGES)]] = Field(
-        default_factory=dict
-    )
+    applied: Ranges = Field(default_factory=list)
+    discarded: Annotated[dict[Name, Ranges], BY_REASON] = Field(default_factory=dict)
     credits: Annotated[int, Field(ge=0, le=1024)]
     next_batch: Count = 0
     complete: bool = False
@@ -255,11 +298,16 @@ class Prediction(Message):
 
 
 class Parameters(Message):
-    """The blocks and the exit head a device with this cut needs, as one parameter pack."""
+    """The blocks and the exit head a device with this cut needs, as one parameter pack.
+
+    With ``base`` the pack holds what changed since that version (``tensors.deltas``). Who does not
+    hold it, or arrives at another state than the manifest's, asks for the whole.
+    """
 
     run: Name
     version: Count
     cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    base: Count | None = None
     state: Blob
 
 
@@ -292,7 +340,11 @@ class Coordinator(Message):
 
 
 class Manifest(Message):
-    """Retained: which parameters a device with this cut should hold, and their checksum."""
+    """Retained: which parameters a device with this cut should hold, and their checksum.
+
+    ``sha256`` and ``size`` are those of the pack of all of them, exact and in order of their names,
+    however they are sent; ``base`` is the version that what is broadcast to this cut refers to.
+    """
 
     run: Name
     version: Count
@@ -326,127 +378,6 @@ KINDS: dict[tuple[str, str], type[Message]] = {
 
 LOSSY = {("up", "report")}
 """Sent with QoS 0: nothing is trained from them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """A message and where it goes to or came from."""
-
-    address: Address
-    message: Message
-
-
-class DeferredEnvelope(Envelope):
-    """An envelope whose message takes computing to make.
-
-    It is made once, by whoever asks for it first: usually a thread beside the state machine's.
-    """
-
-    __slots__ = ("_lock", "_made")
-
-    _lock: threading.Lock
-    _made: Message | Callable[[], Message]
-
-    def __init__(self, address: Address, make: Callable[[], Message]) -> None:
-        object.__setattr__(self, "address", address)
-        object.__setattr__(self, "_made", make)
-        object.__setattr__(self, "_lock", threading.Lock())
-
-    @property
-    def message(self) -> Message:
-        """The message; blocks while it is being made."""
-        with self._lock:
-            made = self._made
-            if not isinstance(made, Message):
-                made = made()
-                object.__setattr__(self, "_made", made)  # frees what it was made from
-            return made
-
-
-def channel(address: Address) -> tuple[str, str]:
-    """The key of ``KINDS`` for an address."""
-    return address.direction or address.scope, address.kind
-
-
-def up(device: str, message: Message) -> Envelope:
-    """An envelope from ``device`` to the coordinator."""
-    return Envelope(
-        Address("device", _kind("up", type(message)), device=device, direction="up"), message
-    )
-
-
-def down(device: str, message: Message) -> Envelope:
-    """An envelope from the coordinator to ``device``."""
-    return Envelope(
-        Address("device", _kind("down", type(message)), device=device, direction="down"), message
-    )
-
-
-def down_later(device: str, kind: type[Message], make: Callable[[], Message]) -> Envelope:
-    """Like :func:`down`, for a message of ``kind`` that is made when it is sent."""
-    return DeferredEnvelope(
-        Address("device", _kind("down", kind), device=device, direction="down"), make
-    )
-
-
-def to_all(message: Message) -> Envelope:
-    """An envelope to every device."""
-    return Envelope(Address("all", _kind("all", type(message))), message)
-
-
-def to_cut(layer: int, message: Message) -> Envelope:
-    """An envelope to every device with cut ``layer``."""
-    return Envelope(Address("cut", _kind("cut", type(message)), layer=layer), message)
-
-
-def _kind(where: str, kind: type[Message]) -> str:
-    for (place, name), model in KINDS.items():
-        if place == where and model is kind:
-            return name
-    raise AssertionError(f"{kind.__name__} is never sent {where}")
-
-
-def encode_message(message: Message) -> bytes:
-    """The MessagePack map of a message."""
-    packed: bytes = msgpack.packb(message.model_dump(exclude_none=True))
-    return packed
-
-
-def decode_message(address: Address, data: bytes | bytearray | memoryview) -> Message:
-    """The validated message that arrived at ``address``.
-
-    Raises:
-        MessageError: with reason ``unexpected_topic``, ``malformed`` (not MessagePack, not a map)
-            or ``invalid`` (a field missing, of the wrong type or out of bounds).
-    """
-    model = KINDS.get(channel(address))
-    if model is None:
-        raise MessageError("unexpected_topic", f"nothing is expected on {address}")
-    fields = unpack_map(data)
-    try:
-        return model.model_validate(fields)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MessageError("invalid", f"{model.__name__}.{where}: {first['msg']}") from None
-
-
-def unpack_map(data: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """One MessagePack map with string keys, no extension types, and nothing behind it.
-
-    Lengths are bounded by the input's own size, so memory is at most a small multiple of it.
-    """
-    try:
-        fields = msgpack.unpackb(data, strict_map_key=True, max_ext_len=0, ext_hook=_no_extensions)
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise MessageError("malformed", f"not a MessagePack map: {exc}") from None
-    if not isinstance(fields, dict):
-        raise MessageError("malformed", f"a MessagePack {type(fields).__name__}, not a map")
-    return fields
-
-
-def _no_extensions(code: int, _data: bytes) -> Any:
-    raise ValueError(f"extension type {code}")
 
 
 def to_ranges(numbers: Iterable[int]) -> list[Range]:

@@ -31,6 +31,12 @@ def block_of(name: str) -> int | None:
     return int(index) if kind == "blocks" else None
 
 
+def half_of(state: State, cut: int) -> State:
+    """What a device with this cut holds, in order of names: blocks before it and its exit head."""
+    prefixes = (*(f"blocks.{index}." for index in range(cut)), f"heads.{cut}.")
+    return {name: state[name] for name in sorted(state) if name.startswith(prefixes)}
+
+
 class Aggregation:
     """The running mean of one round; memory does not grow with the number of holders.
 

@@ -13,20 +13,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from broker.envelopes import Envelope, down, to_all
 from broker.messages import (
     Activations,
     Command,
     Coordinator,
     DeviceParameters,
-    Envelope,
     Features,
     Hello,
     Report,
     Request,
     RunPhase,
     Status,
-    down,
-    to_all,
 )
 from coordinator import orders
 from coordinator.aggregation import Model
@@ -37,11 +35,13 @@ from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.published import Published
 from coordinator.registry import Device, Registry
+from coordinator.results import device_results, round_scores
 from coordinator.rounds import Verdict, judge, quorum_of
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
 from coordinator.training import RoundInProgress, note_report
+from tensors.codecs import parse_codec
 
 log = logging.getLogger("splitfleet.coordinator")
 
@@ -97,7 +97,8 @@ class CoordinatorCore:
             checkpoint.version,
             checkpoint.model,
             set(checkpoint.trained_cuts),
-            settings.parameter_codec,
+            parse_codec(settings.parameter_codec),
+            checkpoint.residual,
         )
         self._answering = Answering(
             responder, placement.shapes, batch_size=settings.batch_size, observer=observer
@@ -323,10 +324,11 @@ class CoordinatorCore:
             log.warning("round %d stayed below quorum: abandoned", self._number)
             self._set_phase("gathering")
             return self._advance() or [self._announcement()]
-        self._published.replace(current.merge(), current.trained_cuts)
+        self._published.replace(current.merge(), current.trained_cuts, self._cuts())
         record = current.record(self._clock())
         record["bytes"] = self._traffic.since_mark()
-        self._score(record)
+        record["round"], record["version"] = self._number, self._published.version
+        record |= round_scores(self._published, self._evaluator)
         self._history.append(record)
         for name, (rounds, samples) in current.contributions().items():
             device = self._registry.devices[name]
@@ -340,16 +342,6 @@ class CoordinatorCore:
         for cut in self._cuts():
             out += [self._published.manifest(cut), self._published.broadcast(cut)]
         return out + (self._advance() or [self._announcement()])
-
-    def _score(self, record: dict[str, Any]) -> None:
-        record["round"], record["version"] = self._number, self._published.version
-        if self._evaluator is not None:
-            scores = self._evaluator.scores(
-                self._published.model.state, sorted(self._published.trained)
-            )
-            record["server_accuracy"] = scores.server_accuracy
-            record["server_loss"] = scores.server_loss
-            record["exit_accuracy"] = {str(c): a for c, a in scores.exit_accuracy.items()}
 
     def _begin_inference(self) -> list[Envelope]:
         if not self._settings.inference:
@@ -375,31 +367,6 @@ class CoordinatorCore:
         return [self._announcement()]
 
     def _result(self) -> dict[str, Any]:
-        devices = []
-        by_cut: dict[int, Any] = {}
-        for device in sorted(self._registry.devices.values(), key=lambda d: d.name):
-            if device.hello is None or device.cut is None:
-                continue
-            entry: dict[str, Any] = {
-                "device": device.name,
-                "cut": device.cut,
-                "samples": device.samples,
-                "rounds": device.rounds,
-                "inference": device.inference.model_dump() if device.inference else None,
-            }
-            if self._evaluator is not None and device.cut in self._published.trained:
-                if device.cut not in by_cut:
-                    by_cut[device.cut] = self._evaluator.cut_scores(
-                        self._published.model.state,
-                        device.cut,
-                        self._settings.codec,
-                        self._settings.exit_rule,
-                    )
-                scores = by_cut[device.cut]
-                entry["exit_accuracy"] = scores.exit_accuracy
-                entry["server_accuracy"] = scores.server_accuracy
-                entry["exit_sweep"] = scores.sweep
-            devices.append(entry)
         return {
             "run": self._run,
             "settings": self._settings.model_dump(mode="json"),
@@ -407,7 +374,9 @@ class CoordinatorCore:
             "version": self._published.version,
             "history": self._history,
             "traffic": self._traffic.totals(),
-            "devices": devices,
+            "devices": device_results(
+                self._registry, self._published, self._evaluator, self._settings
+            ),
         }
 
     # -- small parts ------------------------------------------------------------------------------
@@ -444,4 +413,5 @@ class CoordinatorCore:
             history=self._history,
             registry=self._registry.dump(),
             traffic=self._traffic.totals(),
+            residual=self._published.residual,
         )

@@ -6,7 +6,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from broker.messages import Envelope, Range, to_ranges
+from broker.envelopes import Envelope
+from broker.messages import Range, to_ranges
 
 Stamp = tuple[str, int, int]
 

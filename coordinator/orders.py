@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from broker.messages import Assignment, Envelope, Round, RunPhase, down, to_all
+from broker.envelopes import Envelope, down, to_all
+from broker.messages import Assignment, Round, RunPhase
 from coordinator.registry import Device
 from coordinator.rounds import learning_rate, quota_of
 from coordinator.settings import CoordinatorSettings
@@ -26,6 +27,8 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             feedback_weight=settings.feedback_weight,
             exit_weight=settings.exit_weight,
             activation_codec=settings.codec,
+            bytes_per_sample=settings.bytes_per_sample,
+            follow_link=settings.follow_link,
             parameter_codec=settings.parameter_codec,
             batch_size=settings.batch_size,
             quota=quota(settings, device),

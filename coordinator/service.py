@@ -24,6 +24,7 @@ from coordinator.core import CoordinatorCore
 from coordinator.engines import STRATEGIES
 from coordinator.errors import ResumeError
 from coordinator.evaluation import Evaluator, Responder
+from coordinator.gradients import GradientEncoder
 from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.settings import CoordinatorSettings
@@ -119,6 +120,15 @@ def build_core(
         network, compute, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     placement = Placement(settings, shapes, chunk_bytes=chunk_bytes)
+    gradients = None
+    if settings.feedback == "gradient":
+        codec = parse_codec(settings.gradient_codec or settings.codec)
+        gradients = GradientEncoder(
+            codec,
+            masked=settings.mask_gradients,
+            bytes_per_sample=settings.bytes_per_sample,
+            follow_link=settings.follow_link,
+        )
 
     def new_round(model: Model, learning_rate: float) -> RoundInProgress:
         return RoundInProgress(
@@ -128,8 +138,8 @@ def build_core(
             shapes=shapes,
             classes=spec.classes,
             batch_size=settings.batch_size,
-            codec=parse_codec(settings.codec),
-            want_gradient=settings.feedback == "gradient",
+            gradients=gradients,
+            channels_last=compute.channels_last,
             device_copies=settings.device_copies,
             grant=placement.credits,
             observer=observer,

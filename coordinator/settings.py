@@ -37,7 +37,17 @@ class CoordinatorSettings(BaseModel):
     device_copies: bool = True
     """Whether devices count as holders of blocks that the server trains too."""
     codec: str = "int8+zstd"
-    """Codec of activations and gradients."""
+    """Codec of activations, and of gradients where those have none of their own."""
+    gradient_codec: str | None = None
+    mask_gradients: bool = True
+    """Leave out gradients of activations that are zero; right where every block ends in a ReLU."""
+    bytes_per_sample: Positive | None = None
+    """Budget for each training image, up and down: batches that exceed it get fewer levels.
+
+    The levels of ``codec`` and ``gradient_codec`` are the most that is used.
+    """
+    follow_link: bool = False
+    """Whether devices send fewer levels while sending a batch takes longer than computing it."""
     parameter_codec: str = "fp32"
     batch_size: int = Field(default=32, ge=1, le=4096)
     window: int = Field(default=2, ge=1, le=1024)
@@ -94,10 +104,12 @@ class CoordinatorSettings(BaseModel):
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     metrics_host: str = "127.0.0.1"
 
-    @field_validator("codec", "parameter_codec")
+    @field_validator("codec", "gradient_codec", "parameter_codec")
     @classmethod
-    def _check_codec(cls, name: str) -> str:
+    def _check_codec(cls, name: str | None) -> str | None:
         try:
+            if name is None:
+                return None
             return parse_codec(name).name
         except TensorsError as exc:
             raise ValueError(str(exc)) from None
@@ -117,6 +129,19 @@ class CoordinatorSettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.bytes_per_sample is None and not self.follow_link:
+            return self
+        for key, name in (("codec", self.codec), ("gradient_codec", self.gradient_codec)):
+            if name is not None and parse_codec(name).levels is None:
+                budget = "follow_link" if self.bytes_per_sample is None else "bytes_per_sample"
+                raise ValueError(
+                    f"{budget} needs a codec with levels to choose from: {key} = {name} has none; "
+                    "take int2 … int8 or levels3 … levels256"
+                )
+        return self
+
     def identity(self) -> dict[str, object]:
         """What a resumed run must have in common with its first start."""
         keys = [
@@ -128,6 +153,8 @@ class CoordinatorSettings(BaseModel):
             "exit_weight",
             "device_copies",
             "codec",
+            "gradient_codec",
+            "mask_gradients",
             "batch_size",
             "momentum",
             "weight_decay",

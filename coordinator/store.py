@@ -4,6 +4,7 @@
 {root}/{run}/run.json               its settings
 {root}/{run}/attempt.json           round and attempt that were last announced
 {root}/{run}/checkpoints/000003/    model.safetensors  momentum.safetensors  manifest.json
+                                    residual.safetensors, if parameters go as differences
 {root}/{run}/result.json            after the last round
 """
 
@@ -27,9 +28,11 @@ from safetensors.numpy import load, save
 
 from coordinator.aggregation import Model
 from coordinator.errors import StoreError
+from tensors.networks import State
 
 log = logging.getLogger("splitfleet.store")
 FORMAT = 1
+_RESIDUAL = "residual.safetensors"
 
 
 @dataclass(slots=True)
@@ -43,6 +46,8 @@ class Checkpoint:
     history: list[dict[str, Any]] = field(default_factory=list)
     registry: list[dict[str, Any]] = field(default_factory=list)
     traffic: dict[str, int] = field(default_factory=dict)
+    residual: State = field(default_factory=dict)
+    """What quantization has taken from the parameters sent so far; see ``tensors.deltas``."""
 
 
 class Store:
@@ -101,6 +106,8 @@ class Store:
             "model.safetensors": save(_contiguous(checkpoint.model.state)),
             "momentum.safetensors": save(_contiguous(checkpoint.model.momentum)),
         }
+        if checkpoint.residual:
+            files[_RESIDUAL] = save(_contiguous(checkpoint.residual))
         manifest = {
             "format": FORMAT,
             "version": checkpoint.version,
@@ -180,6 +187,9 @@ def _load(folder: Path) -> Checkpoint:
             history=manifest["history"],
             registry=manifest["registry"],
             traffic=manifest["traffic"],
+            residual=(
+                _load_arrays(folder / _RESIDUAL, digests[_RESIDUAL]) if _RESIDUAL in digests else {}
+            ),
         )
     except KeyError as exc:
         raise StoreError(f"{folder / 'manifest.json'} is damaged: it lacks {exc}") from exc

@@ -10,23 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from broker.messages import (
-    Activations,
-    DeviceParameters,
-    Envelope,
-    Gradients,
-    Receipt,
-    Report,
-    down,
-    down_later,
-)
-from coordinator.aggregation import Aggregation, Model
+from broker.envelopes import Envelope, down, down_later
+from broker.messages import Activations, DeviceParameters, Gradients, Receipt, Report
+from coordinator.aggregation import Aggregation, Model, half_of
 from coordinator.engines import Engine
 from coordinator.errors import BatchRefused
+from coordinator.gradients import GradientEncoder
 from coordinator.ledger import Ledger, Stamp
 from coordinator.observer import Observer
-from tensors.codecs import Codec, decode_torch, parse_codec
-from tensors.errors import AveragingError, CodecError, FormatError
+from tensors.codecs import decode_torch
+from tensors.deltas import apply_delta
+from tensors.errors import AveragingError, FormatError
 from tensors.format import Limits
 from tensors.networks import State
 from tensors.parameters import unpack_parameters
@@ -41,7 +35,8 @@ class RoundInProgress:
     """Trains on what the participants send, each batch at most once.
 
     ``shapes[c-1]`` is the shape of features at cut ``c`` for one image; ``grant(cut, devices)`` how
-    many batches each device may have out. Not opened until :meth:`open`.
+    many batches each device may have out; without ``gradients`` none go back. Not opened until
+    :meth:`open`.
     """
 
     def __init__(
@@ -53,8 +48,8 @@ class RoundInProgress:
         shapes: Sequence[tuple[int, ...]],
         classes: int,
         batch_size: int,
-        codec: Codec,
-        want_gradient: bool,
+        gradients: GradientEncoder | None,
+        channels_last: bool,
         device_copies: bool,
         grant: Callable[[int, int], int],
         observer: Observer,
@@ -66,8 +61,8 @@ class RoundInProgress:
         self._shapes = shapes
         self._classes = classes
         self._batch_size = batch_size
-        self._codec = codec
-        self._want_gradient = want_gradient
+        self._gradients = gradients
+        self._channels_last = channels_last
         self._device_copies = device_copies
         self._grant = grant
         self._observer = observer
@@ -157,7 +152,7 @@ class RoundInProgress:
         if answer is not None:
             ledger.remember(batch, answer)
             out.append(answer)
-        enough = RECEIPT_BATCHES if self._want_gradient else max(1, ledger.credits // 2)
+        enough = RECEIPT_BATCHES if self._gradients else max(1, ledger.credits // 2)
         if ledger.unreported >= enough:
             out.append(self._receipt(device))
         elif self.receipts_due is None:
@@ -176,7 +171,7 @@ class RoundInProgress:
             if self._aggregation is None:
                 self._observer.message_dropped("late_parameters")
             else:
-                self._take(device, message.state, ledger.samples, self._aggregation)
+                self._take(device, message, ledger.samples, self._aggregation)
         return [self._receipt(device, complete=True, final=True)]
 
     def receipts(self) -> list[Envelope]:
@@ -235,12 +230,13 @@ class RoundInProgress:
         cut = self.participants[device]
         features = self._read(message, cut)
         labels = torch.tensor(message.labels)
-        step = self._engine.step(device, cut, features, labels, want_gradient=self._want_gradient)
+        encoder = self._gradients
+        step = self._engine.step(device, cut, features, labels, want_gradient=encoder is not None)
         self._losses.setdefault(cut, []).append(step.loss)
         self._correct.setdefault(cut, []).append(step.correct)
         self._observer.batch_applied(cut, step.images, step.loss, self._clock() - started)
         gradient, batch, (run, number, attempt) = step.gradient, message.batch, self.stamp
-        if gradient is None:
+        if gradient is None or encoder is None:
             return None
         return down_later(
             device,
@@ -252,15 +248,9 @@ class RoundInProgress:
                 batch=batch,
                 loss=step.loss,
                 correct=step.correct,
-                tensor=self._encode(gradient),
+                tensor=encoder.encode(device, gradient, message),
             ),
         )
-
-    def _encode(self, gradient: torch.Tensor) -> bytes:
-        try:
-            return self._codec.encode(gradient)
-        except CodecError:  # its range is too small for this one; the receiver reads any codec
-            return parse_codec("fp32").encode(gradient)
 
     def _read(self, message: Activations, cut: int) -> torch.Tensor:
         if message.version != self.version:
@@ -271,7 +261,11 @@ class RoundInProgress:
             raise BatchRefused("bad_labels")
         shape = (len(message.labels), *self._shapes[cut - 1])
         try:
-            features = decode_torch(message.tensor, limits=Limits(max_elements=int(np.prod(shape))))
+            features = decode_torch(
+                message.tensor,
+                limits=Limits(max_elements=int(np.prod(shape))),
+                channels_last=self._channels_last,
+            )
         except FormatError as exc:
             raise BatchRefused(exc.reason) from exc
         if tuple(features.shape) != shape or features.dtype is not torch.float32:
@@ -280,28 +274,33 @@ class RoundInProgress:
             raise BatchRefused("not_finite")
         return features
 
-    def _take(self, device: str, packed: bytes, samples: int, aggregation: Aggregation) -> None:
+    def _take(
+        self, device: str, message: DeviceParameters, samples: int, aggregation: Aggregation
+    ) -> None:
         """Fold a device and its server-side copy in; an unusable upload is left out."""
-        cut = self.participants[device]
         try:
-            state = unpack_parameters(packed)
-            self._check(state, cut)
-            aggregation.add_device(state, samples)
+            aggregation.add_device(self._uploaded(message, self.participants[device]), samples)
         except (FormatError, AveragingError) as exc:
             self._observer.message_dropped("bad_parameters")
             log.warning("the parameters of %s are left out: %s", device, exc)
         self._engine.finish(device, aggregation)
 
-    def _check(self, state: State, cut: int) -> None:
-        prefixes = (*(f"blocks.{i}." for i in range(cut)), f"heads.{cut}.")
-        wanted = {name for name in self._model.state if name.startswith(prefixes)}
-        if state.keys() != wanted:
-            odd = sorted(state.keys() ^ wanted)[:3]
+    def _uploaded(self, message: DeviceParameters, cut: int) -> State:
+        start = half_of(self._model.state, cut)
+        if message.base is None:
+            state = unpack_parameters(message.state)
+        elif message.base == self.version:
+            state = apply_delta(start, message.state)
+        else:
+            raise AveragingError(f"differences to version {message.base}, not {self.version}")
+        if state.keys() != start.keys():
+            odd = sorted(state.keys() ^ start.keys())[:3]
             raise AveragingError(f"not the parameters of cut {cut}: {', '.join(odd)}")
         if any(
             name.endswith("running_var") and (values < 0).any() for name, values in state.items()
         ):
             raise AveragingError("a BatchNorm variance is negative")
+        return state
 
     def _receipt(self, device: str, *, complete: bool = False, final: bool = False) -> Envelope:
         ledger = self._ledgers[device]
@@ -341,4 +340,7 @@ def note_report(record: dict[str, Any], device: str, report: Report) -> None:
             "expired": report.expired,
             "timeouts": report.timeouts,
             "late_gradients": report.late_gradients,
+            "activation_bytes": report.activation_bytes,
+            "activation_values": report.activation_values,
+            "activation_levels": report.activation_levels,
         }

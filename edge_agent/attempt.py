@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,23 +10,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from broker.messages import (
-    Activations,
-    Assignment,
-    Envelope,
-    Gradients,
-    Histogram,
-    Receipt,
-    Report,
-    Round,
-    up,
-)
+from broker.envelopes import Envelope, up
+from broker.messages import Activations, Assignment, Gradients, Histogram, Receipt, Report, Round
+from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
 from edge_agent.ledger import Ledger
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
-from tensors.codecs import decode_torch, parse_codec
+from tensors.codecs import nonzero
 from tensors.errors import CodecError, FormatError
+from tensors.format import Buffer, read_header
 
 ROUND_TRIP_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -71,6 +65,10 @@ class Learner(Protocol):
 
     def backward(self, batch: int, gradient: Any | None) -> Result: ...
 
+    def decode(self, data: Buffer, keep: np.ndarray | None) -> Any:
+        """An encoded gradient as :meth:`backward` takes it; ``keep`` if it is masked."""
+        ...
+
     def discard(self, batch: int) -> None:
         """Forget a batch without learning from it."""
         ...
@@ -111,6 +109,7 @@ class Attempt:
         learner: Learner,
         stream: Stream,
         *,
+        encoder: ActivationEncoder,
         clock: Callable[[], float],
     ) -> None:
         self.stamp = announced.stamp
@@ -120,7 +119,7 @@ class Attempt:
         self._learner = learner
         self._stream = stream
         self._clock = clock
-        self._codec = parse_codec(assignment.activation_codec)
+        self._encoder = encoder
         self._credits = receipt.credits
         self._ledger = Ledger(
             limit=assignment.quota, produced=min(receipt.next_batch, assignment.quota)
@@ -131,6 +130,8 @@ class Attempt:
         self._round_trip_s = 0.0
         self._loss_sum, self._correct, self._images = 0.0, 0, 0
         self._late_gradients = self._timeouts = 0
+        self._activation_bytes = self._activation_values = 0
+        self._levels: list[int] = []
         learner.rewind()
         learner.set_learning_rate(announced.learning_rate)
 
@@ -159,17 +160,23 @@ class Attempt:
 
     def produce(self) -> list[Envelope]:
         """Compute the next batch; the activations to send."""
+        started = self._clock()
         batch = self._ledger.produce()
         run, number, attempt = self.stamp
         position = (number - 1) * self._assignment.quota + batch
         images, labels = self._stream.batch(position)
         features = self._learner.forward(batch, images, labels)
         try:
-            encoded = self._codec.encode(features)
+            encoded = self._encoder.encode(features, images=len(labels), seed=position)
         except CodecError:
             self._learner.discard(batch)
             self._ledger.discarded([batch], "not_finite")
             return []
+        self._activation_bytes += len(encoded.data)
+        self._activation_values += math.prod(features.shape)
+        if encoded.levels is not None:
+            self._levels.append(encoded.levels)
+        self._encoder.spent("forward", self._clock() - started)
         if self._assignment.feedback == "none":
             self._learn(batch, None)
         message = Activations(
@@ -179,7 +186,7 @@ class Attempt:
             batch=batch,
             version=self.version,
             labels=labels.tolist(),
-            tensor=encoded,
+            tensor=encoded.data,
         )
         now = self._clock()
         envelope = up(self._device, message)
@@ -199,7 +206,7 @@ class Attempt:
         self._round_trips[bisect_left(ROUND_TRIP_BOUNDS_S, trip)] += 1
         self._round_trip_s += trip
         try:
-            self._learn(gradients.batch, decode_torch(gradients.tensor))
+            self._learn(gradients.batch, self._decode(gradients.tensor, pending.envelope))
         except FormatError:
             self._learn(gradients.batch, None)
 
@@ -247,6 +254,9 @@ class Attempt:
             timeouts=self._timeouts,
             exit_loss=self._loss_sum / self._images if self._images else None,
             exit_accuracy=self._correct / self._images if self._images else None,
+            activation_bytes=self._activation_bytes,
+            activation_values=self._activation_values,
+            activation_levels=sum(self._levels) / len(self._levels) if self._levels else None,
             round_trip=Histogram(
                 bounds=list(ROUND_TRIP_BOUNDS_S),
                 counts=self._round_trips,
@@ -254,11 +264,20 @@ class Attempt:
             ),
         )
 
+    def _decode(self, gradient: Buffer, sent: Envelope) -> Any:
+        keep = None
+        if read_header(gradient).masked:
+            assert isinstance(sent.message, Activations)
+            keep = nonzero(sent.message.tensor)
+        return self._learner.decode(gradient, keep)
+
     def _learn(self, batch: int, gradient: Any | None) -> None:
+        started = self._clock()
         try:
             result = self._learner.backward(batch, gradient)
         except TrainingError:
             return
+        self._encoder.spent("backward", self._clock() - started)
         self._loss_sum += result.loss * result.images
         self._correct += result.correct
         self._images += result.images

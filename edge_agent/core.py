@@ -11,22 +11,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from broker.drive import Effect, Subscribe
+from broker.envelopes import Envelope, up
 from broker.errors import MessageError
 from broker.messages import (
     Assignment,
     Command,
     Coordinator,
     DeviceParameters,
-    Envelope,
     Gradients,
     Hello,
     Manifest,
@@ -38,17 +36,16 @@ from broker.messages import (
     Request,
     Round,
     Status,
-    up,
 )
 from broker.topics import Topics
 from edge_agent.attempt import Attempt, Learner
 from edge_agent.data import DeviceData
-from edge_agent.errors import AssignmentError, StateError
+from edge_agent.encoding import ActivationEncoder
+from edge_agent.errors import AssignmentError
+from edge_agent.holding import Holding, SnapshotStore
 from edge_agent.predictor import InferenceRun, Policy
-from edge_agent.snapshots import Snapshot
 from tensors.codecs import parse_codec
-from tensors.errors import CodecError, TensorsError
-from tensors.parameters import pack_parameters, unpack_parameters
+from tensors.errors import TensorsError
 
 log = logging.getLogger("splitfleet.agent")
 
@@ -73,18 +70,6 @@ class Phase(StrEnum):
 
 
 _ANSWERING = (Phase.ANSWERING, Phase.REPORTING)
-
-
-class SnapshotStore(Protocol):
-    """Where a device keeps its learning between restarts."""
-
-    def save(self, run: str, cut: int, version: int, snapshot: Snapshot) -> None:
-        """Keep the start of the round that begins at ``version``."""
-        ...
-
-    def load(self, run: str, cut: int) -> tuple[int, Snapshot] | None:
-        """Version and snapshot kept for this run and cut, if there is one."""
-        ...
 
 
 @dataclass(slots=True)
@@ -136,9 +121,10 @@ class AgentCore:
         self._connected = False
         self._assignment: Assignment | None = None
         self._learner: Learner | None = None
+        self._encoder: ActivationEncoder | None = None
         self._round: Round | None = None
         self._manifest: Manifest | None = None
-        self._version: int | None = None
+        self._holding: Holding | None = None
         self._attempt: Attempt | None = None
         self._settled: tuple[str, int, int] | None = None
         self._inference: InferenceRun | None = None
@@ -271,7 +257,7 @@ class AgentCore:
             if same == self._assignment:
                 return []
         before, self._assignment = self._assignment, assignment
-        self._attempt = self._inference = self._version = self._settled = None
+        self._attempt = self._inference = self._holding = self._settled = None
         self._gradients.clear()
         self._question = self._measure_by = None
         out = self._become(Phase.JOINING)
@@ -282,20 +268,14 @@ class AgentCore:
         if before is None or before.run != assignment.run or before.cut != assignment.cut:
             self._manifest = None
         try:
-            for codec in (assignment.activation_codec, assignment.parameter_codec):
-                parse_codec(codec)
+            parse_codec(assignment.parameter_codec)
+            self._encoder = ActivationEncoder(assignment, uplink=self._uplink)
             self._learner = self._build(assignment)
         except (AssignmentError, TensorsError) as exc:
             self.problem = str(exc)
             self._become(Phase.FINISHED)
             return [self._status()]
-        try:
-            kept = self._snapshots.load(assignment.run, assignment.cut)
-            if kept is not None:
-                self._learner.restore(kept[1])
-                self._version = kept[0]
-        except (StateError, TensorsError) as exc:
-            log.warning("starting without the device's own state: %s", exc)
+        self._holding = Holding(assignment, self._learner, self._snapshots)
         return out + self._advance()
 
     def _measured(self) -> list[Effect]:
@@ -340,7 +320,7 @@ class AgentCore:
             return out + self._become(Phase.FINISHED)
         if announced.phase == "gathering":
             return out + self._become(Phase.WAITING)
-        if self._version != announced.version:
+        if self._holding is None or self._holding.version != announced.version:
             self._become(Phase.FETCHING)
             return out + self._ask(
                 up(self._device, Request(what="parameters", version=announced.version))
@@ -354,14 +334,8 @@ class AgentCore:
         )
 
     def _parameters(self, message: Parameters) -> list[Effect]:
-        assignment, announced, learner = self._assignment, self._round, self._learner
-        if (
-            assignment is None
-            or learner is None
-            or message.run != assignment.run
-            or message.cut != assignment.cut
-            or message.version == self._version
-        ):
+        holding, announced = self._holding, self._round
+        if holding is None:
             return []
         if (
             announced is not None
@@ -369,28 +343,14 @@ class AgentCore:
             and message.version < announced.version
         ):
             return []
-        if not self._matches_manifest(message):
-            log.warning("parameters version %d do not match their checksum", message.version)
+        state = holding.read(message, self._manifest)
+        if state is None:
             return []
         out = self._end_attempt()
-        try:
-            learner.load(unpack_parameters(message.state))
-        except TensorsError as exc:
-            log.warning("parameters version %d are unusable: %s", message.version, exc)
+        if not holding.take(message.version, state):
             return out
-        self._version = message.version
         self._answered(Phase.FETCHING)
-        try:
-            self._snapshots.save(message.run, message.cut, message.version, learner.start)
-        except StateError as exc:
-            log.warning("going on without saving the device's own state: %s", exc)
         return out + self._advance()
-
-    def _matches_manifest(self, message: Parameters) -> bool:
-        manifest = self._manifest
-        if manifest is None or manifest.version != message.version:
-            return True
-        return hashlib.sha256(message.state).hexdigest() == manifest.sha256
 
     def _receipt(self, receipt: Receipt) -> list[Effect]:
         if self.phase is Phase.ENTERING and receipt.complete and self._round is not None:
@@ -400,7 +360,7 @@ class AgentCore:
                 self._settled = receipt.stamp
                 return self._become(Phase.WAITING)
             assert self._learner is not None
-            assert self._version is not None
+            assert self._encoder is not None
             try:
                 self._attempt = Attempt(
                     self._device,
@@ -409,6 +369,7 @@ class AgentCore:
                     receipt,
                     self._learner,
                     self._data.stream(self._assignment, self._device),
+                    encoder=self._encoder,
                     clock=self._clock,
                 )
             except MessageError as exc:
@@ -429,16 +390,11 @@ class AgentCore:
         return [*self._end_attempt(), *self._become(Phase.WAITING)]
 
     def _upload(self) -> list[Effect]:
-        attempt, assignment, learner = self._attempt, self._assignment, self._learner
+        attempt, holding = self._attempt, self._holding
         assert attempt is not None
-        assert assignment is not None
-        assert learner is not None
+        assert holding is not None
         run, number, tried = attempt.stamp
-        try:
-            state = pack_parameters(learner.state(), codec=assignment.parameter_codec)
-        except CodecError as exc:  # the coordinator leaves out what is no parameter pack
-            log.warning("nothing to upload: %s", exc)
-            state = b""
+        state, base = holding.upload()
         self._become(Phase.FINISHING)
         return self._ask(
             up(
@@ -449,6 +405,7 @@ class AgentCore:
                     attempt=tried,
                     version=attempt.version,
                     produced=attempt.produced,
+                    base=base,
                     state=state,
                 ),
             )

@@ -14,7 +14,9 @@ from broker.messages import Assignment, Measurement
 from edge_agent.errors import AssignmentError
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import DeviceTrainer, Outcome
+from tensors.codecs import decode_torch
 from tensors.exit_rules import softmax
+from tensors.format import Buffer
 from tensors.networks import CutNetwork, NetworkSpec, build_network, write_state
 from tensors.training import Compute, MemoryFormat, Precision, choose_compute
 
@@ -76,6 +78,10 @@ class TorchLearner:
     def backward(self, batch: int, gradient: Tensor | None) -> Outcome:
         """See :meth:`DeviceTrainer.backward`."""
         return self._trainer.backward(batch, gradient)
+
+    def decode(self, data: Buffer, keep: np.ndarray | None) -> Tensor:
+        """See :func:`tensors.codecs.decode_torch`; laid out as the features are."""
+        return decode_torch(data, keep=keep, channels_last=self._compute.channels_last)
 
     def discard(self, batch: int) -> None:
         """Forget a batch without learning from it."""

@@ -14,9 +14,10 @@ from broker.link import Link, LinkObserver, single_frame
 from broker.messages import Hello, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
-from edge_agent.core import AgentCore, SnapshotStore
+from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
+from edge_agent.holding import SnapshotStore
 from edge_agent.learner import LearnerFactory
 from edge_agent.settings import AgentSettings
 

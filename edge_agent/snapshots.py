@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +13,26 @@ from safetensors.numpy import save
 
 from edge_agent.errors import StateError
 
-_STATE, _MOMENTUM = "state/", "momentum/"
+_STATE, _MOMENTUM, _RESIDUAL = "state/", "momentum/", "residual/"
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Parameters and buffers of the device's half, and the optimizer's momentum, by name."""
+    """Parameters and buffers of the device's half, and the optimizer's momentum, by name.
+
+    ``residual`` is what quantization has taken from this device's uploads; see ``tensors.deltas``.
+    """
 
     state: Mapping[str, np.ndarray]
     momentum: Mapping[str, np.ndarray]
+    residual: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class DiskSnapshots:
     """Keeps the last snapshot in ``folder``, one safetensors file that is replaced atomically.
 
-    It holds what no one else has (the momentum), and spares a returning device the download.
+    It holds what no one else has (momentum and residual), and spares a returning device the
+    download.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,6 +46,7 @@ class DiskSnapshots:
         """Replace the kept snapshot. Raises :class:`StateError` if the disk will not have it."""
         tensors = {_STATE + name: values for name, values in snapshot.state.items()}
         tensors |= {_MOMENTUM + name: values for name, values in snapshot.momentum.items()}
+        tensors |= {_RESIDUAL + name: values for name, values in snapshot.residual.items()}
         metadata = {"run": run, "cut": str(cut), "version": str(version)}
         temporary = self._path.with_suffix(".writing")
         try:
@@ -66,7 +72,7 @@ class DiskSnapshots:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return int(about["version"]), Snapshot(
-                _part(tensors, _STATE), _part(tensors, _MOMENTUM)
+                _part(tensors, _STATE), _part(tensors, _MOMENTUM), _part(tensors, _RESIDUAL)
             )
         except (OSError, SafetensorError, KeyError, ValueError) as exc:
             raise StateError(f"{self._path} is unusable ({exc})") from exc

@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
@@ -41,6 +38,7 @@ from edge_agent.data import DeviceData
 from edge_agent.service import last_will, run_agent
 from edge_agent.settings import AgentSettings
 from edge_agent.snapshots import DiskSnapshots
+from ops import bench_rows
 from ops.errors import FleetFailed
 from ops.run import stop_signals, transport_for
 from tensors.batches import BatchStream
@@ -102,9 +100,9 @@ def run_bench(
         for window, measured in ratios.items():
             rows.append(
                 {
-                    "date": time.strftime("%Y-%m-%d"),
-                    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                    "commit": _commit(),
+                    "date": bench_rows.today(),
+                    "machine": bench_rows.machine(),
+                    "commit": bench_rows.commit(),
                     "broker": broker or "embedded",
                     "width": width,
                     "window": window,
@@ -115,10 +113,11 @@ def run_bench(
                     "ratio": statistics.median(fleet / plain for fleet, plain in measured),
                 }
             )
-    _show(rows, console)
+    cells = [_cells(row) for row in rows]
+    title = "samples/s: fleet of one agent against plain PyTorch"
+    bench_rows.show(title, list(rows[0]), cells, console)
     if append is not None:
-        with append.open("a", encoding="utf-8") as file:
-            file.writelines(_markdown(row) + "\n" for row in rows)
+        bench_rows.append(append, cells)
     return rows
 
 
@@ -287,25 +286,6 @@ def _child(*arguments: str) -> str:
     if done.returncode != 0:
         raise FleetFailed(f"the measurement {arguments[0]!r} failed; its error is above")
     return done.stdout.decode().strip().splitlines()[-1]
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="samples/s: fleet of one agent against plain PyTorch")
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*_cells(row))
-    console.print(table)
-
-
-def _markdown(row: dict[str, Any]) -> str:
-    return "| " + " | ".join(_cells(row)) + " |"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -13,9 +13,22 @@ from html import escape
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 466, 16, 252
 DOTS = 12
+LINE = 16
+"""From one line of a legend to the next."""
 MARKERS = 60
 """Up to so many points a line has marks to hover over; more than ``DOTS`` show only then."""
 POINTS = 400
+
+_STANDALONE = (
+    ".chart{--ink:#14181f;--soft:#5b6472;--faint:#e3e6eb;--card:#fff;"
+    "--c0:#2563eb;--c1:#d9730d;--c2:#0f8a5f;--c3:#b5309e;--c4:#0a87a8;--c5:#c2362f;--c6:#6d53d3;"
+    "--c7:#7d8a17;--c8:#8a5a35;background:var(--card);font-family:system-ui,sans-serif}"
+    ".chart text{fill:var(--soft);font-size:11px}.grid{stroke:var(--faint)}"
+    ".axis{stroke:var(--soft)}.band{fill:var(--faint);opacity:.5}"
+    ".line{stroke-width:2;fill:none}.dot{stroke:var(--card);stroke-width:1.5}"
+    + "".join(f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}" for i in range(9))
+)
+"""What a chart needs of the page's style sheet when it stands alone."""
 
 Point = tuple[float, float]
 Format = Callable[[float], str]
@@ -37,6 +50,17 @@ class Bar:
     label: str
     up: Sequence[tuple[str, str, float]]
     down: Sequence[tuple[str, str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One point with its interval ``y ± half``."""
+
+    label: str
+    style: str
+    x: float
+    y: float
+    half: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,62 @@ def line_chart(
                 for a, b in points
             ]
     return _svg(name, parts)
+
+
+def interval_chart(
+    points: Sequence[Interval],
+    *,
+    name: str,
+    x_label: str,
+    y_label: str,
+    x_format: Format,
+    y_format: Format,
+    band: float,
+) -> str:
+    """Points with their intervals over a logarithmic axis, and a legend; ``± band`` is shaded."""
+    left, right = (pick(math.log10(p.x) for p in points) for pick in (min, max))
+    x = _Scale(left - 0.15, right + 0.15, LEFT, RIGHT)
+    low = min(-band, *(p.y - p.half for p in points))
+    high = max(band, *(p.y + p.half for p in points))
+    room = 0.05 * (high - low)
+    y = _Scale(low - room, high + room, BOTTOM, TOP)
+    marks = [m * 10.0**e for e in range(math.floor(x.low), math.ceil(x.high)) for m in (1, 2, 5)]
+    shown = [(x(math.log10(m)), x_format(m)) for m in marks if x.low <= math.log10(m) <= x.high]
+    parts = [
+        _rectangle("band", LEFT, RIGHT - LEFT, y(band), y(-band)),
+        _grid(y, [(t, y_format(t)) for t in ticks(y.low, y.high, 6)]),
+        _x_axis(shown, x_label),
+        f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>',
+    ]
+    parts.append(f'<text class="note" x="{LEFT}" y="{TOP - 4}">{escape(y_label)}</text>')
+    for index, point in enumerate(points):
+        centre, top, bottom = (
+            x(math.log10(point.x)),
+            y(point.y + point.half),
+            y(point.y - point.half),
+        )
+        value = f"{x_format(point.x)}: {y_format(point.y)} ± {y_format(point.half).lstrip('+')}"
+        row = HEIGHT + 16 + LINE * index
+        parts.append(
+            f'<line class="line {point.style}" x1="{centre:.1f}" x2="{centre:.1f}" '
+            f'y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            f'<circle class="dot {point.style}" cx="{centre:.1f}" cy="{y(point.y):.1f}" r="4">'
+            f"<title>{escape(point.label)}, {escape(value)}</title></circle>"
+            f'<text class="note" x="{centre + 6:.1f}" y="{y(point.y) - 5:.1f}">{index + 1}</text>'
+            f'<circle class="dot {point.style}" cx="{LEFT + 6}" cy="{row - 4}" r="4"/>'
+            f'<text class="note" x="{LEFT + 18}" y="{row}">'
+            f"{index + 1} {escape(point.label)}, {escape(value)}</text>"
+        )
+    return _svg(name, parts, HEIGHT + LINE * len(points) + 12)
+
+
+def standalone(chart: str) -> str:
+    """A chart as a file of its own, with the colours it would else get from the page."""
+    style = f"<style>{_STANDALONE}</style>"
+    start = chart.index(">") + 1
+    return chart[: start - 1].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"') + (
+        f">{style}{chart[start:]}\n"
+    )
 
 
 def mirrored_bars(
@@ -203,8 +283,15 @@ def _stack(
     return parts
 
 
-def _svg(name: str, parts: Iterable[str]) -> str:
+def _rectangle(style: str, x: float, width: float, top: float, bottom: float) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<rect class="{style}" x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" '
+        f'height="{bottom - top:.1f}"/>'
+    )
+
+
+def _svg(name: str, parts: Iterable[str], height: float = HEIGHT) -> str:
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="{escape(name)}">{"".join(parts)}</svg>'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,13 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="any other setting, key=value; may be repeated")
 ]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error")]
+BytesPerSample = Annotated[
+    float | None,
+    typer.Option(help="budget of activations, and of gradients; codec is the most"),
+]
+FollowLink = Annotated[
+    bool | None, typer.Option(help="fewer levels where sending takes longer than computing")
+]
 UntilEof = Annotated[bool, typer.Option(hidden=True)]
 
 
@@ -50,6 +58,8 @@ def demo(
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, lists:FILE")] = None,
     width: Annotated[int | None, typer.Option(help="channels of the first stage")] = None,
     codec: Annotated[str | None, typer.Option(help="of activations and gradients")] = None,
+    bytes_per_sample: BytesPerSample = None,
+    follow_link: FollowLink = None,
     window: Annotated[int | None, typer.Option(help="batches a device may have out")] = None,
     threshold: Annotated[float | None, typer.Option(help="τ: exit if confidence is above")] = None,
     broker: BrokerUrl = None,
@@ -77,6 +87,8 @@ def demo(
         "partition": partition,
         "width": width,
         "codec": codec,
+        "bytes_per_sample": bytes_per_sample,
+        "follow_link": follow_link,
         "window": window,
         "threshold": threshold,
         "broker": broker,
@@ -101,6 +113,8 @@ def coordinator(
     feedback: Annotated[str | None, typer.Option(help="gradient or none")] = None,
     rounds: Annotated[int | None, typer.Option()] = None,
     codec: Annotated[str | None, typer.Option()] = None,
+    bytes_per_sample: BytesPerSample = None,
+    follow_link: FollowLink = None,
     window: Annotated[int | None, typer.Option()] = None,
     min_devices: Annotated[int | None, typer.Option(help="before the first round starts")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="serve /metrics here")] = None,
@@ -127,6 +141,8 @@ def coordinator(
         "feedback": feedback,
         "rounds": rounds,
         "codec": codec,
+        "bytes_per_sample": bytes_per_sample,
+        "follow_link": follow_link,
         "window": window,
         "min_devices": min_devices,
         "metrics_port": metrics_port,
@@ -263,6 +279,83 @@ def bench_training(
         pairs=pairs,
         broker=broker,
         append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+
+
+@bench.command("codec")
+def bench_codec(
+    *,
+    codecs: Annotated[str | None, typer.Option(help="e.g. int8,int4+zstd; default: all")] = None,
+    cuts: Annotated[str, typer.Option(help="where the tensors are taken")] = "1,2,3,4,5,6,7",
+    dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "fashion-mnist-small",
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
+    train_batches: Annotated[int, typer.Option(help="of 32 images, before measuring")] = 3000,
+    batch_size: Annotated[int, typer.Option(help="test images in the measured tensors")] = 32,
+    repetitions: Annotated[int, typer.Option(help="of every timing; medians count")] = 15,
+    append: Annotated[Path | None, typer.Option(help="append dated tables to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw error against bits: an SVG")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Bits, error and speed of every codec on tensors of a trained network, beside a plain one."""
+    from ops.bench_codec import parse_cuts, run_bench
+
+    result = run_bench(
+        codecs.split(",") if codecs else None,
+        cuts=parse_cuts(cuts),
+        dataset=dataset,
+        data_root=data_root,
+        width=width,
+        train_batches=train_batches,
+        batch_size=batch_size,
+        repetitions=repetitions,
+        seed=seed,
+        append=append,
+        plot=plot,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+@bench.command("rate-accuracy")
+def bench_rate_accuracy(
+    *,
+    codecs: Annotated[
+        str, typer.Option(help="ACTIVATION or ACTIVATION/GRADIENT, separated by commas")
+    ] = "int8+zstd,int4+zstd,int3+zstd,int2+zstd",
+    seeds: Annotated[int, typer.Option(help="paired runs of every codec")] = 5,
+    dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "fashion-mnist-small",
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    train_images: Annotated[int | None, typer.Option(help="as many of each class")] = None,
+    rounds: Annotated[int, typer.Option(help="passes over the training images")] = 4,
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
+    device: Annotated[str, typer.Option(help="where it is computed")] = "cpu",
+    jobs: Annotated[int | None, typer.Option(help="runs at once; default: one per core")] = None,
+    out: Annotated[Path, typer.Option(help="finished runs are kept here, and not made again")] = (
+        Path("runs/rate-accuracy")
+    ),
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw accuracy against bytes: an SVG")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Train a small fleet with each codec: what do fewer bytes cost in accuracy?"""
+    from ops.bench_rate_accuracy import run_bench
+    from ops.rate_accuracy import Setup
+
+    rows = run_bench(
+        codecs.split(","),
+        Setup(dataset, train_images, rounds, width, device),
+        seeds=seeds,
+        jobs=jobs or os.cpu_count() or 1,
+        data_root=data_root,
+        out=out,
+        append=append,
+        plot=plot,
         quiet=as_json,
     )
     if as_json:

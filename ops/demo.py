@@ -46,6 +46,8 @@ class DemoSettings(BaseModel):
     partition: str = "iid"
     width: int = Field(default=16, ge=1)
     codec: str = "int8+zstd"
+    bytes_per_sample: float | None = Field(default=None, gt=0)
+    follow_link: bool = False
     window: int = Field(default=2, ge=1)
     threshold: float = 0.7
     broker: str | None = None
@@ -160,6 +162,7 @@ def _check(settings: DemoSettings) -> None:
     from tensors.partition import partition
 
     keys = {"strategy", "feedback", "rounds", "codec", "window", "threshold", "seed"}
+    keys |= {"bytes_per_sample", "follow_link"}
     load_settings(
         CoordinatorSettings, section="coordinator", flags=settings.model_dump(include=keys)
     )
@@ -245,12 +248,15 @@ def _start_coordinator(settings: DemoSettings, url: str, fleet: str, *, quiet: b
         "feedback": settings.feedback,
         "rounds": settings.rounds,
         "codec": settings.codec,
+        "bytes-per-sample": settings.bytes_per_sample,
         "window": settings.window,
         "min-devices": settings.agents,
         "seed": settings.seed,
         "log-level": "warning",
     }
     more = ["--set", f"threshold={settings.threshold}", "--set", f"threads={_spare_threads()}"]
+    if settings.follow_link:
+        more.append("--follow-link")
     if quiet:
         more.append("--quiet")
     # Its progress is the demo's, so it shares the terminal.

@@ -92,6 +92,7 @@ class Metrics(Observer, Collector):
         self._now = (0, 0)
         self._losses: dict[int, tuple[tuple[int, int], float, int]] = {}
         self._exit_losses: dict[str, tuple[int, float]] = {}
+        self._activation_bits: dict[str, tuple[int, float]] = {}
         self._scores: dict[str, Any] = {}
         self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS_S) + 1)
         self._round_trip_s = 0.0
@@ -224,6 +225,9 @@ class Metrics(Observer, Collector):
         with self._lock:
             if report.exit_loss is not None:
                 self._exit_losses[device] = cut, report.exit_loss
+            if report.activation_values:
+                bits = 8 * report.activation_bytes / report.activation_values
+                self._activation_bits[device] = cut, bits
             if report.round_trip is not None:
                 self._count_round_trips(report.round_trip)
 
@@ -271,7 +275,16 @@ class Metrics(Observer, Collector):
         with self._lock:
             yield self._round_trip()
             yield from self._accuracies()
-            yield self._exit_loss()
+            yield _mean_by_cut(
+                "splitfleet_exit_loss",
+                "Cross entropy of the exit at a cut: mean of its devices' last reports",
+                self._exit_losses.values(),
+            )
+            yield _mean_by_cut(
+                "splitfleet_activation_bits",
+                "Bits a value of activations as sent at a cut: mean of its devices' last reports",
+                self._activation_bits.values(),
+            )
 
     def _bytes(self) -> Metric:
         family = CounterMetricFamily(
@@ -312,19 +325,6 @@ class Metrics(Observer, Collector):
             exits.add_metric([str(cut)], accuracy)
         yield exits
 
-    def _exit_loss(self) -> Metric:
-        family = GaugeMetricFamily(
-            "splitfleet_exit_loss",
-            "Cross entropy of the exit at a cut: mean of its devices' last reports",
-            labels=["cut"],
-        )
-        by_cut: dict[int, list[float]] = {}
-        for cut, loss in self._exit_losses.values():
-            by_cut.setdefault(cut, []).append(loss)
-        for cut, losses in sorted(by_cut.items()):
-            family.add_metric([str(cut)], sum(losses) / len(losses))
-        return family
-
 
 class MetricsServer:
     """Serves ``/metrics`` from a thread of its own until closed, or until the process ends."""
@@ -363,6 +363,16 @@ def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> MetricsS
             f"metrics cannot be served on {host}:{port} ({exc.strerror or exc}): stop the program "
             "that listens there, or choose another --metrics-port or --metrics-host"
         ) from exc
+
+
+def _mean_by_cut(name: str, help_text: str, reported: Iterable[tuple[int, float]]) -> Metric:
+    family = GaugeMetricFamily(name, help_text, labels=["cut"])
+    by_cut: dict[int, list[float]] = {}
+    for cut, value in reported:
+        by_cut.setdefault(cut, []).append(value)
+    for cut, values in sorted(by_cut.items()):
+        family.add_metric([str(cut)], sum(values) / len(values))
+    return family
 
 
 def _counter(

@@ -66,13 +66,15 @@ def summarize(result: Mapping[str, Any], *, wall_seconds: float) -> dict[str, An
 
     ``bytes_up`` and ``bytes_down`` are all application payload over the coordinator's link; a
     broadcast counts once there, and for each device it is addressed to in the device's own number.
-    ``bytes_up_per_sample`` is that of activations alone.
+    ``bytes_up_per_sample`` is that of activations alone. Of each device ``activation_bits`` are the
+    bits a value of activations took, encoded, and ``activation_levels`` to how many levels values
+    were rounded, as it reports itself: means over the values it sent, None for no report or floats.
     """
     settings, history = result["settings"], result["history"]
     roles = _by_role(result["traffic"])
     samples = sum(device["samples"] for r in history for device in r["devices"].values())
     seconds = sum(record["seconds"] for record in history)
-    devices = [_device(entry, result["traffic"]) for entry in result["devices"]]
+    devices = [_device(entry, history, result["traffic"]) for entry in result["devices"]]
     last = history[-1] if history else {}
     return {
         "run": result["run"],
@@ -136,19 +138,35 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _device(entry: Mapping[str, Any], traffic: Mapping[str, int]) -> dict[str, Any]:
+def _device(
+    entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]], traffic: Mapping[str, int]
+) -> dict[str, Any]:
     inference = entry.get("inference")
     return {
         "device": entry["device"],
         "cut": entry["cut"],
         "samples": entry["samples"],
         "rounds": entry["rounds"],
+        **_rate([r["devices"].get(entry["device"], {}).get("reported", {}) for r in history]),
         "exit_accuracy": entry.get("exit_accuracy"),
         "server_accuracy": entry.get("server_accuracy"),
         "exit_rate": _share(inference["exits"], inference["images"]) if inference else None,
         "bytes_up": _of_parties(traffic, "up", {entry["device"]}),
         "bytes_down": _of_parties(traffic, "down", {entry["device"], f"cut-{entry['cut']}", "all"}),
         "inference": None if inference is None else _with_rates(inference),
+    }
+
+
+def _rate(reports: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What a device's reports say of its activations, together."""
+    sent = [report for report in reports if report.get("activation_values")]
+    values = sum(report["activation_values"] for report in sent)
+    rounded = [report for report in sent if report["activation_levels"] is not None]
+    weights = sum(report["activation_values"] for report in rounded)
+    levels = sum(r["activation_levels"] * r["activation_values"] for r in rounded)
+    return {
+        "activation_bits": _share(8 * sum(r["activation_bytes"] for r in sent), values),
+        "activation_levels": levels / weights if weights else None,
     }
 
 

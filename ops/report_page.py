@@ -158,6 +158,7 @@ def _trained_table(summary: Mapping[str, Any]) -> str:
             str(device["rounds"]),
             percent(device["exit_accuracy"]),
             percent(device["server_accuracy"]),
+            _decimals(device["activation_bits"], 2),
             byte_size(device["bytes_up"]),
             byte_size(device["bytes_down"]),
         )
@@ -167,8 +168,9 @@ def _trained_table(summary: Mapping[str, Any]) -> str:
         "What each device trained",
         "Exit accuracy is the device’s own early exit on all test images; server accuracy is the "
         "rest of the network on the features that this device sends, cut layer and codec included. "
-        "Bytes are application payload, broadcasts included.",
-        ("device", "cut", "samples", "rounds", "exit acc.", "server acc.", "up", "down"),
+        "Bits are what a value of its activations took in training. Bytes are application payload, "
+        "broadcasts included.",
+        ("device", "cut", "samples", "rounds", "exit acc.", "server acc.", "bits", "up", "down"),
         rows,
     )
 
@@ -274,8 +276,8 @@ def _rounds_table(history: Sequence[Mapping[str, Any]], abandoned: int) -> str:
                 amount(sum(a["applied"] for a in accounts)),
                 amount(sum(sum(a["discarded"].values()) for a in accounts)),
                 amount(sum(a["expired"] for a in accounts)),
-                _loss(_training_loss(record)),
-                _loss(record.get("server_loss")),
+                _decimals(_training_loss(record), 3),
+                _decimals(record.get("server_loss"), 3),
                 percent(record.get("server_accuracy")),
             )
         )
@@ -374,8 +376,8 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _decimals(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _plural(count: int, noun: str) -> str:

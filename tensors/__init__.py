@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tensors.averaging import Averager
 from tensors.codecs import Codec, decode, decode_torch, encode_exact, parse_codec
+from tensors.deltas import apply_delta, encode_delta
 from tensors.errors import (
     AveragingError,
     CodecError,
@@ -20,6 +21,7 @@ from tensors.exit_rules import ExitRule, SweepPoint, confidence, exits, softmax,
 from tensors.format import Header, Limits, read_header
 from tensors.parameters import pack_parameters, unpack_parameters
 from tensors.partition import partition
+from tensors.rate import RateController
 
 if TYPE_CHECKING:
     from tensors.batches import BatchStream
@@ -42,12 +44,15 @@ __all__ = [
     "Limits",
     "NetworkError",
     "NetworkSpec",
+    "RateController",
     "SweepPoint",
     "TensorsError",
+    "apply_delta",
     "build_network",
     "confidence",
     "decode",
     "decode_torch",
+    "encode_delta",
     "encode_exact",
     "exits",
     "load_dataset",

@@ -1,15 +1,23 @@
 """Codecs: tensors to bytes and back.
 
-| codec | bytes a value | carries                                                              |
-|-------|---------------|----------------------------------------------------------------------|
-| fp32  | 4             | every float32, NaN and infinities too, bit for bit                   |
-| fp16  | 2             | finite values within ±65504, rounded to nearest even                 |
-| bf16  | 2             | finite values, rounded to nearest even                               |
-| int8  | 1             | finite values, 256 levels between each channel's minimum and maximum |
+| codec          | bits a value | carries                                                         |
+|----------------|--------------|-----------------------------------------------------------------|
+| fp32           | 32           | every float32, NaN and infinities too, bit for bit              |
+| fp16           | 16           | finite values within ±65504, rounded to nearest even            |
+| bf16           | 16           | finite values, rounded to nearest even                          |
+| int2 … int8    | 2 … 8        | finite values, rounded to one of 2^bits evenly spaced levels    |
+| levels3 … 256  | 2 … 8        | the same with another number of levels                          |
 
-int8's channels are dimension 1 (a 0-d or 1-d tensor is one channel); the error is at most half a
-level, and a constant channel is exact. `+zstd` or `+zstd:LEVEL` (1 … 19, default 1) adds a lossless
-stage, which is left out where it would not make the tensor smaller.
+What may follow the name, in this order:
+
+- `+channel`: levels of their own for each index of dimension 1, instead of for the whole tensor;
+- `+stochastic`: rounded up or down by chance, so that the mean error is zero;
+- `+zstd` or `+zstd:LEVEL` (1 … 19, default 1): a lossless stage, left out where it would not help.
+
+Without zstd each level costs its full bits, so the levels (unless there are 256) cover the share of
+the range that makes the squared error least. With zstd rare levels are nearly free, and the full
+range is the better trade of bytes for error (measured in docs/benchmarks.md). One map for the
+tensor puts the bytes where the values are large; one a channel keeps quiet channels exact too.
 
 A numpy array and a torch tensor of equal values encode to equal bytes, whatever the strides.
 """
@@ -18,13 +26,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tensors import quantize
+from tensors import affine as numpy_affine
+from tensors import floats
+from tensors.affine import Affine, Bytes, Float32s, Sketch, Values
 from tensors.errors import CodecError, FormatError
 from tensors.format import (
     DEFAULT_LIMITS,
@@ -35,91 +45,258 @@ from tensors.format import (
     Limits,
     Lossless,
     channels,
-    compress,
     header_bytes,
     read_body,
     read_header,
 )
+from tensors.lossless import DEFAULT_LEVEL, MAX_LEVEL, compress
+from tensors.packing import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
     import torch
 
-CODECS = {
-    "fp32": CodecId.EXACT,
-    "fp16": CodecId.FP16,
-    "bf16": CodecId.BF16,
-    "int8": CodecId.INT8,
-}
-"""Codecs by the name a user writes before any `+zstd`."""
+    from tensors.affine_torch import GpuValues
 
-DEFAULT_ZSTD_LEVEL = 1
-MAX_ZSTD_LEVEL = 19
+FLOATS = {"fp32": CodecId.EXACT, "fp16": CodecId.FP16, "bf16": CodecId.BF16}
+"""Codecs without levels, by name."""
+MIN_LEVELS, MAX_LEVELS = 3, 256
 
 _FLOAT32 = np.dtype(np.float32)
-_NAME = re.compile(r"(?P<base>[a-z0-9]+)(?P<zstd>\+zstd(:(?P<level>[0-9]{1,2}))?)?")
+_NAME = re.compile(
+    r"(?P<float>fp32|fp16|bf16)?(int(?P<bits>[2-8]))?(levels(?P<levels>[0-9]{1,3}))?"
+    r"(?P<channel>\+channel)?(?P<stochastic>\+stochastic)?"
+    r"(?P<zstd>\+zstd(:(?P<level>[0-9]{1,2}))?)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
     """One way to encode tensors; made by `parse_codec`, safe to share between threads."""
 
-    name: str
-    """Canonical name, which `parse_codec` reads back."""
     kind: CodecId
-    zstd_level: int | None
+    levels: int | None = None
+    """How many levels a value is rounded to; None for floats."""
+    per_channel: bool = False
+    stochastic: bool = False
+    zstd_level: int | None = None
     """None without the lossless stage."""
 
-    def encode(self, x: npt.NDArray[Any] | torch.Tensor) -> bytes:
+    @property
+    def name(self) -> str:
+        """Canonical name, which `parse_codec` reads back."""
+        if self.levels is None:
+            name = next(name for name, kind in FLOATS.items() if kind is self.kind)
+        elif self.levels & (self.levels - 1):
+            name = f"levels{self.levels}"
+        else:
+            name = f"int{self.bits}"
+        name += "+channel" * self.per_channel + "+stochastic" * self.stochastic
+        if self.zstd_level is not None:
+            name += "+zstd" if self.zstd_level == DEFAULT_LEVEL else f"+zstd:{self.zstd_level}"
+        return name
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value before the lossless stage."""
+        match self.kind:
+            case CodecId.EXACT:
+                return 32
+            case CodecId.AFFINE:
+                assert self.levels is not None
+                return (self.levels - 1).bit_length()
+            case _:
+                return 16
+
+    def with_levels(self, levels: int) -> Codec:
+        """The codec that differs in the number of levels only."""
+        assert self.levels is not None
+        assert MIN_LEVELS <= levels <= MAX_LEVELS
+        return replace(self, levels=levels)
+
+    def encode(
+        self,
+        x: npt.NDArray[Any] | torch.Tensor,
+        *,
+        keep: npt.NDArray[np.bool_] | None = None,
+        seed: int = 0,
+    ) -> bytes:
         """Encode floating point values of any shape, strides and device.
+
+        keep: bool, x's shape; the entries to send, to a receiver who knows the same and takes the
+        others to be zero. Only for one map a tensor. seed: varies the chance in stochastic
+        rounding.
 
         Raises CodecError for another dtype and for values the codec cannot carry.
         """
-        side, body = self._quantize(x)
-        return _assemble(self.kind, _FLOAT32, side, body, self.zstd_level)
+        _check_dtype(x, self.name)
+        if keep is not None and (self.kind is not CodecId.AFFINE or self.per_channel):
+            raise CodecError(f"{self.name} cannot leave entries out: choose int2 … int8")
+        assert keep is None or keep.shape == tuple(x.shape)
+        if self.kind is not CodecId.AFFINE:
+            return self._assemble(self._floats(x))
+        affine, sent = self._quantize(x, masked=keep is not None, seed=seed)
+        if keep is not None:
+            sent = np.compress(keep.reshape(-1), sent)
+        body = pack(sent, self.bits)
+        side = np.concatenate([affine.offset, affine.scale], dtype="<f4").tobytes()
+        header = Header(
+            codec=self.kind,
+            shape=tuple(x.shape),
+            values=sent.size,
+            body_bytes=body.nbytes,
+            top=affine.top,
+            per_channel=self.per_channel,
+            masked=keep is not None,
+        )
+        return self._finish(header, side, body)
 
     def max_bytes(self, shape: tuple[int, ...]) -> int:
         """The most bytes `encode` returns for a tensor of this shape."""
-        body = math.prod(shape) * self.kind.element_bytes(_FLOAT32)
-        return header_bytes(len(shape)) + self.kind.side_bytes(shape) + body
+        maps = 0
+        if self.kind is CodecId.AFFINE:
+            maps = channels(shape) if self.per_channel else 1
+        return header_bytes(len(shape)) + 8 * maps + self._body_bytes(math.prod(shape))
 
-    def _quantize(self, x: npt.NDArray[Any] | torch.Tensor) -> tuple[bytes, npt.NDArray[Any]]:
-        back_end: Any
-        if isinstance(x, np.ndarray):
-            is_float, back_end = x.dtype.kind == "f" and x.dtype.itemsize <= 8, quantize
-        else:
-            from tensors import quantize_torch
+    def estimate_bytes(
+        self,
+        x: npt.NDArray[Any] | torch.Tensor,
+        *,
+        keep: npt.NDArray[np.bool_] | None = None,
+    ) -> int:
+        """About how many bytes `encode` would return, from a sample; exact without zstd."""
+        return self.bytes_of(self.sketch(x, keep=keep))
 
-            is_float, back_end = x.is_floating_point(), quantize_torch
-        if not is_float:
-            raise CodecError(f"{self.name} takes floating point values, not {x.dtype}: convert it")
+    def sketch(
+        self,
+        x: npt.NDArray[Any] | torch.Tensor,
+        *,
+        keep: npt.NDArray[np.bool_] | None = None,
+    ) -> Sketch:
+        """What `bytes_of` has to know of a tensor; good for any number of levels."""
+        shape = tuple(x.shape)
+        count = math.prod(shape) if keep is None else int(np.count_nonzero(keep))
+        if self.zstd_level is None or self.kind is not CodecId.AFFINE:
+            nothing = np.zeros(0, np.float32)
+            return Sketch(shape, count, nothing, nothing, nothing)
+        values = _values(x)
+        low, high = self._range(values, masked=keep is not None)
+        sample = values.sample(per_channel=self.per_channel)
+        if keep is not None:
+            sample = sample[:, numpy_affine.sample_of(keep)]
+        return Sketch(shape, count, low, high, sample)
+
+    def bytes_of(self, sketch: Sketch) -> int:
+        """`estimate_bytes` of a tensor by a sketch of it, made with any number of levels."""
+        body = self._body_bytes(sketch.values)
+        other = self.max_bytes(sketch.shape) - self._body_bytes(math.prod(sketch.shape))
+        if self.zstd_level is not None and self.kind is CodecId.AFFINE and sketch.values:
+            assert self.levels is not None
+            try:
+                bits = sketch.entropy_bits(self.levels - 1)
+            except CodecError as error:
+                raise CodecError(f"{self.name}: {error}") from None
+            body = min(body, math.ceil(bits * sketch.values / 8))
+        return other + body
+
+    def _body_bytes(self, values: int) -> int:
+        if self.kind is CodecId.AFFINE:
+            return packed_bytes(values, self.bits)
+        return values * self.bits // 8
+
+    def _floats(self, x: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[Any]:
+        back_end: Any = floats
+        if not isinstance(x, np.ndarray):
+            from tensors import floats_torch
+
+            back_end = floats_torch
         match self.kind:
-            case CodecId.EXACT:
-                return b"", back_end.to_float32(x)
             case CodecId.FP16:
-                return b"", back_end.to_fp16(x)
+                converted = back_end.to_fp16(x)
             case CodecId.BF16:
-                return b"", back_end.to_bf16(x)
-            case CodecId.INT8:
-                affine, levels = back_end.to_int8(x)
-                return np.concatenate([affine.offset, affine.scale], dtype="<f4").tobytes(), levels
+                converted = back_end.to_bf16(x)
+            case _:
+                converted = back_end.to_float32(x)
+        array: npt.NDArray[Any] = converted
+        return array
+
+    def _quantize(
+        self, x: npt.NDArray[Any] | torch.Tensor, *, masked: bool, seed: int
+    ) -> tuple[Affine, Bytes]:
+        values = _values(x)
+        affine = self._fit(values, masked=masked)
+        return affine, values.quantize(
+            affine, seed if self.stochastic else None, channel_major=not masked
+        )
+
+    def _fit(self, values: Values | GpuValues, *, masked: bool) -> Affine:
+        assert self.levels is not None
+        low, high = self._range(values, masked=masked)
+        try:
+            if self.zstd_level is not None or self.levels == MAX_LEVELS:
+                return numpy_affine.fit(low, high, self.levels - 1)
+            sample = values.sample(per_channel=self.per_channel)
+            return numpy_affine.fit_clipped(
+                low, high, self.levels - 1, sample, sample.size / max(1, values.size)
+            )
+        except CodecError as error:
+            raise CodecError(f"{self.name}: {error}") from None
+
+    def _range(self, values: Values | GpuValues, *, masked: bool) -> tuple[Float32s, Float32s]:
+        low, high = values.range(per_channel=self.per_channel)
+        if masked:  # what is left out decodes to zero, so zero must have a level
+            return np.minimum(low, 0), np.maximum(high, 0)
+        return low, high
+
+    def _assemble(self, elements: npt.NDArray[Any]) -> bytes:
+        little = elements.astype(elements.dtype.newbyteorder("<"), copy=False)
+        exact = self.kind is CodecId.EXACT
+        body = little.reshape(-1).view(np.uint8)
+        header = Header(
+            codec=self.kind,
+            shape=elements.shape,
+            values=elements.size,
+            body_bytes=body.nbytes,
+            dtype=elements.dtype if exact else _FLOAT32,
+        )
+        return self._finish(header, b"", body)
+
+    def _finish(self, header: Header, side: bytes, body: Bytes) -> bytes:
+        if self.zstd_level is not None and body.size:
+            planes = body
+            if header.codec is not CodecId.AFFINE and header.element_bytes > 1:
+                planes = np.ascontiguousarray(body.reshape(-1, header.element_bytes).T)
+            frame = compress(planes, self.zstd_level, alike=header.masked)
+            if len(frame) < body.nbytes:
+                shorter = replace(header, lossless=Lossless.ZSTD, body_bytes=len(frame))
+                return shorter.pack(side, frame)
+        return header.pack(side, body.data)
 
 
 def parse_codec(name: str) -> Codec:
-    """The codec of that name: `fp32`, `fp16`, `bf16` or `int8`, then `+zstd` or `+zstd:LEVEL`."""
+    """The codec of that name, see the top of this module; CodecError if there is none."""
     match = _NAME.fullmatch(name)
-    if match is None or match["base"] not in CODECS:
+    bases = [] if match is None else [match[key] for key in ("float", "bits", "levels")]
+    if match is None or sum(base is not None for base in bases) != 1:
         raise CodecError(
-            f"unknown codec {name!r}: write one of {', '.join(CODECS)}, "
-            "with +zstd or +zstd:LEVEL after it if wanted"
+            f"unknown codec {name!r}: write one of {', '.join(FLOATS)}, int2 … int8 or "
+            f"levels{MIN_LEVELS} … levels{MAX_LEVELS}, with +channel, +stochastic and +zstd or "
+            "+zstd:LEVEL after it, in this order, if wanted"
         )
-    base = match["base"]
-    if not match["zstd"]:
-        return Codec(base, CODECS[base], None)
-    level = int(match["level"] or DEFAULT_ZSTD_LEVEL)
-    if not 1 <= level <= MAX_ZSTD_LEVEL:
-        raise CodecError(f"codec {name!r}: the zstd level must be 1 to {MAX_ZSTD_LEVEL}")
-    suffix = "+zstd" if level == DEFAULT_ZSTD_LEVEL else f"+zstd:{level}"
-    return Codec(base + suffix, CODECS[base], level)
+    zstd_level = None
+    if match["zstd"]:
+        zstd_level = int(match["level"] or DEFAULT_LEVEL)
+        if not 1 <= zstd_level <= MAX_LEVEL:
+            raise CodecError(f"codec {name!r}: the zstd level must be 1 to {MAX_LEVEL}")
+    if match["float"]:
+        if match["channel"] or match["stochastic"]:
+            raise CodecError(f"codec {name!r}: +channel and +stochastic go with int2 … int8")
+        return Codec(FLOATS[match["float"]], zstd_level=zstd_level)
+    levels = 2 ** int(match["bits"]) if match["bits"] else int(match["levels"])
+    if not MIN_LEVELS <= levels <= MAX_LEVELS:
+        raise CodecError(f"codec {name!r}: {MIN_LEVELS} to {MAX_LEVELS} levels")
+    return Codec(
+        CodecId.AFFINE, levels, bool(match["channel"]), bool(match["stochastic"]), zstd_level
+    )
 
 
 def encode_exact(x: npt.NDArray[Any]) -> bytes:
@@ -127,73 +304,162 @@ def encode_exact(x: npt.NDArray[Any]) -> bytes:
     if x.dtype not in DTYPES:
         known = ", ".join(dtype.name for dtype in DTYPES)
         raise CodecError(f"cannot send dtype {x.dtype}: convert it to one of {known}")
-    return _assemble(CodecId.EXACT, x.dtype, b"", np.ascontiguousarray(x).reshape(x.shape), None)
+    return Codec(CodecId.EXACT)._assemble(np.ascontiguousarray(x).reshape(x.shape))  # noqa: SLF001
 
 
-def decode(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[Any]:
+def decode(
+    data: Buffer,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    keep: npt.NDArray[np.bool_] | None = None,
+) -> npt.NDArray[Any]:
     """The tensor in `data`: C-contiguous, writable, independent of `data`.
 
-    float32 from a codec of `parse_codec`; of its own dtype from `encode_exact`, so check the dtype
-    and shape of what a stranger sent. Raises FormatError, before memory is taken, for bytes that
-    are not a tensor or exceed `limits`; reasons as in `read_header`, `bad_body`, `bad_side_data`.
+    keep: which entries a masked tensor holds, bool, its shape; the others are 0. float32 from a
+    codec of `parse_codec`; of its own dtype from `encode_exact`, so check the dtype and shape of
+    what a stranger sent. Raises FormatError, before memory is taken, for bytes that are not a
+    tensor or exceed `limits`; reasons as in `read_header`, `bad_body`, `bad_side_data` and
+    `wrong_mask`.
     """
-    header, body = _open(data, limits)
-    if header.codec is CodecId.INT8:
-        return quantize.from_int8(body, _read_affine(data, header))
-    return _decode_plain(header, body)
+    header = read_header(data, limits=limits)
+    if header.codec is CodecId.AFFINE:
+        affine = _read_affine(data, header)
+        levels = _read_levels(data, header, affine, keep)
+        view = numpy_affine.in_c_order(levels, header.shape, channel_major=not header.masked)
+        return numpy_affine.dequantize(view, affine).reshape(header.shape)
+    return _decode_floats(data, header)
 
 
-def decode_torch(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> torch.Tensor:
-    """`decode` to a contiguous CPU tensor of the same values."""
+def decode_torch(
+    data: Buffer,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    keep: npt.NDArray[np.bool_] | None = None,
+    channels_last: bool = False,
+) -> torch.Tensor:
+    """`decode` to a CPU tensor of the same values.
+
+    Contiguous, or, if wanted and 4-d, contiguous in torch's channels_last order.
+    """
     import torch
 
-    header, body = _open(data, limits)
-    if header.codec is CodecId.INT8:
-        from tensors import quantize_torch
-
-        return quantize_torch.from_int8(body, _read_affine(data, header))
-    return torch.from_numpy(_decode_plain(header, body))
-
-
-def _assemble(
-    kind: CodecId,
-    dtype: np.dtype[Any],
-    side: bytes,
-    body: npt.NDArray[Any],
-    zstd_level: int | None,
-) -> bytes:
-    shape = body.shape
-    little = body.astype(body.dtype.newbyteorder("<"), copy=False)
-    if zstd_level is not None:
-        frame = compress(little, zstd_level)
-        if len(frame) < body.nbytes:
-            header = Header(kind, Lossless.ZSTD, dtype, shape, len(frame))
-            return b"".join((header.pack(), side, frame))
-    header = Header(kind, Lossless.NONE, dtype, shape, body.nbytes)
-    return b"".join((header.pack(), side, little.reshape(-1).view(np.uint8).data))
-
-
-def _open(data: Buffer, limits: Limits) -> tuple[Header, npt.NDArray[np.uint8]]:
     header = read_header(data, limits=limits)
-    body = read_body(data, header)
-    return header, body.reshape(header.shape) if header.codec is CodecId.INT8 else body
+    if header.codec is CodecId.AFFINE:
+        from tensors import affine_torch
+
+        affine = _read_affine(data, header)
+        levels = _read_levels(data, header, affine, keep)
+        return affine_torch.dequantize(
+            levels,
+            affine,
+            header.shape,
+            channel_major=not header.masked,
+            channels_last=channels_last,
+        )
+    if header.codec is CodecId.FP16:  # numpy widens float16 several times more slowly
+        narrow = read_body(data, header).view("<f2").astype(np.float16)
+        values = torch.from_numpy(narrow).to(torch.float32).view(header.shape)
+    else:
+        values = torch.from_numpy(_decode_floats(data, header))
+    if channels_last and values.dim() == 4:
+        return values.contiguous(memory_format=torch.channels_last)
+    return values
 
 
-def _read_affine(data: Buffer, header: Header) -> quantize.Affine:
-    count = channels(header.shape)
-    side = np.frombuffer(data, "<f4", 2 * count, header.size).astype(np.float32)
-    affine = quantize.Affine(side[:count], side[count:])
+def nonzero(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.bool_]:
+    """Which entries of an encoded, unmasked tensor decode to something else than zero.
+
+    bool, the tensor's shape. Raises FormatError as `decode` does.
+    """
+    header = read_header(data, limits=limits)
+    if header.codec is not CodecId.AFFINE or header.per_channel:
+        differs: npt.NDArray[np.bool_] = decode(data, limits=limits) != 0
+        return differs
+    affine = _read_affine(data, header)
+    levels = _read_levels(data, header, affine, None)
+    every = np.arange(affine.top + 1, dtype=np.uint8)
+    values = numpy_affine.dequantize(every[None, None], affine).reshape(-1)
+    (zeros,) = np.nonzero(values == 0)
+    if len(zeros) > 1:  # a constant: all levels stand for zero
+        return np.zeros(header.shape, np.bool_)
+    if not len(zeros):
+        return np.ones(header.shape, np.bool_)
+    view = numpy_affine.in_c_order(levels, header.shape, channel_major=not header.masked)
+    others: npt.NDArray[np.bool_] = (view != zeros[0]).reshape(header.shape)
+    return others
+
+
+def relu_mask(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.bool_] | None:
+    """`nonzero`, or None for a tensor with a value below zero, which no ReLU has made.
+
+    Behind a ReLU the gradient of what is zero changes nothing, so it need not be sent.
+    """
+    header = read_header(data, limits=limits)
+    if header.codec is CodecId.AFFINE:
+        negative = (_read_affine(data, header).offset < 0).any()
+    else:
+        negative = (decode(data, limits=limits) < 0).any()
+    return None if negative else nonzero(data, limits=limits)
+
+
+def _check_dtype(x: npt.NDArray[Any] | torch.Tensor, codec: str) -> None:
+    if isinstance(x, np.ndarray):
+        is_float = x.dtype.kind == "f" and x.dtype.itemsize <= 8
+    else:
+        is_float = x.is_floating_point()
+    if not is_float:
+        raise CodecError(f"{codec} takes floating point values, not {x.dtype}: convert it")
+
+
+def _values(x: npt.NDArray[Any] | torch.Tensor) -> Values | GpuValues:
+    if isinstance(x, np.ndarray):
+        return numpy_affine.values_of(x)
+    from tensors import affine_torch
+
+    return affine_torch.values_of(x)
+
+
+def _read_affine(data: Buffer, header: Header) -> Affine:
+    side = np.frombuffer(data, "<f4", 2 * header.maps, header.size).astype(np.float32)
+    affine = Affine(side[: header.maps], side[header.maps :], header.top, clips=False)
     if not affine.is_valid():
-        raise FormatError("bad_side_data", "int8: a channel's offset or scale is not finite")
+        raise FormatError("bad_side_data", "an offset or a scale is not finite")
     return affine
 
 
-def _decode_plain(header: Header, body: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+def _read_levels(
+    data: Buffer, header: Header, affine: Affine, keep: npt.NDArray[np.bool_] | None
+) -> Bytes:
+    if header.masked and (keep is None or keep.shape != header.shape):
+        raise FormatError("wrong_mask", "a masked tensor for which this side has no mask")
+    packed = read_body(data, header)
+    levels = unpack(packed, header.values, header.bits)
+    if header.top & (header.top + 1) and levels.size and levels.max() > header.top:
+        raise FormatError("bad_body", f"a level above the highest, {header.top}")
+    if not header.masked:
+        return levels
+    assert keep is not None
+    if np.count_nonzero(keep) != header.values:
+        raise FormatError(
+            "wrong_mask", f"{header.values} values for a mask of {np.count_nonzero(keep)}"
+        )
+    offset, scale = affine.offset[0], affine.scale[0]
+    level = -float(offset) / float(scale) + 0.5 if scale else 0.0
+    zero_level = int(min(max(level, 0.0), header.top))
+    if zero_level * scale + offset != 0:
+        raise FormatError("bad_side_data", "a masked tensor without a level for zero")
+    whole = np.full(keep.size, zero_level, np.uint8)
+    whole[np.flatnonzero(keep)] = levels
+    return whole
+
+
+def _decode_floats(data: Buffer, header: Header) -> npt.NDArray[Any]:
+    body = read_body(data, header)
     match header.codec:
         case CodecId.FP16:
             values = body.view("<f2").astype(np.float32)
         case CodecId.BF16:
-            values = quantize.from_bf16(body.view("<u2").astype(np.uint16, copy=False))
+            values = floats.from_bf16(body.view("<u2").astype(np.uint16, copy=False))
         case _:
             values = body.view(header.dtype.newbyteorder("<")).astype(header.dtype)
     return values.reshape(header.shape)

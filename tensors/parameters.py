@@ -28,15 +28,22 @@ def pack_parameters(state: Mapping[str, npt.NDArray[Any]], *, codec: str = "fp32
     Floating point arrays come back as float32. Raises CodecError naming the array that cannot go.
     """
     chosen = parse_codec(codec)
-    parts = [_COUNT.pack(len(state))]
+    records = {}
     for name, array in state.items():
+        try:
+            records[name] = chosen.encode(array) if array.dtype.kind == "f" else encode_exact(array)
+        except CodecError as error:
+            raise CodecError(f"parameter {name}: {error}") from error
+    return join_records(records)
+
+
+def join_records(records: Mapping[str, bytes]) -> bytes:
+    """A pack of tensors that are encoded already, by name, in their order."""
+    parts = [_COUNT.pack(len(records))]
+    for name, tensor in records.items():
         encoded_name = name.encode()
         if len(encoded_name) > 0xFFFF:
             raise CodecError(f"parameter name of {len(encoded_name)} bytes: at most 65535")
-        try:
-            tensor = chosen.encode(array) if array.dtype.kind == "f" else encode_exact(array)
-        except CodecError as error:
-            raise CodecError(f"parameter {name}: {error}") from error
         parts += _NAME_LENGTH.pack(len(encoded_name)), encoded_name
         parts += _TENSOR_LENGTH.pack(len(tensor)), tensor
     return b"".join(parts)

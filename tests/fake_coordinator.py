@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from broker.messages import Envelope, Inference, Message, Report, Round, Status, up
+from broker.envelopes import Envelope, up
+from broker.messages import Inference, Message, Report, Round, Status
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import build_core

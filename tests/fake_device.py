@@ -10,11 +10,11 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from broker.drive import Effect, Subscribe
+from broker.envelopes import Envelope, down, to_all, to_cut
 from broker.messages import (
     Activations,
     Assignment,
     DeviceParameters,
-    Envelope,
     Gradients,
     Hello,
     Manifest,
@@ -24,9 +24,6 @@ from broker.messages import (
     Receipt,
     Report,
     Round,
-    down,
-    to_all,
-    to_cut,
 )
 from broker.topics import Topics
 from edge_agent.attempt import Learner
@@ -36,8 +33,9 @@ from edge_agent.errors import StateError, TrainingError
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import Outcome
-from tensors.codecs import parse_codec
+from tensors.codecs import decode, parse_codec
 from tensors.errors import NetworkError
+from tensors.format import Buffer
 from tensors.parameters import pack_parameters
 from tests.tiny import CLASSES, RUN, SIZE, Array, Clock, make_assignment, make_hello, make_round
 
@@ -87,6 +85,9 @@ class FakeLearner:
         self.learnt.append((batch, gradient is not None))
         self.weight = self.weight + 1
         return Outcome(loss=0.5, correct=3, images=8)
+
+    def decode(self, data: Buffer, keep: Array | None) -> Array:
+        return decode(data, keep=keep)
 
     def discard(self, batch: int) -> None:
         self.in_flight.remove(batch)

@@ -28,11 +28,13 @@ def test_names_are_sorted_and_exist(name: str) -> None:
         "broker.mqtt",
         "edge_agent.core",
         "edge_agent.data",
+        "edge_agent.holding",
         "edge_agent.predictor",
         "edge_agent.settings",
         "edge_agent.snapshots",
         "ops.cli",
         "tensors.codecs",
+        "tensors.deltas",
         "tensors.parameters",
     ],
 )

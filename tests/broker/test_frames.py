@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import random
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker import frames
 from broker.errors import MessageError
-from broker.frames import MAX_CHUNKS, OVERHEAD, Limits, Reassembler, split
+from broker.frames import MAX_CHUNKS, OVERHEAD, Limits, Reassembler
 from broker.link import DEFAULT_CHUNK_BYTES
+from broker.maps import Pieces
 from broker.messages import PROTOCOL
 
 TOPIC = "t"
@@ -23,6 +26,10 @@ SMALL = Limits(
     sender_messages=4,
     timeout_s=60.0,
 )
+
+
+def split(message: bytes, message_id: int, chunk_bytes: int) -> Iterator[bytes]:
+    return frames.split(Pieces((message,)), message_id, chunk_bytes)
 
 
 def frame(**changes: Any) -> bytes:
@@ -258,6 +265,80 @@ def test_senders_that_were_refused_leave_nothing_behind() -> None:
     for number in range(1000):
         assert refused(reassembler, begin(1000, 1), sender=f"s{number}") == "reassembly_full"
     assert tracked(reassembler) <= before + 1000
+
+
+def held_by(reassembler: Reassembler, sender: str) -> tuple[int, int]:
+    """How many messages of a sender are under way, and the memory they count for."""
+    if sender not in reassembler._partials:
+        return 0, 0
+    mine = reassembler._partials[sender]
+    return len(mine), sum(partial.cost for partial in mine.values())
+
+
+TIGHT = Limits(
+    message_bytes=300, sender_bytes=500, total_bytes=900, sender_messages=3, timeout_s=60.0
+)
+
+
+@settings(max_examples=300)
+@given(
+    sent=st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 250), st.integers(1, 60)),
+        min_size=1,
+        max_size=8,
+    ),
+    limits=st.sampled_from([TIGHT, Limits()]),
+    lost=st.floats(0, 0.3),
+    doubled=st.integers(0, 2),
+    rng=st.randoms(use_true_random=False),
+)
+def test_chunks_shuffled_doubled_and_lost_of_several_senders(
+    sent: list[tuple[str, int, int]],
+    limits: Limits,
+    lost: float,
+    doubled: int,
+    rng: random.Random,
+) -> None:
+    messages: dict[tuple[str, int], bytes] = {}
+    arriving: list[tuple[str, int, bytes]] = []
+    complete = set()
+    for number, (sender, size, chunk) in enumerate(sent):
+        message = rng.randbytes(size)
+        messages[sender, number] = message
+        chunks = [f for f in split(message, number, chunk) if rng.random() >= lost]
+        if len(chunks) == -(-size // chunk):
+            complete.add((sender, message))
+        arriving += [(sender, number, payload) for payload in chunks]
+    arriving += rng.choices(arriving, k=doubled * len(arriving)) if arriving else []
+    rng.shuffle(arriving)
+
+    reassembler = Reassembler(limits)
+    arrived = set()
+    for sender, number, payload in arriving:
+        whole = None
+        with contextlib.suppress(MessageError):
+            whole = reassembler.add(sender, TOPIC, payload, 0.0)
+        if whole is not None:
+            assert whole == messages[sender, number]
+            arrived.add((sender, bytes(whole)))
+        each = [held_by(reassembler, name) for name in "abc"]
+        assert all(count <= limits.sender_messages for count, _ in each)
+        assert all(cost <= limits.sender_bytes for _, cost in each)
+        assert sum(cost for _, cost in each) == reassembler.held_bytes <= limits.total_bytes
+    assert arrived <= complete
+    if limits != TIGHT:
+        assert arrived == complete
+    reassembler.expire(61.0)
+    assert reassembler.held_bytes == 0
+
+
+def test_the_memory_a_message_takes_does_not_depend_on_how_it_is_cut() -> None:
+    """The bytes of the message and one more for each chunk, from the first one on."""
+    reassembler = Reassembler(Limits())
+    for chunk in (1, 10, 500):
+        deliver(reassembler, list(split(bytes(1000), chunk, chunk))[:-1])
+        assert reassembler.held_bytes == 1000 + 1000 // chunk
+        reassembler.expire(100.0)
 
 
 FRAMES = st.builds(

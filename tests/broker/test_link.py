@@ -8,25 +8,16 @@ from typing import Any, Self
 import msgpack
 import pytest
 
+from broker.envelopes import Envelope, encode_message, to_all, to_cut, up
 from broker.errors import PacketTooLarge, TransportError
 from broker.frames import OVERHEAD, Limits, split
 from broker.link import Arrival, Link, single_frame
+from broker.maps import Pieces
 from broker.memory import MemoryBroker, MemoryTransport
-from broker.messages import (
-    Coordinator,
-    Envelope,
-    Message,
-    Parameters,
-    Report,
-    Request,
-    Status,
-    encode_message,
-    to_all,
-    to_cut,
-    up,
-)
+from broker.messages import Activations, Coordinator, Message, Parameters, Report, Request, Status
 from broker.topics import Address, Topics
 from broker.transport import Connected, Disconnected
+from tests.server_side import make_activations
 from tests.tiny import Clock
 
 TOPICS = Topics("fleet")
@@ -53,11 +44,16 @@ class End:
     """One end: a link over the in-memory broker, and what its observer saw."""
 
     def __init__(
-        self, broker: MemoryBroker, name: str, filters: tuple[str, ...], **link: Any
+        self,
+        broker: MemoryBroker,
+        name: str,
+        filters: tuple[str, ...],
+        transport: type[MemoryTransport] = MemoryTransport,
+        **link: Any,
     ) -> None:
         self.clock = Clock()
         self.observer = Counting()
-        self.transport = MemoryTransport(broker, name)
+        self.transport = transport(broker, name)
         self.link = Link(self.transport, TOPICS, observer=self.observer, clock=self.clock, **link)
         self._filters = filters
 
@@ -112,6 +108,15 @@ async def test_a_large_message_crosses_a_broker_with_small_packets() -> None:
         )
 
 
+async def test_a_batch_of_4_mib_passes_a_broker_that_takes_128_kib() -> None:
+    broker = MemoryBroker(max_packet_size=131_072)
+    async with coordinator(broker) as server, device(broker) as agent:
+        sent = make_activations(("r", 1, 0), 3, cut=2, version=0)
+        sent = sent.model_copy(update={"tensor": bytes(range(256)) * (4 << 12)})
+        await agent.link.send(up("d", sent))
+        assert await server.message() == sent
+
+
 async def test_without_an_announced_limit_chunks_are_as_configured() -> None:
     broker = MemoryBroker()
     async with coordinator(broker, chunk_bytes=1000) as server, device(broker) as agent:
@@ -156,11 +161,11 @@ GARBAGE: dict[str, tuple[bytes, str]] = {
         "foreign_version",
     ),
     "a flipped bit": (single_frame(STATUS).replace(b"online", b"onlinf"), "corrupt"),
-    "no message in the frame": (next(iter(split(b"rubbish", 1, 100))), "malformed"),
+    "no message in the frame": (next(iter(split(Pieces((b"rubbish",)), 1, 100))), "malformed"),
     "another message": (single_frame(Coordinator(state="online", boot="b")), "invalid"),
     "cut short": (single_frame(STATUS)[:-1], "malformed"),
     "too large": (
-        next(iter(split(bytes(5000), 1, 100))),
+        next(iter(split(Pieces((bytes(5000),)), 1, 100))),
         "oversized",
     ),
 }
@@ -288,6 +293,50 @@ async def test_the_uplink_is_measured_on_a_large_message() -> None:
         assert agent.link.uplink_bytes_per_s == 0
         await agent.link.send(up("d", Request(what="probe", padding=bytes(256 << 10))))
         assert agent.link.uplink_bytes_per_s > 0
+
+
+class SlowTransport(MemoryTransport):
+    """A link with latency and a speed, on the clock of its end."""
+
+    latency_s, bytes_per_s = 0.2, 1000.0
+    clock: Clock
+
+    async def publish(self, topic: str, payload: bytes, *, qos: int, retain: bool = False) -> None:
+        await super().publish(topic, payload, qos=qos, retain=retain)
+        self.clock.advance(self.latency_s + len(payload) / self.bytes_per_s)
+
+
+def activations(size: int) -> Envelope:
+    return up(
+        "d",
+        Activations(
+            run="r", round=1, attempt=0, batch=0, version=0, labels=[1], tensor=bytes(size)
+        ),
+    )
+
+
+async def test_the_uplink_is_measured_on_activations_without_its_latency() -> None:
+    async with device(MemoryBroker(), transport=SlowTransport) as agent:
+        assert isinstance(agent.transport, SlowTransport)
+        agent.transport.clock = agent.clock
+        await agent.link.send(activations(1000))
+        assert agent.link.uplink_bytes_per_s == pytest.approx(850, rel=0.1)
+        agent.transport.bytes_per_s = 100_000.0
+        await agent.link.send(up("d", STATUS))
+        for speed in (1000.0, 100_000.0, 2000.0):
+            agent.transport.bytes_per_s = speed
+            await agent.link.send(activations(20_000))
+            assert agent.link.uplink_bytes_per_s == pytest.approx(speed, rel=0.05), speed
+
+
+async def test_a_link_that_only_has_latency_counts_as_fast() -> None:
+    async with device(MemoryBroker(), transport=SlowTransport) as agent:
+        assert isinstance(agent.transport, SlowTransport)
+        agent.transport.clock = agent.clock
+        agent.transport.bytes_per_s = 1e12
+        await agent.link.send(up("d", STATUS))
+        await agent.link.send(activations(20_000))
+        assert agent.link.uplink_bytes_per_s > 20_000 / agent.transport.latency_s
 
 
 async def test_reports_are_sent_without_a_promise() -> None:

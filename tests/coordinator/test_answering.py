@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from broker.messages import (
-    Features,
-    Prediction,
-    Round,
-)
+from broker.messages import Features, Prediction, Round
 from tensors.codecs import decode, encode_exact
 from tensors.networks import build_network, write_state
 from tests.fake_coordinator import Harness, inference_report, only

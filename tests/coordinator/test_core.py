@@ -18,6 +18,8 @@ from broker.messages import (
     Request,
     Round,
 )
+from coordinator.aggregation import half_of
+from tensors.deltas import apply_delta, fingerprint, whole_pack
 from tensors.parameters import pack_parameters, unpack_parameters
 from tests.fake_coordinator import Harness, every, only
 from tests.fake_device import make_measurement
@@ -157,15 +159,36 @@ def test_parameters_are_those_of_the_devices_half_and_match_the_manifest() -> No
     assert_same(unpack_parameters(parameters.state), {n: STATE[n] for n in trained_half(3)})
 
 
+def test_after_a_round_devices_are_sent_what_changed() -> None:
+    server = Harness(rounds=2, parameter_codec="int8+zstd", min_devices=2)
+    server.join("a", 2)
+    server.join("b", 3)
+    for version in (1, 2):
+        before = server.checkpoint().model.state
+        said = server.train("a", "b")
+        after = server.checkpoint().model.state
+        manifests = {m.size: m for m in every(Manifest, said)}
+        for parameters in every(Parameters, said):
+            assert (parameters.version, parameters.base) == (version, version - 1)
+            half = half_of(after, parameters.cut)
+            assert_same(apply_delta(half_of(before, parameters.cut), parameters.state), half)
+            manifest = manifests[len(whole_pack(half))]
+            assert (manifest.version, manifest.base) == (version, version - 1)
+            assert manifest.sha256 == fingerprint(half)
+    answer = only(Parameters, server.hear("a", Request(what="parameters")), "a")
+    assert answer.base is None
+    assert_same(unpack_parameters(answer.state), half_of(after, 2))
+
+
 def test_parameters_too_large_for_their_codec_are_sent_without_it() -> None:
     server = Harness(rounds=1, parameter_codec="fp16")
     server.join("a", 2)
     server.send("a", 0)
-    state = trained_half(2)
-    state["blocks.0.norm.running_var"][0] = 1e6
+    state, name = trained_half(2), "blocks.0.conv.weight"
+    state[name][0] = 1e6
     said = server.upload("a", state=pack_parameters(state))
-    parameters = unpack_parameters(only(Parameters, said).state)
-    assert parameters["blocks.0.norm.running_var"][0] == 1e6
+    parameters = apply_delta(half_of(STATE, 2), only(Parameters, said).state)
+    assert (parameters[name][0] == 1e6).all()
 
 
 def test_a_stranger_gets_no_parameters_and_a_probe_no_answer() -> None:

@@ -6,15 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.messages import (
-    Coordinator,
-    Envelope,
-    Features,
-    Message,
-    Report,
-    Request,
-    Status,
-)
+from broker.envelopes import Envelope
+from broker.messages import Coordinator, Features, Message, Report, Request, Status
 from tensors.codecs import encode_exact
 from tests.fake_coordinator import Harness, inference_report
 from tests.fake_device import make_measurement

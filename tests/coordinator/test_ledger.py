@@ -5,7 +5,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.messages import Gradients, Receipt, down, from_ranges
+from broker.envelopes import down
+from broker.messages import Gradients, Receipt, from_ranges
 from coordinator.ledger import Ledger
 
 QUOTA = 10

@@ -5,10 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from broker.messages import (
-    Network,
-    Round,
-)
+from broker.messages import Network, Parameters, Round
 from coordinator.errors import ResumeError
 from tensors.errors import DataError
 from tests.fake_coordinator import Harness, inference_report, only
@@ -46,19 +43,25 @@ def test_a_restarted_coordinator_raises_the_attempt_and_starts_from_the_last_clo
     assert only(Round, said).stamp == (announced.run, 3, 1)
 
 
-def test_the_result_of_a_repeated_attempt_is_that_of_an_undisturbed_one() -> None:
-    calm, restarted = Harness(rounds=2), Harness(rounds=2)
+@pytest.mark.parametrize("codec", ["fp32", "int8+zstd"])
+def test_the_result_of_a_repeated_attempt_is_that_of_an_undisturbed_one(codec: str) -> None:
+    calm, restarted = (Harness(rounds=2, parameter_codec=codec) for _ in range(2))
     calm.join("a", 2)
     calm.train("a")
-    calm.train("a")
+    undisturbed = calm.train("a")
     restarted.join("a", 2)
     restarted.train("a")
     restarted.send("a", 0, 1)
-    restarted = Harness(restarted.folder, rounds=2)
+    restarted = Harness(restarted.folder, rounds=2, parameter_codec=codec)
     restarted.join("a", 2)
-    restarted.train("a")
-    assert_same(restarted.checkpoint().model.state, calm.checkpoint().model.state)
-    assert_same(restarted.checkpoint().model.momentum, calm.checkpoint().model.momentum)
+    repeated = restarted.train("a")
+    sent, as_before = only(Parameters, repeated), only(Parameters, undisturbed)
+    assert (sent.base, sent.state) == (as_before.base, as_before.state)
+    one, other = restarted.checkpoint(), calm.checkpoint()
+    assert_same(one.model.state, other.model.state)
+    assert_same(one.model.momentum, other.model.momentum)
+    assert_same(one.residual, other.residual)
+    assert bool(one.residual) is (codec != "fp32")
 
 
 def test_after_a_restart_known_devices_are_waited_for_but_not_for_ever() -> None:

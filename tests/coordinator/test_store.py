@@ -29,6 +29,7 @@ def make_checkpoint(version: int) -> Checkpoint:
         history=[{"round": 1, "loss": 0.5}],
         registry=[{"name": "a", "cut": 2, "hello": None, "rounds": 1, "samples": 8}],
         traffic={"up/activation/a": 100},
+        residual={"blocks.0.weight": np.full((2, 3), 0.1, np.float32).T.copy().T},
     )
 
 
@@ -60,10 +61,22 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert found is not None
     assert_same(found.model.state, expected.model.state)
     assert_same(found.model.momentum, expected.model.momentum)
+    assert_same(found.residual, expected.residual)
     for name, values in expected.model.state.items():
         assert found.model.state[name].dtype == values.dtype
     for key in ("version", "round", "trained_cuts", "history", "registry", "traffic"):
         assert getattr(found, key) == getattr(expected, key)
+
+
+def test_a_checkpoint_of_a_run_whose_parameters_go_whole_has_no_residual(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(0)
+    checkpoint.residual = {}
+    store = make_store(tmp_path)
+    store.save(checkpoint)
+    assert not list((store.folder / "checkpoints").glob("*/residual*"))
+    found = reopened(tmp_path).latest()
+    assert found is not None
+    assert found.residual == {}
 
 
 def test_the_run_to_resume(tmp_path: Path) -> None:
@@ -120,7 +133,7 @@ def without_its_fields(path: Path) -> None:
     [
         *[
             (name, damage)
-            for name in ("model.safetensors", "momentum.safetensors")
+            for name in ("model.safetensors", "momentum.safetensors", "residual.safetensors")
             for damage in (cut_short, empty, flip_a_bit, remove)
         ],
         *[("manifest.json", damage) for damage in (cut_short, empty, remove, without_its_fields)],

@@ -10,20 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.messages import (
-    Activations,
-    DeviceParameters,
-    Envelope,
-    Gradients,
-    Message,
-    Receipt,
-    from_ranges,
-)
-from coordinator.aggregation import Aggregation, Model, block_of
+from broker.envelopes import Envelope
+from broker.messages import Activations, DeviceParameters, Gradients, Message, Receipt, from_ranges
+from coordinator.aggregation import Aggregation, Model, block_of, half_of
 from coordinator.engines import Averaging, Step
+from coordinator.gradients import GradientEncoder
 from coordinator.observer import Observer
 from coordinator.training import RECEIPT_BATCHES, RECEIPT_WAIT_S, RoundInProgress
 from tensors.codecs import decode, encode_exact, parse_codec
+from tensors.deltas import Delta, encode_delta
 from tensors.parameters import pack_parameters
 from tests.server_side import (
     NETWORK,
@@ -73,8 +68,8 @@ class Desk:
             shapes=SHAPES,
             classes=CLASSES,
             batch_size=9,
-            codec=parse_codec(codec),
-            want_gradient=feedback,
+            gradients=GradientEncoder(parse_codec(codec), masked=True) if feedback else None,
+            channels_last=False,
             device_copies=True,
             grant=lambda cut, devices: credits_,
             observer=self.observer,
@@ -385,6 +380,47 @@ def test_an_upload_that_cannot_be_used_is_left_out(what: str) -> None:
     merged = desk.round.merge().state
     changed = differs(merged, STATE)
     assert changed, "its server-side copy did learn"
+    assert all((block_of(name) or 0) >= 2 for name in changed)
+
+
+def difference(cut: int = 2, base: dict[str, Any] = STATE) -> Delta:
+    """A device's half as what it learnt."""
+    return encode_delta(trained_half(cut), half_of(base, cut), parse_codec("int8+zstd"), {})
+
+
+def test_an_upload_may_be_the_difference_to_the_rounds_version() -> None:
+    desk, whole = Desk(), Desk()
+    for each in (desk, whole):
+        each.send(batch_of(0))
+    desk.upload(base=VERSION, state=difference().pack())
+    whole.upload(state=pack_parameters(difference().state))
+    assert desk.observer.dropped == whole.observer.dropped == {}
+    merged = desk.round.merge().state
+    assert_same(merged, whole.round.merge().state)
+    assert "blocks.1.conv1.weight" in differs(merged, STATE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": VERSION - 1},
+        {"base": VERSION + 1},
+        {"base": None},
+        {"state": pack_parameters(STATE)},
+        {"state": difference(5).pack()},
+        {"state": b""},
+    ],
+    ids=["of an older version", "of a newer", "of none", "of all", "of another cut", "empty"],
+)
+def test_a_difference_that_cannot_be_used_is_left_out(changes: dict[str, Any]) -> None:
+    desk = Desk()
+    desk.send(batch_of(0))
+    fields: dict[str, Any] = {"base": VERSION, "state": difference().pack()}
+    (receipt,) = desk.upload(**(fields | changes))
+    assert isinstance(receipt, Receipt)
+    assert receipt.final
+    assert desk.observer.dropped == {"bad_parameters": 1}
+    changed = differs(desk.round.merge().state, STATE)
     assert all((block_of(name) or 0) >= 2 for name in changed)
 
 

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from broker.messages import (
-    Features,
-    Prediction,
-    Report,
-)
+from broker.messages import Features, Prediction, Report
 from edge_agent.core import Phase
 from tests.fake_device import (
     Harness,

@@ -4,14 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.messages import (
-    Activations,
-    Coordinator,
-    Gradients,
-    Message,
-    Prediction,
-    Report,
-)
+from broker.messages import Activations, Coordinator, Gradients, Message, Prediction, Report
 from edge_agent.attempt import Learner
 from tensors.codecs import parse_codec
 from tests.fake_device import (

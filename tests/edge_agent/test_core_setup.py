@@ -5,13 +5,7 @@ from typing import Any
 
 import pytest
 
-from broker.messages import (
-    Activations,
-    Assignment,
-    Command,
-    Hello,
-    Request,
-)
+from broker.messages import Activations, Assignment, Command, Hello, Request
 from edge_agent.attempt import Learner
 from edge_agent.core import PROBE_WAIT_S, Phase
 from edge_agent.errors import AssignmentError
@@ -82,9 +76,9 @@ def test_an_assignment_it_cannot_follow_ends_the_device_with_the_reason(error: E
 def test_a_codec_it_does_not_know_ends_the_device_with_the_reason(key: str) -> None:
     device = Harness()
     device.connect()
-    device.hear(make_assignment(**{key: "int3"}), make_round())
+    device.hear(make_assignment(**{key: "int9"}), make_round())
     assert device.core.finished
-    assert "int3" in str(device.core.problem)
+    assert "int9" in str(device.core.problem)
 
 
 def test_a_device_that_is_refused_stops_with_the_reason() -> None:
@@ -113,6 +107,14 @@ def test_a_device_that_stays_takes_part_in_the_next_run() -> None:
     device.hear(make_assignment(run="next"), make_round(run="next"))
     device.hear(make_parameters(0, run="next"), receipt_of(make_round(run="next"), complete=True))
     assert {m.run for m in every(Activations, device.work())} == {"next"}
+
+
+def test_a_budget_for_a_codec_without_levels_is_a_problem() -> None:
+    device = Harness()
+    device.connect()
+    device.hear(make_assignment(activation_codec="fp32", bytes_per_sample=100.0))
+    assert device.core.problem is not None
+    assert "no levels" in device.core.problem
 
 
 # -- cut auto -------------------------------------------------------------------------------------

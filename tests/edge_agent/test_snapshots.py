@@ -17,6 +17,7 @@ from tests.tiny import CPU, SPEC, assert_same, make_batch
 SNAPSHOT = Snapshot(
     {"blocks.0.weight": np.arange(6, dtype=np.float32), "blocks.0.count": np.array(3)},
     {"blocks.0.weight": np.ones(6, np.float32)},
+    {"blocks.0.weight": np.full(6, 0.5, np.float32)},
 )
 
 
@@ -47,6 +48,7 @@ def test_what_was_saved_is_there_after_a_restart(tmp_path: Path) -> None:
     assert version == 5
     assert_same(snapshot.state, SNAPSHOT.state)
     assert_same(snapshot.momentum, SNAPSHOT.momentum)
+    assert_same(snapshot.residual, SNAPSHOT.residual)
 
 
 def test_a_returning_device_learns_on_as_if_it_had_not_been_away(tmp_path: Path) -> None:

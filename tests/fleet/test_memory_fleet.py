@@ -10,8 +10,12 @@ import pytest
 
 from broker.memory import MemoryBroker
 from broker.messages import Report
+from coordinator.aggregation import half_of
+from edge_agent.snapshots import DiskSnapshots
+from ops.report import summarize
+from tensors.rate import TOLERANCE
 from tests.fleet_in_process import Fleet, Watcher, in_memory
-from tests.tiny import make_device_data
+from tests.tiny import assert_same, make_device_data
 
 DEVICES = {"a": 2, "b": 3, "c": 5}
 QUOTA = 4
@@ -120,12 +124,39 @@ async def test_a_device_without_a_cut_measures_itself_and_is_given_one(tmp_path:
     ]
 
 
-async def test_training_learns(tmp_path: Path) -> None:
-    fleet = make_fleet(tmp_path, MemoryBroker(), rounds=6, batches_per_round=8, inference=False)
+@pytest.mark.parametrize("parameter_codec", ["fp32", "int8+zstd"])
+async def test_training_learns(tmp_path: Path, parameter_codec: str) -> None:
+    fleet = make_fleet(
+        tmp_path,
+        MemoryBroker(),
+        rounds=6,
+        batches_per_round=8,
+        inference=False,
+        parameter_codec=parameter_codec,
+    )
     fleet.start()
     result = await fleet.finish()
     first, last = (np.mean(list(r["train_loss"].values())) for r in result["history"][::5])
     assert last < 0.7 * first
+
+
+async def test_activations_and_gradients_keep_to_their_bytes_per_sample(tmp_path: Path) -> None:
+    budget = 90.0
+    fleet = make_fleet(tmp_path, MemoryBroker(), rounds=3, bytes_per_sample=budget)
+    fleet.start()
+    result = await fleet.finish()
+    summary = summarize(result, wall_seconds=1.0)
+    assert 0.6 * budget < summary["bytes_up_per_sample"] <= budget * (1 + TOLERANCE)
+    for device in summary["devices"]:
+        traffic, samples = result["traffic"], device["samples"]
+        assert traffic[f"up/activation/{device['device']}"] <= samples * budget * (1 + TOLERANCE)
+        # A gradient's budget does not count the message around it.
+        around = 200 / 8
+        down = traffic[f"down/gradient/{device['device']}"] / samples
+        assert down <= budget * (1 + TOLERANCE) + around
+        assert 3 <= device["activation_levels"] < 256
+        values = {2: 256, 3: 256, 5: 128}[device["cut"]]
+        assert 1 < device["activation_bits"] < 8 * budget / values
 
 
 async def test_a_restarted_coordinator_goes_on_with_a_raised_attempt(tmp_path: Path) -> None:
@@ -228,3 +259,66 @@ async def test_the_result_with_held_out_images_has_scores(tmp_path: Path) -> Non
         assert 0 <= device["exit_accuracy"] <= 1
         assert sweep[-1]["exit_rate"] <= sweep[0]["exit_rate"]
         assert device["inference"]["images"] == 10
+
+
+class Interference:
+    """Loses some of what is broadcast; knows who was told what in person."""
+
+    def __init__(self, *lose: tuple[str, str]) -> None:
+        self.answered: list[str] = []
+        self._lose = lose
+
+    def allow(self, client: str, access: str, topic: str) -> bool:
+        if access == "write" and topic.endswith("/down/parameters"):
+            self.answered.append(topic.split("/")[3])
+        return access == "write" or (client, topic) not in self._lose
+
+
+async def test_parameters_that_go_as_differences(tmp_path: Path) -> None:
+    interference = Interference()
+    fleet = make_fleet(
+        tmp_path, MemoryBroker(allow=interference.allow), parameter_codec="int8+zstd"
+    )
+    fleet.start()
+    result = await fleet.finish()
+    assert_books_balance(result["history"], fleet.watcher, calm=True)
+    assert sorted(interference.answered) == sorted(DEVICES), "the whole went out at the start only"
+    checkpoint = fleet.checkpoint()
+    assert all(np.isfinite(values).all() for values in checkpoint.model.state.values())
+    assert checkpoint.residual
+    for name, cut in DEVICES.items():
+        kept = DiskSnapshots(tmp_path / name).load(result["run"], cut)
+        assert kept is not None
+        version, snapshot = kept
+        assert version == ROUNDS
+        assert_same(snapshot.state, half_of(checkpoint.model.state, cut))
+        assert snapshot.residual
+
+
+async def test_a_device_that_misses_a_difference_is_given_the_whole(tmp_path: Path) -> None:
+    interference = Interference(("b", "splitfleet/fleet/cut/3/parameters"))
+    fleet = make_fleet(
+        tmp_path, MemoryBroker(allow=interference.allow), parameter_codec="int8+zstd"
+    )
+    fleet.start()
+    result = await fleet.finish()
+    assert_books_balance(result["history"], fleet.watcher, calm=True)
+    assert sorted(interference.answered) == ["a", *["b"] * (1 + ROUNDS), "c"]
+
+
+@pytest.mark.parametrize("who", ["coordinator", "b"])
+async def test_differences_go_on_after_a_restart(tmp_path: Path, who: str) -> None:
+    interference = Interference()
+    broker = MemoryBroker(allow=interference.allow)
+    fleet = make_fleet(tmp_path, broker, parameter_codec="int8+zstd", rounds=3)
+    fleet.start()
+    await fleet.watcher.applied(len(DEVICES) * QUOTA + 2)
+    await fleet.kill(who)
+    if who == "coordinator":
+        fleet.start_coordinator()
+    else:
+        fleet.start_agent(who)
+    result = await fleet.finish()
+    assert result["version"] == 3
+    assert all(entry["finished"] for entry in result["history"][-1]["devices"].values())
+    assert sorted(interference.answered) == sorted(DEVICES), "who came back held what it needed"

@@ -33,6 +33,13 @@ def splitfleet(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["coordinator", "--set", "nonsense=1"], 2, "is not a setting"),
         (["coordinator", "--set", "no equals sign"], 2, "key=value"),
         (["coordinator", "--codec", "int9"], 2, "int8"),
+        (
+            ["coordinator", "--codec", "fp32", "--bytes-per-sample", "99"],
+            2,
+            "codec = fp32 has none",
+        ),
+        (["demo", "--codec", "fp16", "--follow-link"], 2, "follow_link needs"),
+        (["demo", "--bytes-per-sample", "0"], 2, "greater than 0"),
         (["coordinator", "--config", "/does/not/exist.toml"], 2, "cannot read"),
         (["agent", "--device", "a", "--dataset", "nope"], 4, "allowed are"),
         (["coordinator", "--dataset", "cifar10", "--data-root", "/nowhere"], 4, "cifar10"),

@@ -52,6 +52,7 @@ def report(
     exit_loss: float | None = None,
     round_trip: Histogram | None = None,
     inference: Inference | None = None,
+    activations: tuple[int, int] = (0, 0),
 ) -> Report:
     return Report(
         run="r",
@@ -60,6 +61,8 @@ def report(
         exit_loss=exit_loss,
         round_trip=round_trip,
         inference=inference,
+        activation_bytes=activations[0],
+        activation_values=activations[1],
     )
 
 
@@ -270,6 +273,15 @@ def test_exit_loss_is_the_mean_of_the_last_reports_of_a_cut(metrics: Metrics) ->
     metrics.device_report("d2", 4, report(number=2, exit_loss=4.0))
     assert value(metrics, "splitfleet_exit_loss", cut="2") == 1.5
     assert value(metrics, "splitfleet_exit_loss", cut="4") == 4.0
+
+
+def test_activation_bits_are_the_mean_of_the_last_reports_of_a_cut(metrics: Metrics) -> None:
+    metrics.device_report("d0", 2, report(number=1, activations=(1000, 1000)))
+    metrics.device_report("d0", 2, report(number=2, activations=(500, 1000)))
+    metrics.device_report("d1", 2, report(number=2, activations=(250, 1000)))
+    metrics.device_report("d2", 4, report(number=2))
+    assert value(metrics, "splitfleet_activation_bits", cut="2") == 3.0
+    assert value(metrics, "splitfleet_activation_bits", cut="4") is None
 
 
 def test_the_phase_of_the_run_is_one_of_its_phases(metrics: Metrics) -> None:

@@ -42,6 +42,8 @@ WANTED_DEVICE_KEYS = {
     "exit_accuracy",
     "server_accuracy",
     "exit_rate",
+    "activation_bits",
+    "activation_levels",
     "bytes_up",
     "bytes_down",
     "rounds",
@@ -82,7 +84,17 @@ def closed_round(number: int, accuracy: float) -> dict[str, Any]:
         "exit_accuracy": {"2": accuracy - 0.2, "4": accuracy - 0.1},
         "bytes": {"up/activation": 3000, "down/gradient": 2000, "up/parameter": 100},
         "devices": {
-            name: {"cut": cut, "samples": 300, "finished": True, "account": account}
+            name: {
+                "cut": cut,
+                "samples": 300,
+                "finished": True,
+                "account": account,
+                "reported": {
+                    "activation_bytes": 1000 * number,
+                    "activation_values": 4000,
+                    "activation_levels": 16.0 * number if cut == 2 else None,
+                },
+            }
             for name, cut in (("d0", 2), ("d1", 4))
         },
     }
@@ -179,6 +191,26 @@ def test_the_summary_agrees_with_the_result(tmp_path: Path, result: dict[str, An
     assert summary["bytes_up_per_sample"] == 6000 / 1200
     assert summary["bytes_up"] == 6709
     assert summary["bytes_down"] == 4154
+
+
+def test_a_device_has_the_bits_and_levels_it_reported(
+    tmp_path: Path, result: dict[str, Any]
+) -> None:
+    del result["history"][1]["devices"]["d1"]["reported"]
+    summary, tree, _ = write(tmp_path, result)
+    rates = [(d["activation_bits"], d["activation_levels"]) for d in summary["devices"]]
+    assert rates == [(3.0, 24.0), (2.0, None)]
+    head, *table = rows(tree, "What each device trained")
+    assert [row[head.index("bits")] for row in table] == ["3.00", "2.00"]
+
+
+def test_a_device_that_reported_nothing(tmp_path: Path, result: dict[str, Any]) -> None:
+    for record in result["history"]:
+        del record["devices"]["d0"]["reported"]
+    summary, tree, _ = write(tmp_path, result)
+    assert summary["devices"][0]["activation_bits"] is None
+    head, row, _ = rows(tree, "What each device trained")
+    assert row[head.index("bits")] == "–"
 
 
 def test_parameters_and_evaluation_are_apart(tmp_path: Path, result: dict[str, Any]) -> None:
@@ -293,7 +325,7 @@ def test_bars_are_as_high_as_their_bytes(tmp_path: Path, result: dict[str, Any])
 def test_the_tables_agree_with_the_summary(tmp_path: Path, result: dict[str, Any]) -> None:
     _, tree, _ = write(tmp_path, result)
     trained = rows(tree, "What each device trained")
-    assert trained[1] == ["d0", "2", "600", "2", "65.0 %", "82.0 %", "4.70 kB", "3.12 kB"]
+    assert trained[1] == ["d0", "2", "600", "2", "65.0 %", "82.0 %", "3.00", "4.70 kB", "3.12 kB"]
     answered = rows(tree, "What each device answered")
     assert answered[-1][:7] == ["fleet", "200", "30.0 %", "134", "2", "4", "80.0 %"]
     books = rows(tree, "Every round, with its books")

@@ -1,0 +1,348 @@
+"""Affine quantization: values to levels 0 … top and back.
+
+`affine_torch` brings torch tensors here, and quantizes what lies on a GPU there; the levels are the
+same, which a property test holds them to. That is why every step is one plainly rounded float32
+operation in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tensors.errors import CodecError
+from tensors.format import channels
+
+Float32s = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+SAMPLE = 8192
+"""Values that a range or a size is chosen by."""
+HALF = np.float32(0.5)
+
+_BLOCK_VALUES = 2**18
+_SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
+_BINS = 256
+_SHARES = np.float32(0.8) ** np.arange(10, dtype=np.float32)
+"""The shares of the full range that clipping tries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Maps between values and levels, one for a tensor or one a channel.
+
+    value = level · scale + offset; level = ⌊(value − offset) · (1/scale) + ½⌋ within 0 … top.
+    """
+
+    offset: Float32s
+    """(maps,) the value of level 0, never a negative zero."""
+    scale: Float32s
+    """(maps,) distance of two levels; 0 where all levels stand for one value."""
+    top: int
+    """The highest level."""
+    clips: bool
+    """Whether values may lie beyond the levels."""
+
+    def inverse(self) -> Float32s:
+        """(maps,) levels per unit of value, 0 for a constant."""
+        zeros = np.zeros_like(self.scale)
+        return np.divide(np.float32(1), self.scale, out=zeros, where=self.scale > 0)
+
+    def is_valid(self) -> bool:
+        """Whether every level stands for a finite value."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            highest = self.scale * np.float32(self.top) + self.offset
+        return bool(np.isfinite(highest).all() and not np.signbit(self.scale).any())
+
+
+def by_channel(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape (outer, channels, inner) that brings the channels of any tensor to the middle."""
+    if len(shape) < 2:
+        return 1, 1, math.prod(shape)
+    return shape[0], channels(shape), math.prod(shape[2:])
+
+
+def fit(low: Float32s, high: Float32s, top: int) -> Affine:
+    """The map of ranges `low` … `high`, both (maps,), whose ends are the first and last level.
+
+    Where a range holds zero it is moved by half a level at most, so that a level stands for exactly
+    zero, and one below it for what is below zero, however little. A range narrower than `top` times
+    the smallest normal float32 counts as constant: zero if it holds that, else its minimum.
+    Raises CodecError for a range that is not finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = (high - low) / np.float32(top)
+    scale[scale < _SMALLEST_NORMAL] = 0
+    holds_zero = (low <= 0) & (high >= 0)
+    # Else a GELU's few small negative values would vanish, and be taken for a ReLU's zeros.
+    barely_below = (low < 0) & (-low < scale * HALF) & (top > 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = np.where(barely_below, high / np.float32(max(1, top - 1)), scale)
+        zero_level = np.floor(
+            np.divide(-low, scale, out=np.zeros_like(scale), where=scale > 0) + HALF
+        )
+        zero_level = np.where(barely_below, np.float32(1), zero_level)
+        # Adding zero makes -0.0 to 0.0: which of the two a minimum returns is up to the library.
+        offset = np.where(holds_zero, -(zero_level * scale), low) + np.float32(0)
+    affine = Affine(offset, scale, top, clips=bool((zero_level[holds_zero] > 0).any()))
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and affine.is_valid()):
+        raise CodecError(
+            "the tensor or its range is not finite: look for divergence (loss NaN?), or choose fp32"
+        )
+    return affine
+
+
+def fit_clipped(low: Float32s, high: Float32s, top: int, sample: Float32s, share: float) -> Affine:
+    """The map of that part of each range that makes the squared error least.
+
+    `sample`, (maps, n), is the stated share of the values. It is judged by a histogram, to which
+    the ends of the range are added: a sample misses them, and they are what clipping costs.
+    """
+    full = fit(low, high, top)
+    if not sample.size:
+        return full
+    maps = len(low)
+    bins = _BINS if maps == 1 else _BINS // 4
+    width = (high.astype(np.float64) - low) / bins
+    counts = _histogram(sample, low, width, bins)
+    counts[:, [0, -1]] += share
+    centres = low[:, None] + (np.arange(bins) + 0.5) * width[:, None]
+    # A range above (or below) zero keeps the end that is nearer to zero.
+    shares = _SHARES[:, None]
+    tried = fit(
+        np.where(low < 0, np.minimum(low * shares, high), low).reshape(-1),
+        np.where(high > 0, np.maximum(high * shares, low), high).reshape(-1),
+        top,
+    )
+    offset, scale = (part.reshape(len(shares), maps) for part in (tried.offset, tried.scale))
+    error = _histogram_error(offset[..., None], scale[..., None], top, centres, counts)
+    best = error.argmin(0)
+    if not best.any():
+        return full
+    chosen = best, np.arange(maps)
+    return Affine(offset[chosen], scale[chosen], top, clips=True)
+
+
+class Values:
+    """float32 values as (outer, channels, inner), where the last two may lie in the other order.
+
+    Everything here gives the same result for both orders.
+    """
+
+    def __init__(
+        self, memory: Float32s, shape: tuple[int, ...], *, channels_last: bool = False
+    ) -> None:
+        self._memory = memory
+        """C-contiguous, (outer, channels, inner) or (outer, inner, channels)."""
+        self._shape = shape
+        self._channels_last = channels_last
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self._memory.size
+
+    def range(self, *, per_channel: bool) -> tuple[Float32s, Float32s]:
+        """Minima and maxima, both (maps,); 0 where there is nothing."""
+        memory, count = self._memory, channels(self._shape) if per_channel else 1
+        if not memory.size:
+            return np.zeros(count, np.float32), np.zeros(count, np.float32)
+        if not per_channel:
+            flat = memory.reshape(-1)
+            return flat.min(keepdims=True), flat.max(keepdims=True)
+        if not self._channels_last:
+            return memory.min((0, 2)), memory.max((0, 2))
+        rows = _wide_rows(memory)
+        low, high = rows.min(0).reshape(-1, count), rows.max(0).reshape(-1, count)
+        return low.min(0), high.max(0)
+
+    def sample(self, *, per_channel: bool) -> Float32s:
+        """(maps, n) evenly spread values, about `SAMPLE` in all."""
+        logical = self._memory.transpose(0, 2, 1) if self._channels_last else self._memory
+        outer, inner = sample_steps(logical.shape)
+        taken = logical[::outer, :, ::inner]
+        if not per_channel:
+            return taken.reshape(1, -1)
+        return taken.transpose(1, 0, 2).reshape(taken.shape[1], taken.shape[0] * taken.shape[2])
+
+    def quantize(self, affine: Affine, seed: int | None, *, channel_major: bool) -> Bytes:
+        """(size,) levels, channel by channel or in C order; with a seed rounded by chance."""
+        memory = self._memory
+        levels: Bytes = np.empty(memory.shape, np.uint8)
+        table = None if seed is None else dither_of(memory.shape, channels_last=self._channels_last)
+        # A few samples at a time, so that the temporary stays in the cache.
+        step = max(1, _BLOCK_VALUES // max(1, memory[:1].size))
+        for start in range(0, len(memory) if memory.size else 0, step):
+            block = memory[start : start + step]
+            if affine.offset.any():
+                with np.errstate(over="ignore"):  # infinity is clipped as well
+                    scaled = block - self._per_map(affine.offset)
+                scaled *= self._per_map(affine.inverse())
+            else:
+                scaled = block * self._per_map(affine.inverse())
+            if table is None:
+                scaled += HALF
+            else:
+                for index in range(len(scaled)):
+                    scaled[index] += table[(start + index + (seed or 0)) % len(table)]
+            if affine.clips or table is not None:
+                np.clip(scaled, 0, np.float32(affine.top), out=scaled)
+            np.copyto(levels[start : start + step], scaled, casting="unsafe")
+        if self._channels_last:
+            levels = self._swap(levels)
+        if channel_major:
+            levels = levels.transpose(1, 0, 2)
+        return np.ascontiguousarray(levels).reshape(-1)
+
+    def _per_map(self, values: Float32s) -> Any:
+        if len(values) == 1:
+            return values[0]
+        if not self._channels_last:
+            return values[:, None]
+        return np.broadcast_to(values, self._memory.shape[1:])
+
+    def _swap(self, levels: Bytes) -> Bytes:
+        """(n, a, b) → (n, b, a), maybe a view."""
+        return levels.transpose(0, 2, 1)
+
+
+def values_of(x: npt.NDArray[Any]) -> Values:
+    """The values of an array, as float32."""
+    with np.errstate(over="ignore"):
+        memory = np.ascontiguousarray(x, np.float32).reshape(by_channel(x.shape))
+    return Values(memory, x.shape)
+
+
+def sample_steps(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The strides over outer and inner that leave about `SAMPLE` values."""
+    outer, _, inner = shape
+    wanted = max(1, math.prod(shape) // SAMPLE)
+    over_outer = max(1, min(outer, math.isqrt(wanted)))
+    # Odd, so that it does not meet the same columns of a picture in every row.
+    return over_outer, max(1, min(inner, wanted // over_outer)) | 1
+
+
+def sample_of(keep: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """(n,) what `Values.sample` takes of a mask, in the same order."""
+    by = by_channel(keep.shape)
+    outer, inner = sample_steps(by)
+    return keep.reshape(by)[::outer, :, ::inner].reshape(-1)
+
+
+def in_c_order(levels: Bytes, shape: tuple[int, ...], *, channel_major: bool) -> Bytes:
+    """(size,) levels as (outer, channels, inner); a view."""
+    outer, count, inner = by_channel(shape)
+    if channel_major:
+        return levels.reshape(count, outer, inner).transpose(1, 0, 2)
+    return levels.reshape(outer, count, inner)
+
+
+def dequantize(levels: Bytes, affine: Affine, *, channels_last: bool = False) -> Float32s:
+    """float32 values of levels, (outer, channels, inner) or (outer, inner, channels)."""
+
+    def per_map(values: Float32s) -> Any:
+        if len(values) == 1:
+            return values[0]
+        return values if channels_last else values[:, None]
+
+    values = levels.astype(np.float32, order="C")
+    values *= per_map(affine.scale)
+    if affine.offset.any():
+        values += per_map(affine.offset)
+    return values
+
+
+def entropy_bits(levels: Bytes) -> float:
+    """Empirical entropy of the levels, bits a value."""
+    counts = np.bincount(levels.reshape(-1), minlength=1)
+    shares = counts[counts > 0] / max(1, levels.size)
+    return float(-(shares * np.log2(shares)).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A tensor's shape, range and a sample: enough to estimate its size with any top."""
+
+    shape: tuple[int, ...]
+    values: int
+    """How many entries are sent."""
+    low: Float32s
+    """(maps,)"""
+    high: Float32s
+    sample: Float32s
+    """(maps, n) of the entries that are sent."""
+
+    def entropy_bits(self, top: int) -> float:
+        """Bits a value if it is one of levels 0 … top over the full range.
+
+        Raises CodecError as `fit` does.
+        """
+        affine = fit(self.low, self.high, top)
+        values = Values(self.sample[None], (1, *self.sample.shape))
+        return entropy_bits(values.quantize(affine, None, channel_major=False))
+
+
+@functools.lru_cache(maxsize=8)
+def dither_of(shape: tuple[int, ...], *, channels_last: bool = False) -> Float32s:
+    """Uniform numbers in (0, 1) of this shape, the same ones on every machine; read-only.
+
+    They are odd multiples of 2⁻¹⁴: their mean is ½, and they stay clear of 0 and 1, so that a value
+    that is a level stays that level however it was rounded. channels_last moves them as it moves
+    the values.
+    """
+    if channels_last:
+        outer, inner, middle = shape
+        moved = np.ascontiguousarray(dither_of((outer, middle, inner)).transpose(0, 2, 1))
+        moved.flags.writeable = False
+        return moved
+    words = np.random.PCG64(0xD17_4E5).random_raw(-(-math.prod(shape) // 4))
+    numbers = words.astype("<u8").view("<u2")[: math.prod(shape)]
+    numbers = (numbers >> 2 | 1).astype(np.float32)
+    numbers *= np.float32(2.0**-14)
+    numbers.flags.writeable = False
+    return numbers.reshape(shape)
+
+
+def _wide_rows(memory: Float32s) -> Float32s:
+    """(outer, inner, channels) as longer rows: numpy reduces short ones slowly."""
+    _, inner, count = memory.shape
+    together = next(n for n in (64, 16, 8, 4, 2, 1) if inner % n == 0)
+    return memory.reshape(-1, together * count)
+
+
+def _histogram(
+    sample: Float32s, low: Float32s, width: npt.NDArray[np.float64], bins: int
+) -> npt.NDArray[np.float64]:
+    """(maps, bins) how often `sample` falls between low + i·width and the next."""
+    inverse = np.divide(1.0, width, out=np.zeros_like(width), where=width > 0)
+    index = ((sample - low[:, None]) * inverse[:, None]).astype(np.intp)
+    np.clip(index, 0, bins - 1, out=index)
+    index += np.arange(len(low))[:, None] * bins
+    counts = np.bincount(index.reshape(-1), minlength=len(low) * bins)
+    return counts.reshape(-1, bins).astype(np.float64)
+
+
+def _histogram_error(
+    offset: Float32s,
+    scale: Float32s,
+    top: int,
+    centres: npt.NDArray[np.float64],
+    counts: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """(shares, maps) squared error of the bins under maps (shares, maps, 1)."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        exact_level = np.where(scale > 0, (centres - offset) / scale, 0)
+    level = np.clip(np.rint(exact_level), 0, top)
+    lost = (level - exact_level) * scale
+    # Between levels that are closer than a bin is wide the error is evenly spread.
+    inside = (exact_level > -0.5) & (exact_level < top + 0.5)
+    fine = scale < 4 * (centres[:, 1:2] - centres[:, :1])
+    squared = np.where(inside & fine, scale.astype(np.float64) ** 2 / 12, lost**2)
+    constant = np.where(scale > 0, 0, (centres - offset) ** 2)
+    error: npt.NDArray[np.float64] = np.einsum("smb,mb->sm", squared + constant, counts)
+    return error

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from broker.config import load_settings
+from broker.errors import ConfigError
+from broker.messages import Assignment
+from coordinator.orders import assignment
+from coordinator.registry import Registry
+from coordinator.settings import CoordinatorSettings
+from tests.tiny import make_hello, make_settings
+
+
+def load(**flags: Any) -> CoordinatorSettings:
+    return load_settings(CoordinatorSettings, section="coordinator", flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"bytes_per_sample": 100, "codec": "fp16"}, ["bytes_per_sample", "codec = fp16", "int8"]),
+        ({"follow_link": True, "codec": "fp32+zstd"}, ["follow_link", "codec = fp32+zstd"]),
+        (
+            {"follow_link": True, "codec": "int8", "gradient_codec": "bf16"},
+            ["follow_link", "gradient_codec = bf16"],
+        ),
+        ({"bytes_per_sample": 0}, ["bytes_per_sample", "greater than 0"]),
+        ({"bytes_per_sample": "inf"}, ["bytes_per_sample", "finite"]),
+    ],
+)
+def test_a_budget_that_cannot_be_kept(flags: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(**flags)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_floats_are_fine_without_a_budget() -> None:
+    assert load(codec="fp32").bytes_per_sample is None
+    both = load(codec="int4+zstd", bytes_per_sample=100, follow_link=True)
+    assert both.follow_link
+
+
+def test_devices_are_told_their_budgets() -> None:
+    settings = make_settings(codec="int8+zstd", bytes_per_sample=120.5, follow_link=True)
+    device = Registry(1).get("a")
+    assert device is not None
+    device.hello, device.cut = make_hello(), 2
+    message = assignment(settings, "run", device, 2).message
+    assert isinstance(message, Assignment)
+    assert (message.bytes_per_sample, message.follow_link) == (120.5, True)

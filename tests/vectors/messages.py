@@ -1,0 +1,235 @@
+"""Every kind of message, once with all its fields and once with as few as it may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from broker.envelopes import Envelope, channel, down, encode_message, to_all, to_cut, up
+from broker.messages import (
+    LOSSY,
+    Activations,
+    Assignment,
+    Command,
+    Coordinator,
+    DeviceParameters,
+    Features,
+    Gradients,
+    Hello,
+    Histogram,
+    Inference,
+    Manifest,
+    Measurement,
+    Network,
+    Parameters,
+    Prediction,
+    Receipt,
+    Report,
+    Request,
+    Round,
+    Status,
+)
+from broker.topics import Topics
+from tensors.codecs import parse_codec
+from tensors.parameters import pack_parameters
+
+RUN = "20260102-030405-ab12"
+STAMP: dict[str, Any] = {"run": RUN, "round": 3, "attempt": 1}
+FEATURES = np.maximum(np.arange(-4, 12, dtype=np.float32), 0).reshape(2, 2, 2, 2) / 4
+PACK = pack_parameters(
+    {
+        "blocks.0.conv.weight": np.arange(4, dtype=np.float32).reshape(2, 2),
+        "blocks.0.norm.num_batches_tracked": np.array(9, np.int64),
+    }
+)
+MEASUREMENT = Measurement(
+    batch_size=32,
+    step_ms=[12.5, 30.0, 31.25],
+    exit_ms=[1.5, 2, 0.0],
+    memory_mb=[10.0, 20.5, 44.0],
+    available_mb=900.25,
+    cores=4,
+    uplink_bytes_per_s=1.25e6,
+)
+INFERENCE = Inference(
+    version=5,
+    threshold=0.7,
+    images=100,
+    exits=60,
+    offloads=40,
+    answered=30,
+    refused=4,
+    timeouts=6,
+    correct=83,
+    exit_correct=71,
+    bytes_up=123_456,
+    bytes_down=2_400,
+    exit_ms=3.5,
+    offload_ms=41.75,
+)
+
+
+def messages() -> list[dict[str, Any]]:
+    """messages.json."""
+    topics = Topics("fleet-1")
+    return [
+        {
+            "name": f"{'/'.join(channel(envelope.address))}, {what}",
+            "topic": topics.format(envelope.address),
+            "qos": 0 if channel(envelope.address) in LOSSY else 1,
+            "retain": envelope.address.retained,
+            "encoded": b"".join(encode_message(envelope.message)).hex(),
+            "fields": plain(envelope.message.model_dump(exclude_none=True)),
+        }
+        for what, envelope in [*_up(), *_down(), *_to_many()]
+    ]
+
+
+def plain(value: Any) -> Any:
+    """What JSON can say of a message's fields: bytes become ``{"hex": …}``."""
+    match value:
+        case bytes() | bytearray() | memoryview():
+            return {"hex": value.hex()}
+        case dict():
+            return {key: plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+    return value
+
+
+def _up() -> list[tuple[str, Envelope]]:
+    tensor = parse_codec("int4").encode(FEATURES)
+    hello: dict[str, Any] = {
+        "boot": "9f8e7d6c5b4a3921",
+        "software": "firmware 1.0",
+        "samples": 6000,
+        "dataset": "fashion-mnist",
+        "classes": 10,
+        "image": (1, 28, 28),
+    }
+    report: dict[str, Any] = {
+        "produced": 70_000,
+        "applied": 65_535,
+        "discarded": {"not_finite": 1, "late": 4_400},
+        "expired": 64,
+        "late_gradients": 128,
+        "activation_bytes": 5_000_000,
+        "activation_values": 10_000_000_000,
+        "activation_levels": 11.5,
+        "timeouts": 256,
+        "exit_loss": 0.625,
+        "exit_accuracy": 0.8,
+        "round_trip": Histogram(bounds=[0.005, 1.0], counts=[3, 200, 0], total=40.5),
+    }
+    return [
+        (what, up("cam-1", message))
+        for what, message in [
+            ("least", Hello(**hello)),
+            (
+                "all fields",
+                Hello(**hello, test_samples=1000, cut=3, measurement=MEASUREMENT),
+            ),
+            ("online", Status(state="online", connection="9f8e7d6c5b4a3921", phase="training")),
+            ("last will", Status(state="offline", connection="9f8e7d6c5b4a3921")),
+            (
+                "a batch of two",
+                Activations(**STAMP, batch=300, version=5, labels=[7, 2**31], tensor=tensor),
+            ),
+            ("a pack", DeviceParameters(**STAMP, version=5, produced=300, state=PACK)),
+            ("a delta", DeviceParameters(**STAMP, version=5, produced=9, base=5, state=PACK)),
+            ("nothing usable", DeviceParameters(**STAMP, version=5, produced=0, state=b"")),
+            ("two images", Features(request=12, version=5, deadline_ms=10_000, tensor=tensor)),
+            ("least", Report(**STAMP)),
+            ("an attempt", Report(**STAMP, **report)),
+            ("inference", Report(**STAMP, inference=INFERENCE)),
+            ("parameters", Request(what="parameters", version=5)),
+            ("join", Request(what="join", run=RUN, round=3, attempt=1)),
+            ("probe", Request(what="probe", padding=bytes(40))),
+        ]
+    ]
+
+
+def _down() -> list[tuple[str, Envelope]]:
+    assignment: dict[str, Any] = {
+        "run": RUN,
+        "network": Network(width=16, channels=1, size=28, head="linear"),
+        "feedback": "gradient",
+        "feedback_weight": 1.0,
+        "exit_weight": 0.5,
+        "activation_codec": "int4+zstd",
+        "parameter_codec": "fp32",
+        "batch_size": 32,
+        "quota": 187,
+        "window": 2,
+        "credits": 2,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "gradient_timeout_s": 30.0,
+        "augment": "crop-flip",
+        "seed": -1,
+        "exit_rule": "entropy",
+        "threshold": 0.7,
+        "offload_timeout_s": 10.0,
+    }
+    gradient = parse_codec("int4").encode(FEATURES / 8 - 0.125, keep=FEATURES != 0)
+    answer = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]], np.float32)
+    tensor = parse_codec("fp32").encode(answer)
+    return [
+        (what, down("cam-1", message))
+        for what, message in [
+            ("to be measured", Assignment(**assignment)),
+            ("with a cut", Assignment(**assignment, cut=3)),
+            (
+                "with a budget",
+                Assignment(**assignment, cut=3, bytes_per_sample=250.5, follow_link=True),
+            ),
+            (
+                "masked",
+                Gradients(**STAMP, batch=300, loss=1.5, correct=1, tensor=gradient),
+            ),
+            (
+                "news",
+                Receipt(
+                    **STAMP,
+                    applied=[(0, 0), (4, 299)],
+                    discarded={"late": [(300, 301)], "bad_labels": [(3, 3)]},
+                    credits=2,
+                    next_batch=302,
+                ),
+            ),
+            ("join, nothing yet", Receipt(**STAMP, credits=2, complete=True)),
+            (
+                "not a participant",
+                Receipt(**STAMP, credits=0, complete=True, participant=False),
+            ),
+            (
+                "final",
+                Receipt(**STAMP, applied=[(0, 186)], credits=2, complete=True, final=True),
+            ),
+            ("answered", Prediction(request=12, version=5, tensor=tensor)),
+            ("refused", Prediction(request=13, version=6, refused="version")),
+            ("a pack", Parameters(run=RUN, version=5, cut=3, state=PACK)),
+            ("a delta", Parameters(run=RUN, version=5, cut=3, base=4, state=PACK)),
+            ("stop", Command(command="stop", reason="its images are too small – größer!")),
+        ]
+    ]
+
+
+def _to_many() -> list[tuple[str, Envelope]]:
+    training = Round(
+        **STAMP, phase="training", version=5, rounds=20, learning_rate=0.05, deadline_s=600.0
+    )
+    gathering = Round(run=RUN, round=0, attempt=0, phase="gathering", version=0, rounds=20)
+    manifest: dict[str, Any] = {"run": RUN, "sha256": "0123456789abcdef" * 4, "trained": True}
+    return [
+        ("training", to_all(training)),
+        ("gathering", to_all(gathering)),
+        ("stop", to_all(Command(command="stop"))),
+        ("online", to_all(Coordinator(state="online", boot="0011223344556677"))),
+        ("last will", to_all(Coordinator(state="offline", boot="0011223344556677"))),
+        ("least", to_cut(3, Manifest(**manifest, version=5, size=1_000_000))),
+        ("all fields", to_cut(3, Manifest(**manifest, version=5, base=4, size=2**32))),
+        ("a pack", to_cut(3, Parameters(run=RUN, version=5, cut=3, state=PACK))),
+        ("a delta", to_cut(3, Parameters(run=RUN, version=5, cut=3, base=4, state=PACK))),
+    ]
