@@ -80,7 +80,7 @@ def fit(low: Float32s, high: Float32s, top: int) -> Affine:
     scale[scale < _SMALLEST_NORMAL] = 0
     holds_zero = (low <= 0) & (high >= 0)
     # Else a GELU's few small negative values would vanish, and be taken for a ReLU's zeros.
-    barely_below = (low < 0) & (-low < scale * HALF) & (top > 1)
+    barely_below = (low < 0) & (-low < scale * HALF) & np.isfinite(scale) & (top > 1)
     with np.errstate(invalid="ignore", over="ignore"):
         scale = np.where(barely_below, high / np.float32(max(1, top - 1)), scale)
         zero_level = np.floor(
