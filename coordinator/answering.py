@@ -9,7 +9,8 @@ from broker.messages import Features, Prediction
 from coordinator.errors import BatchRefused
 from coordinator.evaluation import Responder
 from coordinator.observer import Observer
-from tensors.codecs import decode_torch, parse_codec
+from tensors.codecs import parse_codec
+from tensors.decoding import decode_torch
 from tensors.errors import TensorsError
 from tensors.format import Limits
 

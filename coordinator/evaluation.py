@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tensors.batches import normalise
-from tensors.codecs import decode_torch, parse_codec
+from tensors.codecs import parse_codec
 from tensors.datasets import Dataset
+from tensors.decoding import decode_torch
 from tensors.exit_rules import ExitRule, SweepPoint, softmax, sweep
 from tensors.networks import CutNetwork, State, write_state
 from tensors.training import Compute

@@ -9,7 +9,8 @@ from collections import defaultdict
 import torch
 
 from broker.messages import Activations
-from tensors.codecs import Codec, parse_codec, relu_mask
+from tensors.codecs import Codec, parse_codec
+from tensors.decoding import relu_mask
 from tensors.errors import CodecError
 from tensors.rate import RateController
 
@@ -38,9 +39,15 @@ class GradientEncoder:
         self._rates: dict[str, RateController] = defaultdict(lambda: RateController(codec))
         self._lock = threading.Lock()
 
-    def encode(self, device: str, gradient: torch.Tensor, answered: Activations) -> bytes:
-        """The gradient of the loss at the activations of ``answered``, of their shape."""
-        keep = relu_mask(answered.tensor) if self._masked else None
+    def encode(
+        self,
+        device: str,
+        gradient: torch.Tensor,
+        features: torch.Tensor,
+        answered: Activations,
+    ) -> bytes:
+        """The gradient of the loss at ``features``, which ``answered`` brought, of their shape."""
+        keep = relu_mask(answered.tensor, features) if self._masked else None
         budget = self._budget(answered)
         try:
             if math.isinf(budget):

@@ -18,7 +18,7 @@ from coordinator.errors import BatchRefused
 from coordinator.gradients import GradientEncoder
 from coordinator.ledger import Ledger, Stamp
 from coordinator.observer import Observer
-from tensors.codecs import decode_torch
+from tensors.decoding import decode_torch
 from tensors.deltas import apply_delta
 from tensors.errors import AveragingError, FormatError
 from tensors.format import Limits
@@ -248,7 +248,7 @@ class RoundInProgress:
                 batch=batch,
                 loss=step.loss,
                 correct=step.correct,
-                tensor=encoder.encode(device, gradient, message),
+                tensor=encoder.encode(device, gradient, features, message),
             ),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from edge_agent.errors import TrainingError
 from edge_agent.ledger import Ledger
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
-from tensors.codecs import nonzero
+from tensors.decoding import nonzero
 from tensors.errors import CodecError, FormatError
 from tensors.format import Buffer, read_header
 
@@ -126,6 +127,7 @@ class Attempt:
         )
         self._ledger.settle(receipt)
         self._pending: dict[int, _Pending] = {}
+        self._to_learn: deque[tuple[Gradients, Activations]] = deque()
         self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS_S) + 1)
         self._round_trip_s = 0.0
         self._loss_sum, self._correct, self._images = 0.0, 0, 0
@@ -142,16 +144,29 @@ class Attempt:
 
     @property
     def can_produce(self) -> bool:
-        """Whether quota, window and credits allow another batch now."""
-        allowed = self._credits
+        """Whether quota, window and credits allow another batch now.
+
+        With a window of two or more, one batch beyond it may wait here to be learnt from: so the
+        coordinator has its next batch before this device has worked off the last answer.
+        """
+        allowed, window = self._credits, self._assignment.window
         if self._assignment.feedback == "gradient":
-            allowed = min(allowed, self._assignment.window)
+            allowed = min(allowed, window)
+            held = len(self._pending) + len(self._to_learn)
+            if held > (window if window > 1 else 0):
+                return False
         return self.produced < self._assignment.quota and len(self._pending) < allowed
 
     @property
+    def can_learn(self) -> bool:
+        """Whether an answer waits to be learnt from."""
+        return bool(self._to_learn)
+
+    @property
     def complete(self) -> bool:
-        """Whether every batch of the quota is out and none is waited for."""
-        return self.produced >= self._assignment.quota and not self._pending
+        """Whether every batch of the quota is out, answered and learnt from."""
+        waits = self._pending or self._to_learn
+        return self.produced >= self._assignment.quota and not waits
 
     @property
     def deadline(self) -> float | None:
@@ -194,7 +209,7 @@ class Attempt:
         return [envelope]
 
     def gradient(self, gradients: Gradients) -> None:
-        """Learn from a gradient; one that comes after its time-out is counted and dropped."""
+        """Enter a gradient; one that comes after its time-out is counted and dropped."""
         self._ledger.applied([gradients.batch])
         if self._assignment.feedback != "gradient":
             return
@@ -205,8 +220,15 @@ class Attempt:
         trip = self._clock() - pending.sent
         self._round_trips[bisect_left(ROUND_TRIP_BOUNDS_S, trip)] += 1
         self._round_trip_s += trip
+        sent = pending.envelope.message
+        assert isinstance(sent, Activations)
+        self._to_learn.append((gradients, sent))
+
+    def learn(self) -> None:
+        """Learn from the gradient that has waited longest."""
+        gradients, sent = self._to_learn.popleft()
         try:
-            self._learn(gradients.batch, self._decode(gradients.tensor, pending.envelope))
+            self._learn(gradients.batch, self._decode(gradients.tensor, sent))
         except FormatError:
             self._learn(gradients.batch, None)
 
@@ -264,11 +286,8 @@ class Attempt:
             ),
         )
 
-    def _decode(self, gradient: Buffer, sent: Envelope) -> Any:
-        keep = None
-        if read_header(gradient).masked:
-            assert isinstance(sent.message, Activations)
-            keep = nonzero(sent.message.tensor)
+    def _decode(self, gradient: Buffer, sent: Activations) -> Any:
+        keep = nonzero(sent.tensor) if read_header(gradient).masked else None
         return self._learner.decode(gradient, keep)
 
     def _learn(self, batch: int, gradient: Any | None) -> None:

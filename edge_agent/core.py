@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -131,7 +130,6 @@ class AgentCore:
         self._measure_by: float | None = None
         self._question: _Question | None = None
         self._next_heartbeat = clock() + heartbeat_s
-        self._gradients: deque[Gradients] = deque()
         self.phase = Phase.JOINING
         self.problem: str | None = None
 
@@ -160,7 +158,8 @@ class AgentCore:
             case Round():
                 return self._announced(message)
             case Gradients():
-                self._gradients.append(message)
+                if self._attempt is not None and message.stamp == self._attempt.stamp:
+                    self._attempt.gradient(message)
             case Receipt():
                 return self._receipt(message)
             case Parameters():
@@ -219,33 +218,30 @@ class AgentCore:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`work` would do something now."""
-        if self._gradients:
-            return True
         if self._measure_by is not None:
             return self._uplink() > 0 or self._clock() >= self._measure_by
         if self._inference is not None:
             return self._inference.done or self._inference.has_work
         if self._attempt is None or self.phase is not Phase.TRAINING:
             return False
-        return self._attempt.complete or (
-            self._connected and self._coordinator_online and self._attempt.can_produce
-        )
+        return self._attempt.complete or self._attempt.can_learn or self._may_produce(self._attempt)
 
     def work(self) -> list[Effect]:
         """One unit of computing: a gradient, a new batch, the upload, or test images."""
         if self._measure_by is not None:
             return self._measured()
-        if self._gradients:
-            gradients = self._gradients.popleft()
-            if self._attempt is not None and gradients.stamp == self._attempt.stamp:
-                self._attempt.gradient(gradients)
-            return []
         if self._inference is not None:
             return self._infer()
         assert self._attempt is not None
         if self._attempt.complete:
             return self._upload()
-        return list[Effect](self._attempt.produce())
+        if self._may_produce(self._attempt):
+            return list[Effect](self._attempt.produce())
+        self._attempt.learn()
+        return []
+
+    def _may_produce(self, attempt: Attempt) -> bool:
+        return self._connected and self._coordinator_online and attempt.can_produce
 
     # -- transitions ------------------------------------------------------------------------------
 
@@ -258,7 +254,6 @@ class AgentCore:
                 return []
         before, self._assignment = self._assignment, assignment
         self._attempt = self._inference = self._holding = self._settled = None
-        self._gradients.clear()
         self._question = self._measure_by = None
         out = self._become(Phase.JOINING)
         if assignment.cut is None:
@@ -444,7 +439,6 @@ class AgentCore:
 
     def _end_attempt(self) -> list[Effect]:
         """The attempt is over, with its final receipt or because the fleet moved on."""
-        self._gradients.clear()
         if self._attempt is None:
             return []
         report, self._attempt = self._attempt.report(), None

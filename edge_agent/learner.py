@@ -14,7 +14,7 @@ from broker.messages import Assignment, Measurement
 from edge_agent.errors import AssignmentError
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import DeviceTrainer, Outcome
-from tensors.codecs import decode_torch
+from tensors.decoding import decode_torch
 from tensors.exit_rules import softmax
 from tensors.format import Buffer
 from tensors.networks import CutNetwork, NetworkSpec, build_network, write_state

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from broker.messages import Features, Inference, Prediction
-from tensors.codecs import Codec, decode
+from tensors.codecs import Codec
+from tensors.decoding import decode
 from tensors.errors import CodecError, TensorsError
 from tensors.exit_rules import ExitRule, confidence, exits
 

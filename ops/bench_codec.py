@@ -32,7 +32,8 @@ from ops.bench_reference import (
 )
 from ops.codec_samples import Sample, collect
 from ops.errors import SettingsWrong
-from tensors.codecs import Codec, decode_torch, nonzero, parse_codec
+from tensors.codecs import Codec, parse_codec
+from tensors.decoding import decode_torch, nonzero
 from tensors.format import CodecId, read_body, read_header
 from tensors.packing import unpack
 

@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from tensors.averaging import Averager
-from tensors.codecs import Codec, decode, decode_torch, encode_exact, parse_codec
+from tensors.codecs import Codec, encode_exact, parse_codec
+from tensors.decoding import decode, decode_torch
 from tensors.deltas import apply_delta, encode_delta
 from tensors.errors import (
     AveragingError,

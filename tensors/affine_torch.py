@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tensors.affine import (
@@ -115,6 +116,19 @@ def dequantize(
     values = torch.from_numpy(dequantize_numpy(memory, affine, channels_last=True))
     n, c, h, w = shape
     return values.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def nonzero(x: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """Which entries are not zero, of x's shape, in C order."""
+    x = x.detach().to("cpu", torch.float32)
+    mask: npt.NDArray[np.bool_]
+    if is_channels_last(x):
+        n, c, h, w = x.shape
+        differs = (x.permute(0, 2, 3, 1).numpy() != 0).reshape(n, h * w, c)
+        mask = _swap(torch.from_numpy(differs.view(np.uint8))).numpy().view(np.bool_)
+        return mask.reshape(n, c, h, w)
+    mask = x.contiguous().numpy() != 0
+    return mask
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tensors.codecs import Codec, decode, encode_exact, parse_codec
+from tensors.codecs import Codec, encode_exact, parse_codec
+from tensors.decoding import decode
 from tensors.errors import CodecError, FormatError
 from tensors.format import Buffer, Limits
 from tensors.parameters import join_records, pack_parameters, unpack_parameters

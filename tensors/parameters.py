@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from tensors.codecs import decode, encode_exact, parse_codec
+from tensors.codecs import encode_exact, parse_codec
+from tensors.decoding import decode
 from tensors.errors import CodecError, FormatError
 from tensors.format import DEFAULT_LIMITS, Buffer, Limits
 

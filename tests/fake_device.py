@@ -33,7 +33,8 @@ from edge_agent.errors import StateError, TrainingError
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import Outcome
-from tensors.codecs import decode, parse_codec
+from tensors.codecs import parse_codec
+from tensors.decoding import decode
 from tensors.errors import NetworkError
 from tensors.format import Buffer
 from tensors.parameters import pack_parameters

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from broker.messages import Features, Prediction, Round
-from tensors.codecs import decode, encode_exact
+from tensors.codecs import encode_exact
+from tensors.decoding import decode
 from tensors.networks import build_network, write_state
 from tests.fake_coordinator import Harness, inference_report, only
 from tests.server_side import (

@@ -17,7 +17,8 @@ from coordinator.engines import Averaging, Step
 from coordinator.gradients import GradientEncoder
 from coordinator.observer import Observer
 from coordinator.training import RECEIPT_BATCHES, RECEIPT_WAIT_S, RoundInProgress
-from tensors.codecs import decode, encode_exact, parse_codec
+from tensors.codecs import encode_exact, parse_codec
+from tensors.decoding import decode
 from tensors.deltas import Delta, encode_delta
 from tensors.parameters import pack_parameters
 from tests.server_side import (

@@ -13,7 +13,8 @@ from broker.messages import Activations, Gradients, Report, to_ranges
 from edge_agent.attempt import Attempt
 from edge_agent.encoding import LINK_SHARE, ActivationEncoder
 from edge_agent.trainer import Outcome
-from tensors.codecs import decode, parse_codec
+from tensors.codecs import parse_codec
+from tensors.decoding import decode
 from tensors.format import read_header
 from tensors.rate import TOLERANCE
 from tests.fake_device import DEVICE, FakeLearner, PositionStream, receipt_of

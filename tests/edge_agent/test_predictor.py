@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from broker.messages import Features, Prediction
 from edge_agent.learner import TorchPredictor
 from edge_agent.predictor import InferenceRun, Policy
-from tensors.codecs import decode, parse_codec
+from tensors.codecs import parse_codec
+from tensors.decoding import decode
 from tensors.networks import build_network
 from tests.fake_device import FakePredictor, probabilities_of
 from tests.tiny import CLASSES, CPU, SIZE, SPEC, Array, Clock, make_batch

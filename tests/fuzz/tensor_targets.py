@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from tensors.codecs import decode, decode_torch, nonzero
+from tensors.decoding import decode, decode_torch, nonzero
 from tensors.errors import FormatError
 from tensors.format import DEFAULT_LIMITS, Limits
 from tensors.parameters import unpack_parameters

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from broker.envelopes import decode_message
-from tensors.codecs import decode
+from tensors.decoding import decode
 from tensors.parameters import unpack_parameters
 from tests.fuzz.campaign import BATCH, TARGETS, TRACED_EVERY, Tally, bound_memory, run, table
 from tests.fuzz.message_targets import TOPICS

@@ -17,8 +17,8 @@ from ops.cli import main
 from ops.errors import DiskTrouble, SettingsWrong
 from ops.paired import NOT_RESOLVED, Difference, difference
 from ops.rate_accuracy import Case, Setup, balanced, load_images, run_case
-from tensors.codecs import decode
 from tensors.datasets import Dataset, load_dataset
+from tensors.decoding import decode
 from tensors.errors import CodecError, DataError
 from tests.tiny import make_dataset
 

@@ -15,7 +15,7 @@ from broker.frames import Limits as FrameLimits
 from broker.frames import Reassembler
 from broker.messages import KINDS
 from broker.topics import Topics
-from tensors.codecs import decode, decode_torch, nonzero
+from tensors.decoding import decode, decode_torch, nonzero
 from tensors.deltas import apply_delta, fingerprint
 from tensors.errors import FormatError
 from tensors.format import Limits, Lossless, read_body, read_header

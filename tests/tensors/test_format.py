@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import tensors.format
 from tensors import FormatError, Limits, decode, decode_torch, encode_exact, parse_codec
-from tensors.codecs import nonzero
+from tensors.decoding import nonzero
 from tensors.format import CodecId, Header, Lossless, header_bytes, read_header
 from tensors.packing import pack
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensors.codecs import decode, parse_codec
+from tensors.codecs import parse_codec
+from tensors.decoding import decode
 from tensors.errors import CodecError
 from tensors.rate import GRID, TOLERANCE, RateController
 from tests.tiny import Array

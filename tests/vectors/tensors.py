@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tensors.codecs import decode, encode_exact, parse_codec
+from tensors.codecs import encode_exact, parse_codec
+from tensors.decoding import decode
 from tensors.deltas import apply_delta, encode_delta, fingerprint
 from tensors.format import DTYPES, CodecId, Header, Lossless, read_header
 from tensors.parameters import pack_parameters, unpack_parameters
