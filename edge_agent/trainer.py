@@ -135,7 +135,8 @@ class DeviceTrainer:
             outputs.append(flight.features)
             # One pass that also brings it into the features' layout.
             weights.append(torch.empty_like(flight.features).copy_(gradient))
-            weights[-1].mul_(self._feedback_weight)
+            if self._feedback_weight != 1:
+                weights[-1].mul_(self._feedback_weight)
         if outputs:
             self._step(flight.parameters, outputs, weights)
         return flight.outcome

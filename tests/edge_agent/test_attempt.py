@@ -63,6 +63,8 @@ class Desk:
 
     def answer(self, batch: int, tensor: bytes = GRADIENT) -> None:
         self.attempt.gradient(gradients(batch, tensor))
+        while self.attempt.can_learn:
+            self.attempt.learn()
 
     def receipt(self, **fields: Any) -> None:
         self.attempt.receipt(receipt_of(self.round, **fields))
