@@ -29,6 +29,7 @@ from tensors.networks import NetworkSpec, State, build_network
 from tensors.partition import partition
 from tensors.training import MemoryFormat, choose_compute
 
+WANTED_TEST_IMAGES = 10_000
 CUTS = (2, 3, 4, 5)
 """One device each."""
 Result = dict[str, Any]
@@ -125,13 +126,24 @@ def run_case(case: Case, data_root: Path | None) -> Result:
 
 @functools.lru_cache(maxsize=1)
 def load_images(setup: Setup, data_root: Path | None) -> tuple[Dataset, Dataset]:
-    """Training images, as many of each class, the same for all runs; and all test images."""
+    """Training images, as many of each class, the same for all runs; and the test images.
+
+    A test set of fewer than `WANTED_TEST_IMAGES` is filled up with images that are not trained on.
+    """
     train = load_dataset(setup.dataset, "train", root=data_root)
     test = load_dataset(setup.dataset, "test", root=data_root)
-    if setup.train_images is not None:
-        rows = balanced(train.labels, setup.train_images)
-        train = replace(train, images=train.images[rows], labels=train.labels[rows])
-    return train, test
+    if setup.train_images is None:
+        return train, test
+    rows = balanced(train.labels, setup.train_images)
+    others = np.setdiff1d(np.arange(len(train)), rows)
+    missing = max(0, WANTED_TEST_IMAGES - len(test))
+    held_out = np.sort(np.random.default_rng(1).permutation(others)[:missing])
+    test = replace(
+        test,
+        images=np.concatenate([test.images, train.images[held_out]]),
+        labels=np.concatenate([test.labels, train.labels[held_out]]),
+    )
+    return replace(train, images=train.images[rows], labels=train.labels[rows]), test
 
 
 def balanced(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
