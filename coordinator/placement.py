@@ -23,9 +23,10 @@ class Placement:
         self.shapes = shapes
 
     def batch_bytes(self, cut: int) -> int:
-        """The most bytes one batch of activations takes at ``cut``."""
+        """The most bytes one batch of activations, or of gradients, takes at ``cut``."""
         shape = (self._settings.batch_size, *self.shapes[cut - 1])
-        return parse_codec(self._settings.codec).max_bytes(shape) + OVERHEAD
+        codecs = (parse_codec(self._settings.codec), self._settings.codec_of_gradients)
+        return max(codec.max_bytes(shape) for codec in codecs) + OVERHEAD
 
     def credits(self, cut: int, devices: int) -> int:
         """Batches a device at ``cut`` may have out in a fleet of ``devices``."""

@@ -31,7 +31,6 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
-from tensors.codecs import parse_codec
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
 from tensors.errors import DataError
 from tensors.networks import CutNetwork, NetworkSpec, build_network, feature_shapes, read_state
@@ -122,7 +121,7 @@ def build_core(
     placement = Placement(settings, shapes, chunk_bytes=chunk_bytes)
     gradients = None
     if settings.feedback == "gradient":
-        codec = parse_codec(settings.gradient_codec or settings.codec)
+        codec = settings.codec_of_gradients
         gradients = GradientEncoder(
             codec,
             masked=settings.mask_gradients,

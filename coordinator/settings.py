@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from broker.messages import Name, Network
-from tensors.codecs import parse_codec
+from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import ExitRule
 
@@ -36,9 +36,10 @@ class CoordinatorSettings(BaseModel):
     exit_weight: NotNegative = 1.0
     device_copies: bool = True
     """Whether devices count as holders of blocks that the server trains too."""
-    codec: str = "int8+zstd"
-    """Codec of activations, and of gradients where those have none of their own."""
+    codec: str = "int4+zstd"
+    """Codec of activations."""
     gradient_codec: str | None = None
+    """Codec of gradients; without it that of activations with four times the levels."""
     mask_gradients: bool = True
     """Leave out gradients of activations that are zero; right where every block ends in a ReLU."""
     bytes_per_sample: Positive | None = None
@@ -141,6 +142,16 @@ class CoordinatorSettings(BaseModel):
                     "take int2 … int8 or levels3 … levels256"
                 )
         return self
+
+    @property
+    def codec_of_gradients(self) -> Codec:
+        """Gradients have longer tails than activations, so their levels have to be finer."""
+        if self.gradient_codec is not None:
+            return parse_codec(self.gradient_codec)
+        codec = parse_codec(self.codec)
+        if codec.levels is None:
+            return codec
+        return codec.with_levels(min(4 * codec.levels, MAX_LEVELS))
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must have in common with its first start."""

@@ -34,6 +34,10 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="any other setting, key=value; may be repeated")
 ]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error")]
+Codec = Annotated[str | None, typer.Option(help="of activations, e.g. int4+zstd")]
+GradientCodec = Annotated[
+    str | None, typer.Option(help="of gradients; default: four times the levels of the codec")
+]
 BytesPerSample = Annotated[
     float | None,
     typer.Option(help="budget of activations, and of gradients; codec is the most"),
@@ -57,7 +61,8 @@ def demo(
     download: Annotated[bool | None, typer.Option(help="fetch a public data set")] = None,
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, lists:FILE")] = None,
     width: Annotated[int | None, typer.Option(help="channels of the first stage")] = None,
-    codec: Annotated[str | None, typer.Option(help="of activations and gradients")] = None,
+    codec: Codec = None,
+    gradient_codec: GradientCodec = None,
     bytes_per_sample: BytesPerSample = None,
     follow_link: FollowLink = None,
     window: Annotated[int | None, typer.Option(help="batches a device may have out")] = None,
@@ -87,6 +92,7 @@ def demo(
         "partition": partition,
         "width": width,
         "codec": codec,
+        "gradient_codec": gradient_codec,
         "bytes_per_sample": bytes_per_sample,
         "follow_link": follow_link,
         "window": window,
@@ -112,7 +118,8 @@ def coordinator(
     strategy: Annotated[str | None, typer.Option(help="averaging or sequential")] = None,
     feedback: Annotated[str | None, typer.Option(help="gradient or none")] = None,
     rounds: Annotated[int | None, typer.Option()] = None,
-    codec: Annotated[str | None, typer.Option()] = None,
+    codec: Codec = None,
+    gradient_codec: GradientCodec = None,
     bytes_per_sample: BytesPerSample = None,
     follow_link: FollowLink = None,
     window: Annotated[int | None, typer.Option()] = None,
@@ -141,6 +148,7 @@ def coordinator(
         "feedback": feedback,
         "rounds": rounds,
         "codec": codec,
+        "gradient_codec": gradient_codec,
         "bytes_per_sample": bytes_per_sample,
         "follow_link": follow_link,
         "window": window,

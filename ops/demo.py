@@ -25,7 +25,16 @@ POLL_S = 0.2
 STOP_S = 20.0
 RUNS = Path("runs")
 REMEMBERED = "demo.json"
-_FIXED = ("strategy", "feedback", "dataset", "partition", "width", "codec", "seed")
+_FIXED = (
+    "strategy",
+    "feedback",
+    "dataset",
+    "partition",
+    "width",
+    "codec",
+    "gradient_codec",
+    "seed",
+)
 """What a run in an existing folder cannot be resumed without."""
 
 
@@ -45,7 +54,8 @@ class DemoSettings(BaseModel):
     download: bool = False
     partition: str = "iid"
     width: int = Field(default=16, ge=1)
-    codec: str = "int8+zstd"
+    codec: str = "int4+zstd"
+    gradient_codec: str | None = None
     bytes_per_sample: float | None = Field(default=None, gt=0)
     follow_link: bool = False
     window: int = Field(default=2, ge=1)
@@ -162,7 +172,7 @@ def _check(settings: DemoSettings) -> None:
     from tensors.partition import partition
 
     keys = {"strategy", "feedback", "rounds", "codec", "window", "threshold", "seed"}
-    keys |= {"bytes_per_sample", "follow_link"}
+    keys |= {"gradient_codec", "bytes_per_sample", "follow_link"}
     load_settings(
         CoordinatorSettings, section="coordinator", flags=settings.model_dump(include=keys)
     )
@@ -248,6 +258,7 @@ def _start_coordinator(settings: DemoSettings, url: str, fleet: str, *, quiet: b
         "feedback": settings.feedback,
         "rounds": settings.rounds,
         "codec": settings.codec,
+        "gradient-codec": settings.gradient_codec,
         "bytes-per-sample": settings.bytes_per_sample,
         "window": settings.window,
         "min-devices": settings.agents,

@@ -51,3 +51,26 @@ def test_devices_are_told_their_budgets() -> None:
     message = assignment(settings, "run", device, 2).message
     assert isinstance(message, Assignment)
     assert (message.bytes_per_sample, message.follow_link) == (120.5, True)
+
+
+@pytest.mark.parametrize(
+    ("codec", "own", "expected"),
+    [
+        ("int4+zstd", None, "int6+zstd"),
+        ("levels12+channel", None, "levels48+channel"),
+        ("int7", None, "int8"),
+        ("fp16+zstd", None, "fp16+zstd"),
+        ("int4+zstd", "int3+stochastic", "int3+stochastic"),
+    ],
+)
+def test_gradients_have_four_times_the_levels_unless_told(
+    codec: str, own: str | None, expected: str
+) -> None:
+    settings = CoordinatorSettings(codec=codec, gradient_codec=own)
+    assert settings.codec_of_gradients.name == expected
+
+
+def test_the_demo_has_the_coordinators_codec() -> None:
+    from ops.demo import DemoSettings
+
+    assert DemoSettings.model_fields["codec"].default == CoordinatorSettings().codec
