@@ -88,6 +88,8 @@ def unpack_map(data: Buffer) -> dict[str, Any]:
     if len(fields) != count:
         raise MessageError("malformed", "a key comes twice")
     names = list(fields)
+    if not all(isinstance(name, str) for name in names):
+        raise MessageError("malformed", "a key that is not text")
     for entry, _, body, stop in blobs:
         fields[names[entry]] = view[body:stop]
     return fields

@@ -163,3 +163,9 @@ def test_a_key_that_comes_twice_is_refused() -> None:
     """Else two readers could see two messages."""
     assert "twice" in refused(b"\x82\xa1a\x01\xa1a\x02")
     assert "twice" in refused(b"\x82\xa1a\x01\xa1a\xc4\x01b")
+
+
+def test_a_key_that_is_not_text_is_malformed() -> None:
+    with pytest.raises(MessageError, match="text") as error:
+        unpack_map(msgpack.packb({b"a": 1}))
+    assert error.value.reason == "malformed"
