@@ -158,7 +158,7 @@ def test_only_what_changes_no_model_may_be_lost() -> None:
         (pack({"state": "online", "connection": "c" * 65}), "invalid"),
         (pack({"state": "online", "connection": b"c"}), "invalid"),
         (pack({"state": "online", "connection": "c", "phase": "x" * 257}), "invalid"),
-        (pack({b"state": "online", b"connection": "c"}), "invalid"),
+        (pack({b"state": "online", b"connection": "c"}), "malformed"),
     ],
 )
 def test_rubbish_is_refused_with_a_reason(data: bytes, reason: str) -> None:
