@@ -26,6 +26,8 @@ from broker.messages import PROTOCOL
 OVERHEAD = 1024
 """Bytes kept free in a packet for topic, MQTT header and frame fields."""
 MAX_CHUNKS = 65_536
+SLOWEST = 30
+"""How many time limits a message may take in all, as long as new chunks keep coming."""
 _U32 = 2**32
 _FIELDS = ("id", "i", "n", "size", "crc")
 
@@ -72,6 +74,8 @@ class _Partial:
     """One byte a chunk: 1 once it is there."""
     missing: int
     started: float
+    touched: float
+    """When the last new chunk came."""
 
     @property
     def cost(self) -> int:
@@ -111,6 +115,7 @@ class Reassembler:
             memoryview(partial.buffer)[index * length : index * length + len(chunk)] = chunk
             partial.arrived[index] = 1
             partial.missing -= 1
+            partial.touched = now
         if partial.missing:
             return None
         self._forget(sender, key)
@@ -122,7 +127,8 @@ class Reassembler:
             (sender, key)
             for sender, mine in self._partials.items()
             for key, partial in mine.items()
-            if now - partial.started > self._limits.timeout_s
+            if now - partial.touched > self._limits.timeout_s
+            or now - partial.started > SLOWEST * self._limits.timeout_s
         ]
         for sender, key in late:
             self._forget(sender, key)
@@ -167,7 +173,7 @@ class Reassembler:
             self._forget(sender, next(iter(mine)))
         if cost > limits.sender_bytes or self.held_bytes + cost > limits.total_bytes:
             raise MessageError("reassembly_full", f"no memory left for a message of {size} bytes")
-        partial = _Partial(bytearray(size), bytearray(count), count, now)
+        partial = _Partial(bytearray(size), bytearray(count), count, now, now)
         self._partials.setdefault(sender, OrderedDict())[key] = partial
         self.held_bytes += cost
         return partial

@@ -288,7 +288,7 @@ class RoundInProgress:
     def _uploaded(self, message: DeviceParameters, cut: int) -> State:
         start = half_of(self._model.state, cut)
         if message.base is None:
-            state = unpack_parameters(message.state)
+            state = unpack_parameters(message.state, names=start.keys())
         elif message.base == self.version:
             state = apply_delta(start, message.state)
         else:

@@ -71,7 +71,8 @@ class Holding:
             return None
         try:
             if message.base is None:
-                state = unpack_parameters(message.state)
+                names = self._learner.start.state.keys()
+                state = unpack_parameters(message.state, names=names)
             elif message.base == self.version:
                 state = apply_delta(self._learner.start.state, message.state)
             else:

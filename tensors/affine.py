@@ -189,7 +189,7 @@ class Values:
                 scaled += HALF
             else:
                 for index in range(len(scaled)):
-                    scaled[index] += table[(start + index + (seed or 0)) % len(table)]
+                    scaled[index] += dither_of_sample(table, start + index, seed or 0)
             if affine.clips or table is not None:
                 np.clip(scaled, 0, np.float32(affine.top), out=scaled)
             np.copyto(levels[start : start + step], scaled, casting="unsafe")
@@ -306,6 +306,15 @@ def dither_of(shape: tuple[int, ...], *, channels_last: bool = False) -> Float32
     numbers *= np.float32(2.0**-14)
     numbers.flags.writeable = False
     return numbers.reshape(shape)
+
+
+def dither_of_sample(table: Float32s, index: int, seed: int) -> Float32s:
+    """The numbers for sample `index` under a seed: over 8192 seeds each takes every value once."""
+    numbers: Float32s = table[(index + seed) % len(table)] + np.float32(
+        seed * 5027 % 8192 * 2.0**-13
+    )
+    np.subtract(numbers, np.float32(1), out=numbers, where=numbers > 1)
+    return numbers
 
 
 def _wide_rows(memory: Float32s) -> Float32s:

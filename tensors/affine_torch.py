@@ -20,6 +20,7 @@ from tensors.affine import (
     Values,
     by_channel,
     dither_of,
+    dither_of_sample,
     in_c_order,
     sample_steps,
 )
@@ -89,7 +90,8 @@ class GpuValues:
             scaled.add_(HALF.item())
         else:
             table = dither_of(tuple(self._values.shape))
-            rolled = np.roll(table, -seed % max(1, len(table)), axis=0)
+            rows = [dither_of_sample(table, index, seed) for index in range(len(table))]
+            rolled = np.array(rows, np.float32).reshape(table.shape)
             scaled.add_(torch.from_numpy(rolled).to(scaled.device))
         levels = scaled.clamp_(0, affine.top).to(torch.uint8)
         if channel_major:

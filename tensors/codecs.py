@@ -38,6 +38,7 @@ from tensors.affine import Affine, Bytes, Float32s, Sketch, Values
 from tensors.errors import CodecError
 from tensors.format import (
     DTYPES,
+    MAX_NDIM,
     CodecId,
     Header,
     Lossless,
@@ -227,7 +228,8 @@ class Codec:
         assert self.levels is not None
         low, high = self._range(values, masked=masked)
         try:
-            if self.zstd_level is not None or self.levels == MAX_LEVELS:
+            # What is clipped cannot be rounded up by chance: the mean would not be kept.
+            if self.zstd_level is not None or self.levels == MAX_LEVELS or self.stochastic:
                 return numpy_affine.fit(low, high, self.levels - 1)
             sample = values.sample(per_channel=self.per_channel)
             return numpy_affine.fit_clipped(
@@ -303,6 +305,8 @@ def encode_exact(x: npt.NDArray[Any]) -> bytes:
 
 
 def _check_dtype(x: npt.NDArray[Any] | torch.Tensor, codec: str) -> None:
+    if len(x.shape) > MAX_NDIM:
+        raise CodecError(f"{codec}: {len(x.shape)} dimensions, at most {MAX_NDIM} can be sent")
     if isinstance(x, np.ndarray):
         is_float = x.dtype.kind == "f" and x.dtype.itemsize <= 8
     else:

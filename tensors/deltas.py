@@ -104,7 +104,8 @@ def apply_delta(base: Arrays, pack: Buffer) -> dict[str, Array]:
     `wrong_dtype` (floating point must come as float32, all else as it is, and not as a difference).
     """
     state: dict[str, Array] = {}
-    for record, value in unpack_parameters(pack, limits=_limits(base)).items():
+    names = base.keys() | {DIFFERENCE + name for name in base}
+    for record, value in unpack_parameters(pack, limits=_limits(base), names=names).items():
         name = record.removeprefix(DIFFERENCE)
         held = base.get(name)
         if held is None or name in state:

@@ -262,6 +262,8 @@ def _check_sizes(header: Header, length: int, limits: Limits) -> None:
         raise _truncated(length, expected)
     if length > expected:
         raise FormatError("trailing_bytes", f"{length - expected} bytes after the tensor")
+    if header.lossless is Lossless.ZSTD and not header.raw_bytes:
+        raise FormatError("bad_length", f"a lossless stage for shape {shape}, which needs none")
     if header.lossless is Lossless.NONE and header.body_bytes != header.raw_bytes:
         raise FormatError(
             "bad_length",

@@ -7,7 +7,7 @@ u64 tensor length and the tensor in the format of `tensors.format`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,12 +51,16 @@ def join_records(records: Mapping[str, bytes]) -> bytes:
 
 
 def unpack_parameters(
-    data: Buffer, *, limits: Limits = DEFAULT_LIMITS
+    data: Buffer,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    names: Collection[str] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """The named arrays in a pack, each writable and independent of `data`.
 
-    `limits` bounds all of them together. Raises FormatError: the reasons of `codecs.decode`, and
-    `bad_name` (not UTF-8, or twice).
+    `limits` bounds all of them together; with `names` others are refused before they are decoded.
+    Raises FormatError: the reasons of `codecs.decode`, and `bad_name` (not UTF-8, twice, or none of
+    `names`).
     """
     reader = _Reader(memoryview(data))
     (count,) = _COUNT.unpack(reader.take(_COUNT.size))
@@ -66,6 +70,8 @@ def unpack_parameters(
         name = _read_name(reader)
         if name in state:
             raise FormatError("bad_name", f"parameter {name!r} comes twice")
+        if names is not None and name not in names:
+            raise FormatError("bad_name", f"parameter {name!r} does not belong here")
         (length,) = _TENSOR_LENGTH.unpack(reader.take(_TENSOR_LENGTH.size))
         array = decode(reader.take(length), limits=left)
         left = replace(

@@ -381,3 +381,17 @@ def test_whatever_arrives_the_bounds_hold(
         assert 0 <= reassembler.held_bytes <= SMALL.total_bytes
     reassembler.expire(now + 100)
     assert reassembler.held_bytes == 0
+
+
+def test_a_slow_message_arrives_as_long_as_chunks_keep_coming() -> None:
+    frames = list(split(bytes(1000), 1, 100))
+    limits = Limits(timeout_s=60.0)
+    slow, stuck = Reassembler(limits), Reassembler(limits)
+    for number, frame in enumerate(frames):
+        whole = slow.add("d", "t", frame, 50.0 * number)
+        assert slow.expire(50.0 * number) == []
+    assert whole is not None
+    for number in range(40):
+        stuck.add("d", "t", frames[number % 2], 50.0 * number)
+    assert stuck.expire(50.0 * 40) == ["d"]
+    assert stuck.held_bytes == 0

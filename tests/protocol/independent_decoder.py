@@ -120,7 +120,7 @@ def read_tensor(data, keep=None, max_elements=2**26, max_bytes=2**28, max_ndim=8
         return name, dims, [x << 16 for x in got] if codec == 2 else got
     numbers = struct.unpack(f"<{2 * maps}f", side)
     pairs = list(zip(numbers[maps:], numbers[:maps], strict=True))
-    need(all(s >= 0 and math.isfinite(affine(top, s, o)) for s, o in pairs), "side data")
+    sides = [math.copysign(1, s) > 0 and math.isfinite(affine(top, s, o)) for s, o in pairs]
     levels, start, shift, decoded = [0] * values, 0, 0, [0.0] * elements
     o, m, r = (*dims[:2], math.prod(dims[2:])) if ndim > 1 else (1, 1, elements)
     kept = [(n * m + c) * r + k for c in range(m) for n in range(o) for k in range(r)]
@@ -128,7 +128,7 @@ def read_tensor(data, keep=None, max_elements=2**26, max_bytes=2**28, max_ndim=8
         for k in range(values):
             levels[k] |= (body[start + k * w // 8] >> k * w % 8 & (1 << w) - 1) << shift
         start, shift = start + -(-values * w // 8), shift + w
-    need(max(levels, default=0) <= top, "levels up to top")
+    need(all(sides) and max(levels, default=0) <= top, "side data, levels up to top")
     if flags == 2:
         need(keep is not None and (len(keep), keep.count("1")) == (elements, values), "mask")
         need(any(affine(level, *pairs[0]) == 0 for level in range(top + 1)), "a zero")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from broker.frames import Limits
+from broker.frames import SLOWEST, Limits
 from broker.messages import KINDS, LOSSY, PROTOCOL
 from broker.topics import RETAINED
 from tensors.codecs import parse_codec
@@ -88,7 +88,8 @@ def test_versions_and_limits() -> None:
     assert limits["unfinished messages of one sender"] == str(known.sender_messages)
     assert limits["reserved bytes of one sender"] == f"{known.sender_bytes // mib} MiB"
     assert limits["reserved bytes in all"] == f"{known.total_bytes // 2**30} GiB"
-    assert f"unfinished {known.timeout_s:g} s after its first frame" in TEXT
+    assert f"nothing new has come for {known.timeout_s:g} s" in TEXT
+    assert f"{SLOWEST * known.timeout_s / 60:g} min after its first frame" in TEXT
 
 
 def reasons() -> set[str]:

@@ -275,13 +275,22 @@ def test_chance_is_the_seeds_and_the_samples_alone() -> None:
     x = np.random.default_rng(8).random((7, 3, 50), np.float32)
     values = values_of(x)
     affine = fit(*values.range(per_channel=False), 3)
-    by_seed = [quantized(values, affine, seed) for seed in range(7)]
+    by_seed = [quantized(values, affine, seed) for seed in range(20)]
     for seed, levels in enumerate(by_seed):
-        np.testing.assert_array_equal(levels, quantized(values, affine, seed + 7))
-        np.testing.assert_array_equal(levels, quantized(values, affine, seed - 7))
-    assert len({levels.tobytes() for levels in by_seed}) == 7
-    rolled = quantized(values_of(np.roll(x, -1, 0)), affine, 1)
-    np.testing.assert_array_equal(np.roll(rolled.reshape(x.shape), 1, 0).reshape(-1), by_seed[0])
+        np.testing.assert_array_equal(levels, quantized(values, affine, seed))
+    assert len({levels.tobytes() for levels in by_seed}) == 20
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 25), (50,), (4, 3, 5)])
+def test_over_all_seeds_every_single_value_is_met(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(9).random(shape, np.float32)
+    values = values_of(x)
+    affine = fit(*values.range(per_channel=False), 3)
+    total = np.zeros(x.size)
+    for seed in range(8192):
+        levels = values.quantize(affine, seed, channel_major=False)
+        total += levels * float(affine.scale[0]) + float(affine.offset[0])
+    np.testing.assert_allclose(total / 8192, x.reshape(-1), atol=float(affine.scale[0]) / 50)
 
 
 @given(

@@ -235,7 +235,10 @@ BAD: dict[str, tuple[dict[str, bytes | None], str]] = {
         },
         "wrong_dtype",
     ),
-    "far more than there is": ({"x": encode_exact(np.ones(10_000, np.int8))}, "too_large"),
+    "far more than there is": (
+        {"blocks.0.bn.num_batches_tracked": encode_exact(np.ones(10_000, np.int8))},
+        "too_large",
+    ),
 }
 
 
