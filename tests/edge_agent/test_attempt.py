@@ -105,25 +105,14 @@ def test_no_more_batches_are_out_than_the_window() -> None:
     assert batches(desk.produce()) == [2]
 
 
-def test_an_answer_frees_the_window_before_it_is_learnt_from_but_for_one_batch_only() -> None:
-    desk = Desk(window=2, credits=4, receipt={"credits": 4})
-    desk.produce()
-    desk.attempt.gradient(gradients(0))
-    assert batches(desk.produce()) == [2]
-    desk.attempt.gradient(gradients(1))
-    assert desk.produce() == []
-    desk.attempt.learn()
-    assert batches(desk.produce()) == [3]
-    assert desk.learner.learnt == [(0, True)]
-
-
-def test_with_a_window_of_one_an_answer_is_learnt_from_before_the_next_batch() -> None:
-    desk = Desk(window=1, credits=4, receipt={"credits": 4})
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_an_answer_is_learnt_from_before_the_next_batch(window: int) -> None:
+    desk = Desk(window=window, credits=4, receipt={"credits": 4})
     desk.produce()
     desk.attempt.gradient(gradients(0))
     assert desk.produce() == []
     desk.attempt.learn()
-    assert batches(desk.produce()) == [1]
+    assert batches(desk.produce()) == [window]
 
 
 def test_no_more_batches_are_out_than_the_credits() -> None:
