@@ -87,8 +87,10 @@ async def drive(
     machine raises.
     """
     loop = _Loop(machine, link, clock)
+    machine_job = loop.start()
     jobs: list[asyncio.Future[Any]] = [
-        loop.start(),
+        machine_job,
+        loop.broken,
         asyncio.create_task(loop.read(), name="reader"),
         asyncio.create_task(loop.carry_out(), name="carrier"),
         asyncio.create_task(loop.keep_house(), name="housekeeping"),
@@ -99,13 +101,16 @@ async def drive(
         for job in jobs:
             if job.done():
                 await job
-        await loop.flush(flush_s)
+        await loop.flush(machine_job, flush_s)
     finally:
         loop.end()
         for job in (stopping, *jobs[1:]):
             job.cancel()
         await asyncio.gather(stopping, *jobs, return_exceptions=True)
         await loop.close()
+    for job in (machine_job, loop.broken):  # what went wrong during the flush
+        if not job.cancelled():
+            await job
 
 
 class _Loop:
@@ -121,6 +126,7 @@ class _Loop:
         self._outbox: asyncio.Queue[Effect] = asyncio.Queue()
         self._slots = threading.Semaphore(SENDING)
         self._sending: set[asyncio.Task[None]] = set()
+        self.broken: asyncio.Future[None] = self._loop.create_future()
         self._filters: tuple[str, ...] = ()
         self._ending = threading.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="machine")
@@ -214,14 +220,18 @@ class _Loop:
         except TransportError as exc:
             # Whoever waits for an answer says it again; what nobody waits for may be lost.
             log.debug("not sent on %s: %s", envelope.address, exc)
+        except Exception as exc:  # noqa: BLE001 the machine's, from making the message
+            if not self.broken.done():
+                self.broken.set_exception(exc)
         finally:
             self._slots.release()
 
-    async def flush(self, seconds: float) -> None:
-        """End the machine's thread and let what is being sent arrive."""
+    async def flush(self, machine_job: asyncio.Future[None], seconds: float) -> None:
+        """End the machine's thread after its step and let what is being sent arrive."""
         self.end()
         try:
             async with asyncio.timeout(seconds):
+                await asyncio.wait([machine_job])
                 await self._outbox.join()
                 if self._sending:
                     await asyncio.wait(set(self._sending))

@@ -53,27 +53,30 @@ class Arrival:
     envelope: Envelope
 
 
-class Link:
-    """Sends and receives messages. Belongs to one event loop, as its transport does."""
+class Framing:
+    """The part of a link that does no I/O: messages to frames and back, and what was dropped.
+
+    ``first_id`` is the number of the first message sent; see ``broker.frames`` for how long numbers
+    must not repeat.
+    """
 
     def __init__(
         self,
-        transport: Transport,
         topics: Topics,
         *,
         observer: LinkObserver,
         clock: Callable[[], float],
+        first_id: int,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         limits: Limits | None = None,
     ) -> None:
-        self._transport = transport
         self._topics = topics
         self._observer = observer
         self._clock = clock
         self._configured_chunk = chunk_bytes
         self._chunk = chunk_bytes
         self._frames = Reassembler(limits or Limits())
-        self._next_id = random.getrandbits(32)
+        self._next_id = first_id
         self._logged: dict[tuple[str, str | None], float] = {}
         self.uplink_bytes_per_s = 0.0
         """Speed to the broker, its latency not counted; 0 if unknown.
@@ -82,54 +85,47 @@ class Link:
         """
         self._latency_s: float | None = None
 
-    async def send(self, envelope: Envelope) -> None:
-        """Publish a message; returns when the broker has acknowledged every frame (QoS 1).
+    @property
+    def held_bytes(self) -> int:
+        """What incomplete messages take."""
+        return self._frames.held_bytes
 
-        Raises the transport's errors; then the message may have arrived or not.
-        """
+    def connected(self, max_packet_size: int | None) -> None:
+        """A new connection, to a broker that takes packets of this size."""
+        room = (max_packet_size or 1 << 28) - OVERHEAD
+        # Where there is no room at all, PacketTooLarge will say what to do.
+        self._chunk = min(self._configured_chunk, room if room > 0 else 1 << 28)
+        self._latency_s = None
+
+    def close(self, envelope: Envelope) -> tuple[str, int, list[bytes]]:
+        """Topic, QoS and frames of a message."""
         address = envelope.address
-        topic = self._topics.format(address)
-        qos = 0 if channel(address) in LOSSY else 1
         self._next_id += 1
         frames = list(split(encode_message(envelope.message), self._next_id, self._chunk))
-        started = self._clock()
-        # Tasks start in the order of their creation, which is the order on the wire.
-        await asyncio.gather(
-            *(
-                self._transport.publish(topic, frame, qos=qos, retain=address.retained)
-                for frame in frames
-            )
-        )
-        size = sum(map(len, frames))
-        if qos:
-            self._measure(address, size, max(1e-6, self._clock() - started))
+        return self._topics.format(address), 0 if channel(address) in LOSSY else 1, frames
+
+    def sent(self, address: Address, size: int, elapsed_s: float | None) -> None:
+        """A message of so many bytes was acknowledged after so long; None at QoS 0."""
+        if elapsed_s is not None:
+            self._measure(address, size, max(1e-6, elapsed_s))
         self._observer.sent(address, size)
 
-    async def subscribe(self, *filters: str) -> None:
-        """Subscribe now and on every reconnection."""
-        await self._transport.subscribe(*filters)
-
-    async def unsubscribe(self, *filters: str) -> None:
-        """Drop subscriptions."""
-        await self._transport.unsubscribe(*filters)
-
-    async def receive(self) -> Arrival | Connected | Disconnected:
-        """The next whole, valid message or change of the connection. May be cancelled."""
-        while True:
-            event = await self._transport.receive()
-            match event:
-                case Connected():
-                    room = (event.capabilities.max_packet_size or 1 << 28) - OVERHEAD
-                    # Where there is no room at all, PacketTooLarge will say what to do.
-                    self._chunk = min(self._configured_chunk, room if room > 0 else 1 << 28)
-                    self._latency_s = None
-                    return event
-                case Disconnected():
-                    return event
-            envelope = self._open(event.topic, event.payload)
-            event.ack()
-            if envelope is not None:
-                return Arrival(envelope)
+    def open(self, topic: str, payload: bytes) -> Envelope | None:
+        """The message that this frame completes, unless something is wrong with it."""
+        device: str | None = None
+        try:
+            address = self._topics.parse(topic)
+            device = address.device
+            self._observer.received(address, len(payload))
+            whole = self._frames.add(device or "", topic, payload, self._clock())
+            if whole is None:
+                return None
+            return Envelope(address, decode_message(address, whole))
+        except TopicError as exc:
+            self.drop("unexpected_topic", None, str(exc))
+        except MessageError as exc:
+            self.drop(exc.reason, device, str(exc))
+        return None
 
     def expire(self) -> None:
         """Drop messages that have been incomplete for too long. Call now and then."""
@@ -154,18 +150,75 @@ class Link:
         elif size < LATENCY_BYTES:
             self._latency_s = min(elapsed_s, self._latency_s or elapsed_s)
 
-    def _open(self, topic: str, payload: bytes) -> Envelope | None:
-        device: str | None = None
-        try:
-            address = self._topics.parse(topic)
-            device = address.device
-            self._observer.received(address, len(payload))
-            whole = self._frames.add(device or "", topic, payload, self._clock())
-            if whole is None:
-                return None
-            return Envelope(address, decode_message(address, whole))
-        except TopicError as exc:
-            self.drop("unexpected_topic", None, str(exc))
-        except MessageError as exc:
-            self.drop(exc.reason, device, str(exc))
-        return None
+
+class Link:
+    """Sends and receives messages. Belongs to one event loop, as its transport does."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        topics: Topics,
+        *,
+        observer: LinkObserver,
+        clock: Callable[[], float],
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        limits: Limits | None = None,
+    ) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._framing = Framing(
+            topics,
+            observer=observer,
+            clock=clock,
+            first_id=random.getrandbits(32),
+            chunk_bytes=chunk_bytes,
+            limits=limits,
+        )
+        self.expire = self._framing.expire
+        self.drop = self._framing.drop
+
+    @property
+    def uplink_bytes_per_s(self) -> float:
+        """See :class:`Framing`."""
+        return self._framing.uplink_bytes_per_s
+
+    async def send(self, envelope: Envelope) -> None:
+        """Publish a message; returns when the broker has acknowledged every frame (QoS 1).
+
+        Raises the transport's errors; then the message may have arrived or not.
+        """
+        address = envelope.address
+        topic, qos, frames = self._framing.close(envelope)
+        started = self._clock()
+        # Tasks start in the order of their creation, which is the order on the wire.
+        await asyncio.gather(
+            *(
+                self._transport.publish(topic, frame, qos=qos, retain=address.retained)
+                for frame in frames
+            )
+        )
+        elapsed_s = self._clock() - started if qos else None
+        self._framing.sent(address, sum(map(len, frames)), elapsed_s)
+
+    async def subscribe(self, *filters: str) -> None:
+        """Subscribe now and on every reconnection."""
+        await self._transport.subscribe(*filters)
+
+    async def unsubscribe(self, *filters: str) -> None:
+        """Drop subscriptions."""
+        await self._transport.unsubscribe(*filters)
+
+    async def receive(self) -> Arrival | Connected | Disconnected:
+        """The next whole, valid message or change of the connection. May be cancelled."""
+        while True:
+            event = await self._transport.receive()
+            match event:
+                case Connected():
+                    self._framing.connected(event.capabilities.max_packet_size)
+                    return event
+                case Disconnected():
+                    return event
+            envelope = self._framing.open(event.topic, event.payload)
+            event.ack()
+            if envelope is not None:
+                return Arrival(envelope)

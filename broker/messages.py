@@ -277,12 +277,15 @@ class Receipt(Stamp):
     ``applied`` and ``discarded`` (reason → batches) name what is new since the last receipt; in a
     ``complete`` one (the answer to a join, and the final one) they name all. ``next_batch`` is the
     first number the coordinator has not seen, where a device that lost its memory goes on.
+    ``quota``, in the answer to a join, are the device's batches in this round; without it those of
+    its assignment.
     """
 
     applied: Ranges = Field(default_factory=list)
     discarded: Annotated[dict[Name, Ranges], BY_REASON] = Field(default_factory=dict)
     credits: Annotated[int, Field(ge=0, le=1024)]
     next_batch: Count = 0
+    quota: Count | None = None
     complete: bool = False
     participant: bool = True
     final: bool = False
@@ -322,13 +325,19 @@ class Command(Message):
 
 
 class Round(Stamp):
-    """Retained: what the fleet is doing now, and with which version of the parameters."""
+    """Retained: what the fleet is doing now, and with which version of the parameters.
+
+    With ``train_s`` a device produces batches for so many seconds, at least one and at most its
+    quota. Without a ``barrier`` it finishes the round it is in before it enters this one.
+    """
 
     phase: RunPhase
     version: Count
     rounds: Count
     learning_rate: Amount = 0.0
     deadline_s: Amount = 0.0
+    train_s: Amount = 0.0
+    barrier: bool = True
 
 
 class Coordinator(Message):

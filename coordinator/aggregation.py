@@ -56,19 +56,19 @@ class Aggregation:
         self,
         state: Mapping[str, np.ndarray],
         momentum: Mapping[str, np.ndarray],
-        samples: int,
+        weight: float,
     ) -> None:
-        """One server-side copy (of some blocks) that ``samples`` went through."""
-        if samples:
-            self._states.add(state, samples)
-            self._momentum.add(momentum, samples)
+        """One server-side copy (of some blocks) that ``weight`` samples went through."""
+        if weight:
+            self._states.add(state, weight)
+            self._momentum.add(momentum, weight)
 
-    def add_device(self, state: Mapping[str, np.ndarray], samples: int) -> None:
-        """One device's blocks and exit head, trained while ``samples`` of it were applied.
+    def add_device(self, state: Mapping[str, np.ndarray], weight: float) -> None:
+        """One device's blocks and exit head, trained while ``weight`` samples of it were applied.
 
         Raises ``AveragingError`` if names, shapes or values cannot be averaged.
         """
-        if not samples:
+        if not weight:
             return
         if not self._device_copies:
             state = {
@@ -76,7 +76,7 @@ class Aggregation:
                 for name, values in state.items()
                 if (block := block_of(name)) is None or block < self._first_server_block
             }
-        self._states.add(state, samples)
+        self._states.add(state, weight)
 
     def result(self) -> Model:
         """The merged model; what nobody trained stays as it was."""

@@ -39,15 +39,9 @@ class GradientEncoder:
         self._rates: dict[str, RateController] = defaultdict(lambda: RateController(codec))
         self._lock = threading.Lock()
 
-    def encode(
-        self,
-        device: str,
-        gradient: torch.Tensor,
-        features: torch.Tensor,
-        answered: Activations,
-    ) -> bytes:
-        """The gradient of the loss at ``features``, which ``answered`` brought, of their shape."""
-        keep = relu_mask(answered.tensor, features) if self._masked else None
+    def encode(self, device: str, gradient: torch.Tensor, answered: Activations) -> bytes:
+        """The gradient of the loss at the activations that ``answered`` brought, of their shape."""
+        keep = relu_mask(answered.tensor) if self._masked else None
         budget = self._budget(answered)
         try:
             if math.isinf(budget):

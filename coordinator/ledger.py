@@ -33,44 +33,67 @@ class Account:
 
 @dataclass(slots=True)
 class Ledger:
-    """One device in one attempt. ``answers`` caches the last gradients for redelivered batches."""
+    """One device in one attempt. ``answers`` caches the last gradients for redelivered batches.
+
+    A device that comes back to the same round for another leg goes on with the next number.
+    """
 
     quota: int
     keep_answers: int
     credits: int
-    produced: int | None = None
+    finished: bool = False
+    """Whether the device has uploaded its parameters."""
     samples: int = 0
+    next_batch: int = 0
+    """The first number above all that were seen, or that the device said it has produced."""
+    _taken: int = 0
+    _waiting: set[int] = field(default_factory=set)
     _applied: set[int] = field(default_factory=set)
     _discarded: dict[int, str] = field(default_factory=dict)
     _news: list[int] = field(default_factory=list)
     _answers: OrderedDict[int, Envelope] = field(default_factory=OrderedDict)
 
-    @property
-    def finished(self) -> bool:
-        """Whether the device has uploaded its parameters."""
-        return self.produced is not None
-
-    @property
-    def next_batch(self) -> int:
-        """The first number above all that were seen."""
-        return max((*self._applied, *self._discarded), default=-1) + 1
-
     def seen(self, batch: int) -> bool:
-        """Whether this batch has its outcome already."""
-        return batch in self._applied or batch in self._discarded
+        """Whether this batch has arrived before."""
+        return batch in self._applied or batch in self._discarded or batch in self._waiting
+
+    def wait(self, batch: int) -> None:
+        """This batch has arrived and will be trained on together with others."""
+        assert not self.seen(batch)
+        self._waiting.add(batch)
+        self.next_batch = max(self.next_batch, batch + 1)
 
     def apply(self, batch: int, samples: int) -> None:
         """This batch was trained on."""
-        assert not self.seen(batch)
+        self._settle(batch)
         self._applied.add(batch)
-        self._news.append(batch)
         self.samples += samples
 
     def discard(self, batch: int, reason: str) -> None:
         """This batch was refused."""
-        assert not self.seen(batch)
+        self._settle(batch)
         self._discarded[batch] = reason
+
+    def _settle(self, batch: int) -> None:
+        self._waiting.discard(batch)
+        assert not self.seen(batch)
         self._news.append(batch)
+        self.next_batch = max(self.next_batch, batch + 1)
+
+    def finish(self, produced: int) -> int:
+        """The device has uploaded what it learnt; the samples that are new since the last time.
+
+        ``produced`` is its claim of how many batches it made.
+        """
+        self.finished = True
+        self.next_batch = max(self.next_batch, min(produced, self.quota))
+        fresh, self._taken = self.samples - self._taken, self.samples
+        return fresh
+
+    def extend(self, quota: int) -> None:
+        """Another leg, of ``quota`` more batches."""
+        self.finished = False
+        self.quota = self.next_batch + quota
 
     def remember(self, batch: int, answer: Envelope) -> None:
         """Keep an answer for a redelivered batch; only the last few are."""
@@ -100,10 +123,9 @@ class Ledger:
 
     def account(self) -> Account:
         """The books; what was seen was produced, whatever the device says when it has finished."""
-        produced = max(self.next_batch, self.produced or 0)
         return Account(
-            produced,
+            self.next_batch,
             len(self._applied),
             dict(Counter(self._discarded.values())),
-            produced - len(self._applied) - len(self._discarded),
+            self.next_batch - len(self._applied) - len(self._discarded),
         )

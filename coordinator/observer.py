@@ -29,6 +29,15 @@ class Observer:
     def devices(self, by_state: dict[str, int]) -> None:
         """How many devices are in each state."""
 
+    def late_work(self, outcome: str, samples: int) -> None:
+        """A contribution to an earlier round was ``folded`` in, or dropped and why.
+
+        ``too_late``, ``not_kept`` (no room for its server-side copy) or ``run_over``.
+        """
+
+    def work_changed(self, device: str, cut: int, share: float) -> None:
+        """A device that is late, or early again, has another share of its work or another cut."""
+
     def features_answered(self, cut: int, images: int, refused: str | None) -> None:
         """Offloaded features were answered or refused."""
 
@@ -69,6 +78,14 @@ class Observers(Observer):
     def devices(self, by_state: dict[str, int]) -> None:
         for observer in self._observers:
             observer.devices(by_state)
+
+    def late_work(self, outcome: str, samples: int) -> None:
+        for observer in self._observers:
+            observer.late_work(outcome, samples)
+
+    def work_changed(self, device: str, cut: int, share: float) -> None:
+        for observer in self._observers:
+            observer.work_changed(device, cut, share)
 
     def features_answered(self, cut: int, images: int, refused: str | None) -> None:
         for observer in self._observers:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from broker.envelopes import Envelope, down, to_all
 from broker.messages import Assignment, Round, RunPhase
 from coordinator.registry import Device
-from coordinator.rounds import learning_rate, quota_of
+from coordinator.rounds import MAX_QUOTA, learning_rate, quota_of
 from coordinator.settings import CoordinatorSettings
 
 
 def quota(settings: CoordinatorSettings, device: Device) -> int:
-    """Batches of this device in a round."""
+    """Batches of this device in a round: its share of :func:`full_quota`, at least one."""
+    return max(1, math.ceil(device.load.share * full_quota(settings, device)))
+
+
+def full_quota(settings: CoordinatorSettings, device: Device) -> int:
+    """Batches of this device in a round if it can do it all; by time, more than it ever can."""
+    if settings.round_seconds is not None and settings.batches_per_round is None:
+        return MAX_QUOTA
     samples = device.hello.samples if device.hello else 0
     return quota_of(samples, settings.batch_size, settings.batches_per_round)
 
@@ -31,7 +40,7 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             follow_link=settings.follow_link,
             parameter_codec=settings.parameter_codec,
             batch_size=settings.batch_size,
-            quota=quota(settings, device),
+            quota=full_quota(settings, device),
             window=settings.window,
             credits=grant,
             momentum=settings.momentum,
@@ -51,6 +60,7 @@ def announcement(
     stamp: tuple[str, int, int],
     phase: RunPhase,
     version: int,
+    deadline_s: float,
 ) -> Envelope:
     """What the fleet is doing now."""
     run, number, attempt = stamp
@@ -63,7 +73,9 @@ def announcement(
             version=version,
             rounds=settings.rounds,
             learning_rate=rate(settings, max(1, number)),
-            deadline_s=settings.round_deadline_s,
+            deadline_s=deadline_s,
+            train_s=settings.round_seconds or 0.0,
+            barrier=settings.aggregation == "rounds",
         )
     )
 

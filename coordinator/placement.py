@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from broker.frames import OVERHEAD
 from broker.messages import PROTOCOL, Hello
 from coordinator.errors import DeviceRefused
-from coordinator.rounds import choose_cut, credits_of
+from coordinator.rounds import choose_cut, credits_of, most_devices
 from coordinator.settings import CoordinatorSettings
 from tensors.codecs import parse_codec
 
@@ -34,6 +35,14 @@ class Placement:
             window=self._settings.window,
             devices=devices,
             batch_chunks=math.ceil(self.batch_bytes(cut) / self._chunk_bytes),
+            queue_chunks=self._settings.queue_chunks,
+        )
+
+    def room(self, cuts: Iterable[int]) -> int:
+        """How many devices with these cuts may train at once without filling the broker's queue."""
+        most = max((self.batch_bytes(cut) for cut in set(cuts)), default=1)
+        return most_devices(
+            batch_chunks=math.ceil(most / self._chunk_bytes),
             queue_chunks=self._settings.queue_chunks,
         )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from broker.messages import Hello, Inference, Status
+from coordinator.rounds import Load
 
 
 @dataclass(slots=True)
@@ -21,6 +22,7 @@ class Device:
     phase: str = ""
     rounds: int = 0
     samples: int = 0
+    load: Load = field(default_factory=Load)
     inference: Inference | None = None
 
 
@@ -78,6 +80,7 @@ class Registry:
                 "cut": d.cut,
                 "rounds": d.rounds,
                 "samples": d.samples,
+                "load": asdict(d.load),
                 "hello": d.hello.model_dump() if d.hello else None,
             }
             for d in self.devices.values()
@@ -93,4 +96,5 @@ class Registry:
                 hello=hello,
                 rounds=entry["rounds"],
                 samples=entry["samples"],
+                load=Load(**entry.get("load", {})),
             )

@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from broker.topics import Topics
 from broker.transport import Transport, Will
 from coordinator.aggregation import Model, block_of
 from coordinator.core import CoordinatorCore
-from coordinator.engines import STRATEGIES
+from coordinator.engines import Engine, make_engine
 from coordinator.errors import ResumeError
 from coordinator.evaluation import Evaluator, Responder
 from coordinator.gradients import GradientEncoder
+from coordinator.intake import Intake
 from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.settings import CoordinatorSettings
@@ -33,7 +35,7 @@ from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
 from tensors.errors import DataError
-from tensors.networks import CutNetwork, NetworkSpec, build_network, feature_shapes, read_state
+from tensors.networks import NetworkSpec, build_network, feature_shapes, read_state
 from tensors.training import Compute, choose_compute
 
 log = logging.getLogger("splitfleet.coordinator")
@@ -53,8 +55,77 @@ def last_will(settings: CoordinatorSettings, boot: str) -> Will:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a coordinator computes with; :func:`torch_parts` is what a real one has.
+
+    ``shapes[c-1]`` is the shape of one image's features at cut ``c``. ``first`` makes version 0 of
+    a new run, ``new_engine`` the engine of a round.
+    """
+
+    shapes: list[tuple[int, ...]]
+    first: Callable[[], Model]
+    new_engine: Callable[[], Engine]
+    responder: Responder
+    evaluator: Evaluator | None = None
+    channels_last: bool = False
+
+
+def torch_parts(settings: CoordinatorSettings) -> Parts:
+    """The network of the settings, on the machine they name.
+
+    Raises ``NetworkError`` and ``DataError``.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    spec = NetworkSpec(**settings.network.model_dump())
+    network = build_network(spec, seed=settings.seed)
+    blocks = [network.blocks[str(index)] for index in range(network.stop)]
+    shapes = feature_shapes(blocks, spec)[:-1]
+    dataset = _held_out_images(settings)
+    compute = _compute(settings, spec)
+    log.info("computing on %s", compute.label)
+
+    def first() -> Model:
+        momentum = {
+            name: np.zeros(tuple(parameter.shape), np.float32)
+            for name, parameter in network.named_parameters()
+            if block_of(name) is not None
+        }
+        return Model(read_state(network), momentum)
+
+    def new_engine() -> Engine:
+        return make_engine(
+            settings.strategy,
+            network,
+            compute,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            rate_rule=settings.cascade_rate,
+        )
+
+    return Parts(
+        shapes,
+        first,
+        new_engine,
+        Responder(copy.deepcopy(network), compute),
+        None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
+        compute.channels_last,
+    )
+
+
+def new_run() -> str:
+    """A name for a run that begins now."""
+    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+
+
 def open_run(
-    settings: CoordinatorSettings, store: Store, network: CutNetwork, *, fresh: bool
+    settings: CoordinatorSettings,
+    store: Store,
+    first: Callable[[], Model],
+    *,
+    fresh: bool,
+    name: Callable[[], str] = new_run,
 ) -> tuple[str, Checkpoint]:
     """The run to go on with and its last closed round, or a new run at version 0.
 
@@ -77,16 +148,8 @@ def open_run(
         if checkpoint is not None:
             log.info("going on with run %s after round %d", run, checkpoint.round)
             return run, checkpoint
-    run = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
-    state = read_state(network)
-    momentum = {
-        name: np.zeros(tuple(parameter.shape), np.float32)
-        for name, parameter in network.named_parameters()
-        if block_of(name) is not None
-    }
-    checkpoint = Checkpoint(version=0, round=0, model=Model(state, momentum))
-    store.create(run, settings.identity())
-    store.save(checkpoint)
+    run, checkpoint = name(), Checkpoint(version=0, round=0, model=first())
+    store.create(run, settings.identity(), checkpoint)
     return run, checkpoint
 
 
@@ -99,26 +162,21 @@ def build_core(
     clock: Callable[[], float],
     fresh: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    parts: Parts | None = None,
+    store: Store | None = None,
+    name: Callable[[], str] = new_run,
 ) -> CoordinatorCore:
     """Put a coordinator together: store, network, engine, evaluation, state machine.
 
-    Raises the errors of :func:`open_run`, ``NetworkError`` and ``DataError``.
+    ``parts`` and ``store`` are made from the settings unless they are given; ``name`` is asked for
+    the name of a new run.
+
+    Raises the errors of :func:`open_run` and :func:`torch_parts`.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    spec = NetworkSpec(**settings.network.model_dump())
-    network = build_network(spec, seed=settings.seed)
-    blocks = [network.blocks[str(index)] for index in range(network.stop)]
-    shapes = feature_shapes(blocks, spec)[:-1]
-    dataset = _held_out_images(settings)
-    store = Store(settings.state_dir, keep=settings.keep_checkpoints)
-    run, checkpoint = open_run(settings, store, network, fresh=fresh)
-    compute = _compute(settings, spec)
-    log.info("computing on %s", compute.label)
-    engine = STRATEGIES[settings.strategy](
-        network, compute, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    placement = Placement(settings, shapes, chunk_bytes=chunk_bytes)
+    parts = parts or torch_parts(settings)
+    store = store or Store(settings.state_dir, keep=settings.keep_checkpoints)
+    run, checkpoint = open_run(settings, store, parts.first, fresh=fresh, name=name)
+    placement = Placement(settings, parts.shapes, chunk_bytes=chunk_bytes)
     gradients = None
     if settings.feedback == "gradient":
         codec = settings.codec_of_gradients
@@ -129,17 +187,23 @@ def build_core(
             follow_link=settings.follow_link,
         )
 
+    intake = Intake(
+        parts.shapes,
+        classes=settings.network.classes,
+        batch_size=settings.batch_size,
+        channels_last=parts.channels_last,
+    )
+
     def new_round(model: Model, learning_rate: float) -> RoundInProgress:
         return RoundInProgress(
-            engine,
+            parts.new_engine(),
             model,
             learning_rate,
-            shapes=shapes,
-            classes=spec.classes,
-            batch_size=settings.batch_size,
+            intake=intake,
             gradients=gradients,
-            channels_last=compute.channels_last,
             device_copies=settings.device_copies,
+            barrier=settings.aggregation == "rounds",
+            kept=settings.late_devices if settings.max_staleness else 0,
             grant=placement.credits,
             observer=observer,
             clock=clock,
@@ -150,8 +214,8 @@ def build_core(
         run,
         checkpoint,
         new_round=new_round,
-        responder=Responder(copy.deepcopy(network), compute),
-        evaluator=None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
+        responder=parts.responder,
+        evaluator=parts.evaluator,
         placement=placement,
         store=store,
         observer=observer,

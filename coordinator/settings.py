@@ -13,6 +13,7 @@ from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import ExitRule
 
+RateRule = Literal["linear", "sqrt", "none"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -29,7 +30,9 @@ class CoordinatorSettings(BaseModel):
 
     # What is trained
     network: Network = Network()
-    strategy: Literal["averaging", "sequential"] = "averaging"
+    strategy: Literal["averaging", "sequential", "cascade"] = "averaging"
+    cascade_rate: RateRule = "sqrt"
+    """Strategy cascade: by what a step of B batches multiplies the learning rate (B, √B or 1)."""
     feedback: Literal["gradient", "none"] = "gradient"
     """Whether the gradient at the cut goes back to the device."""
     feedback_weight: NotNegative = 1.0
@@ -67,9 +70,28 @@ class CoordinatorSettings(BaseModel):
     min_devices: int = Field(default=1, ge=1, le=100_000)
     """How many devices must be there before the first round starts."""
     max_devices: int = Field(default=1000, ge=1, le=100_000)
+    participation: float = Field(default=1.0, gt=0, le=1)
+    """Share of the devices that take part in a round, drawn anew for each."""
     quorum: float = Field(default=0.5, gt=0, le=1)
     """Share of a round's participants that must finish before its deadline."""
     round_deadline_s: Positive = 600.0
+    """The longest a round may take."""
+    deadline_mads: NotNegative | None = 8.0
+    """A round's deadline is what its cuts took before: median + this many median absolute
+    deviations, at most round_deadline_s. None: always round_deadline_s."""
+    round_seconds: Positive | None = None
+    """Rounds by time: devices train for so long, however many batches that are."""
+    aggregation: Literal["rounds", "buffered"] = "rounds"
+    """rounds: all participants finish, or the deadline comes. buffered: no barrier; a version after
+    every buffer_size contributions (strategy averaging)."""
+    buffer_size: int = Field(default=8, ge=1, le=100_000)
+    max_staleness: int = Field(default=2, ge=0, le=1000)
+    """How many versions a contribution may be late and still be folded in, as a discounted
+    difference; 0: never."""
+    late_devices: int = Field(default=64, ge=0, le=100_000)
+    """For how many devices that missed a round's end their server-side copy is kept."""
+    adapt_work: bool = True
+    """Whether a device that is always late gets less work, then a shallower cut."""
     return_wait_s: Positive = 15.0
     """After a restart, how long to wait for the devices known before."""
     gradient_timeout_s: Positive = 30.0
@@ -143,6 +165,20 @@ class CoordinatorSettings(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_aggregation(self) -> Self:
+        if self.aggregation == "buffered" and self.strategy != "averaging":
+            raise ValueError(
+                f"aggregation = buffered needs strategy = averaging: with {self.strategy} all "
+                "devices train one server network, of which no device's difference can be told"
+            )
+        if self.round_seconds is not None and self.round_seconds >= self.round_deadline_s:
+            raise ValueError(
+                f"round_seconds = {self.round_seconds:g} must be below round_deadline_s = "
+                f"{self.round_deadline_s:g}: devices also need time to finish"
+            )
+        return self
+
     @property
     def codec_of_gradients(self) -> Codec:
         """Gradients have longer tails than activations, so their levels have to be finer."""
@@ -173,4 +209,6 @@ class CoordinatorSettings(BaseModel):
             "seed",
             "dataset",
         ]
+        if self.strategy == "cascade":
+            keys.append("cascade_rate")
         return self.model_dump(mode="json", include=set(keys))

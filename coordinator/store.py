@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not at all, verified on load, the last few kept.
+"""Checkpoints on disk: whole or not at all, verified on load; the last few and the best are kept.
 
 {root}/current                      the run to resume
 {root}/{run}/run.json               its settings
@@ -6,6 +6,8 @@
 {root}/{run}/checkpoints/000003/    model.safetensors  momentum.safetensors  manifest.json
                                     residual.safetensors, if parameters go as differences
 {root}/{run}/result.json            after the last round
+
+A checkpoint's folder has the number of its version, or the next free one if that is taken.
 """
 
 from __future__ import annotations
@@ -14,9 +16,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +27,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from coordinator.aggregation import Model
+from coordinator.atomic_files import (
+    clear_leftovers,
+    make_folder,
+    remove_folders,
+    write_file,
+    write_folder,
+)
 from coordinator.errors import StoreError
 from tensors.networks import State
 
 log = logging.getLogger("splitfleet.store")
 FORMAT = 1
 _RESIDUAL = "residual.safetensors"
+_RESTORE = "restore it from a backup, or start over with --fresh"
 
 
 @dataclass(slots=True)
@@ -48,6 +56,10 @@ class Checkpoint:
     traffic: dict[str, int] = field(default_factory=dict)
     residual: State = field(default_factory=dict)
     """What quantization has taken from the parameters sent so far; see ``tensors.deltas``."""
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    """What the scheduler has learnt about the fleet, as JSON."""
+    score: float | None = None
+    """How good the model is, higher is better; None if that was not measured."""
 
 
 class Store:
@@ -57,8 +69,10 @@ class Store:
         self._root = root
         self._keep = keep
         self._run = ""
+        self._damaged: set[Path] = set()
+        self._scores: dict[Path, float | None] = {}
         with _disk(root):
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
 
     @property
     def folder(self) -> Path:
@@ -68,86 +82,76 @@ class Store:
     def current(self) -> tuple[str, dict[str, Any]] | None:
         """Name and settings of the run to resume, if there is one."""
         pointer = self._root / "current"
-        if not pointer.exists():
+        try:
+            run = pointer.read_text("utf-8").strip()
+        except FileNotFoundError:
             return None
-        run = pointer.read_text("utf-8").strip()
-        settings = _read_json(self._root / run / "run.json")
+        except (OSError, ValueError) as exc:
+            raise StoreError(f"{pointer} cannot be read: {exc}; {_RESTORE}") from exc
+        if not run or not (self._root / run).is_dir():
+            raise StoreError(
+                f"{pointer} names the run {run!r}, but there is no such folder beside it: write "
+                "the name of one into it, or start over with --fresh"
+            )
+        with _needed():
+            settings = _read_json(self._root / run / "run.json")
         self._run = run
         return run, settings
 
-    def create(self, run: str, settings: dict[str, Any]) -> None:
+    def create(self, run: str, settings: dict[str, Any], first: Checkpoint) -> None:
         """Start a run; the next :meth:`current` finds it. Earlier runs stay where they are."""
+        folder = self._root / run
+        with _disk(folder):
+            make_folder(folder / "checkpoints")
+            write_file(folder / "run.json", _json(settings))
+            self._save(folder / "checkpoints", first)
+            write_file(self._root / "current", run.encode())
         self._run = run
-        with _disk(self.folder):
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "run.json", _json(settings))
-        _write(self._root / "current", run.encode())
 
     def announce(self, round_number: int, attempt: int) -> None:
         """Remember an attempt before it is announced, so that none is ever announced twice."""
-        _write(self.folder / "attempt.json", _json({"round": round_number, "attempt": attempt}))
+        path = self.folder / "attempt.json"
+        with _disk(path):
+            write_file(path, _json({"round": round_number, "attempt": attempt}))
 
     def announced(self) -> tuple[int, int]:
         """Round and attempt last announced; (0, 0) before the first."""
         path = self.folder / "attempt.json"
         if not path.exists():
             return 0, 0
-        data = _read_json(path)
-        try:
-            return int(data["round"]), int(data["attempt"])
-        except (KeyError, TypeError, ValueError) as exc:
-            raise StoreError(f"{path} is damaged: it names no round and attempt") from exc
+        with _needed():
+            data = _read_json(path)
+            try:
+                return int(data["round"]), int(data["attempt"])
+            except (KeyError, TypeError, ValueError) as exc:
+                raise StoreError(f"{path} is damaged: it names no round and attempt") from exc
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint: into a folder of another name, synced, then renamed."""
+        """Write a checkpoint, then remove those that are neither among the last nor the best."""
         parent = self.folder / "checkpoints"
-        final = parent / f"{checkpoint.version:06d}"
-        files = {
-            "model.safetensors": save(_contiguous(checkpoint.model.state)),
-            "momentum.safetensors": save(_contiguous(checkpoint.model.momentum)),
-        }
-        if checkpoint.residual:
-            files[_RESIDUAL] = save(_contiguous(checkpoint.residual))
-        manifest = {
-            "format": FORMAT,
-            "version": checkpoint.version,
-            "round": checkpoint.round,
-            "trained_cuts": checkpoint.trained_cuts,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-            "history": checkpoint.history,
-            "registry": checkpoint.registry,
-            "traffic": checkpoint.traffic,
-        }
-        with _disk(final):
-            folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
-            try:
-                for name, data in [*files.items(), ("manifest.json", _json(manifest))]:
-                    _write_synced(folder / name, data)
-                _sync(folder)
-                if final.exists():
-                    shutil.rmtree(final)
-                folder.rename(final)
-                _sync(parent)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+        with _disk(parent):
+            self._save(parent, checkpoint)
+        try:
             self._prune(parent)
+        except OSError as exc:
+            log.warning("old checkpoints in %s cannot be removed: %s", parent, exc)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; damaged ones are logged and passed over.
 
         None if the run has none at all. Raises :class:`StoreError` if all it has are damaged.
         """
-        folders = sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True)
-        for folder in folders:
+        folders = _numbered(self.folder / "checkpoints")
+        for folder in reversed(folders):
             try:
                 checkpoint = _load(folder)
             except StoreError as exc:
                 log.warning("%s; going back to the checkpoint before", exc)
+                self._damaged.add(folder)
                 continue
-            if folder != folders[0]:
+            if folder != folders[-1]:
                 # A device may hold the damaged version: its number must not mean other weights.
-                checkpoint.version = int(folders[0].name) + 1
+                checkpoint.version = int(folders[-1].name) + 1
             return checkpoint
         if folders:
             raise StoreError(
@@ -156,23 +160,83 @@ class Store:
             )
         return None
 
+    def best(self) -> Checkpoint | None:
+        """The whole checkpoint with the highest score, the newest of equals; None if none has one.
+
+        It may be older than the last few.
+        """
+        for folder in self._by_score(_numbered(self.folder / "checkpoints")):
+            try:
+                return _load(folder)
+            except StoreError as exc:
+                log.warning("%s; taking the next best checkpoint", exc)
+        return None
+
     def save_result(self, result: dict[str, Any]) -> None:
         """Write the run's result."""
-        _write(self.folder / "result.json", _json(result))
+        path = self.folder / "result.json"
+        with _disk(path):
+            write_file(path, _json(result))
+
+    def _save(self, parent: Path, checkpoint: Checkpoint) -> None:
+        clear_leftovers(parent)
+        newest = max((int(folder.name) for folder in _numbered(parent)), default=-1)
+        folder = parent / f"{max(checkpoint.version, newest + 1):06d}"
+        write_folder(folder, _files(checkpoint))
 
     def _prune(self, parent: Path) -> None:
-        for old in sorted(parent.glob("[0-9]*"))[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        for leftover in parent.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        folders = _numbered(parent)
+        whole = [folder for folder in folders if folder not in self._damaged]
+        kept = {*whole[-self._keep :], *self._by_score(whole)[:1]}
+        old = [folder for folder in folders if folder not in kept]
+        remove_folders(parent, [folder.name for folder in old])
+        for folder in old:
+            self._scores.pop(folder, None)
+            self._damaged.discard(folder)
+
+    def _by_score(self, folders: list[Path]) -> list[Path]:
+        """Those with a score, best first, newest first among equals."""
+        scored: list[tuple[float, int, Path]] = []
+        for folder in folders:
+            if folder not in self._scores:
+                self._scores[folder] = _score(folder)
+            score = self._scores[folder]
+            if score is not None:
+                scored.append((score, int(folder.name), folder))
+        return [folder for _, _, folder in sorted(scored, reverse=True)]
+
+
+def _numbered(parent: Path) -> list[Path]:
+    """The folders of checkpoints, oldest first."""
+    found = (path for path in parent.glob("[0-9]*") if path.name.isdecimal())
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    files = {
+        "model.safetensors": save(_contiguous(checkpoint.model.state)),
+        "momentum.safetensors": save(_contiguous(checkpoint.model.momentum)),
+    }
+    if checkpoint.residual:
+        files[_RESIDUAL] = save(_contiguous(checkpoint.residual))
+    manifest = {
+        "format": FORMAT,
+        "version": checkpoint.version,
+        "round": checkpoint.round,
+        "trained_cuts": checkpoint.trained_cuts,
+        "sha256": {name: _sha256(data) for name, data in files.items()},
+        "score": checkpoint.score,
+        "scheduler": checkpoint.scheduler,
+        "history": checkpoint.history,
+        "registry": checkpoint.registry,
+        "traffic": checkpoint.traffic,
+    }
+    files["manifest.json"] = _json(manifest | {"checksum": _checksum(manifest)})
+    return files
 
 
 def _load(folder: Path) -> Checkpoint:
-    manifest = _read_json(folder / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise StoreError(
-            f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}"
-        )
+    manifest = _manifest(folder)
     try:
         digests = manifest["sha256"]
         state, momentum = (
@@ -190,15 +254,38 @@ def _load(folder: Path) -> Checkpoint:
             residual=(
                 _load_arrays(folder / _RESIDUAL, digests[_RESIDUAL]) if _RESIDUAL in digests else {}
             ),
+            scheduler=manifest.get("scheduler", {}),
+            score=manifest.get("score"),
         )
-    except KeyError as exc:
-        raise StoreError(f"{folder / 'manifest.json'} is damaged: it lacks {exc}") from exc
+    except (KeyError, TypeError) as exc:
+        raise StoreError(f"{folder / 'manifest.json'} is damaged: {exc!r}") from exc
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, verified; old ones have no checksum."""
+    manifest = _read_json(folder / "manifest.json")
+    checksum = manifest.pop("checksum", None)
+    if checksum not in (None, _checksum(manifest)):
+        raise StoreError(f"{folder / 'manifest.json'} is damaged (checksum)")
+    if manifest.get("format") != FORMAT:
+        raise StoreError(
+            f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}"
+        )
+    return manifest
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        score = _manifest(folder).get("score")
+    except StoreError:
+        return None
+    return score if isinstance(score, float | int) and math.isfinite(score) else None
 
 
 def _load_arrays(path: Path, digest: str) -> dict[str, np.ndarray]:
     try:
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
+        if _sha256(data) != digest:
             raise StoreError(f"{path} is damaged (checksum)")
         return load(data)
     except (OSError, SafetensorError) as exc:
@@ -207,6 +294,14 @@ def _load_arrays(path: Path, digest: str) -> dict[str, np.ndarray]:
 
 def _contiguous(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.asarray(values, order="C") for name, values in state.items()}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return _sha256(json.dumps(manifest).encode())
 
 
 def _json(data: object) -> bytes:
@@ -223,30 +318,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file atomically."""
-    with _disk(path):
-        temporary = path.with_name(f".{path.name}.writing")
-        _write_synced(temporary, data)
-        temporary.replace(path)
-        _sync(path.parent)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
     try:
@@ -256,3 +327,12 @@ def _disk(path: Path) -> Iterator[None]:
             f"cannot write {path}: {exc.strerror or exc}; free space or choose another folder, "
             "then start again: the run resumes from its last closed round"
         ) from exc
+
+
+@contextlib.contextmanager
+def _needed() -> Iterator[None]:
+    """What is read here has nothing to fall back to."""
+    try:
+        yield
+    except StoreError as exc:
+        raise StoreError(f"{exc}; {_RESTORE}") from exc

@@ -3,40 +3,56 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from broker.envelopes import Envelope, down, down_later
-from broker.messages import Activations, DeviceParameters, Gradients, Receipt, Report
-from coordinator.aggregation import Aggregation, Model, half_of
-from coordinator.engines import Engine
+from broker.messages import Activations, DeviceParameters, Gradients, Receipt
+from coordinator.aggregation import Aggregation, Model
+from coordinator.contribution import Contribution, Folded
+from coordinator.engines import Engine, Entry, Step
 from coordinator.errors import BatchRefused
 from coordinator.gradients import GradientEncoder
+from coordinator.intake import Intake
 from coordinator.ledger import Ledger, Stamp
 from coordinator.observer import Observer
-from tensors.decoding import decode_torch
-from tensors.deltas import apply_delta
 from tensors.errors import AveragingError, FormatError
-from tensors.format import Limits
 from tensors.networks import State
-from tensors.parameters import unpack_parameters
 
 log = logging.getLogger("splitfleet.coordinator")
 
 RECEIPT_WAIT_S = 0.25
 RECEIPT_BATCHES = 8
+TOGETHER = 16
+"""The most batches in one step of a strategy that gathers them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a device has to do in a round: its cut layer and its number of batches."""
+
+    cut: int
+    quota: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    message: Activations
+    entry: Entry
 
 
 class RoundInProgress:
     """Trains on what the participants send, each batch at most once.
 
-    ``shapes[c-1]`` is the shape of features at cut ``c`` for one image; ``grant(cut, devices)`` how
-    many batches each device may have out; without ``gradients`` none go back. Not opened until
-    :meth:`open`.
+    ``grant(cut, devices)`` is how many batches each device may have out; without ``gradients``
+    none go back. Not opened until :meth:`open`. Its :meth:`merge` ends the aggregation; what
+    devices bring afterwards is a late contribution, for a later round to :meth:`add`. ``barrier``
+    says whether the merge also ends the training; ``kept`` how many halves of unfinished devices
+    are kept for their upload then.
     """
 
     def __init__(
@@ -45,12 +61,11 @@ class RoundInProgress:
         model: Model,
         learning_rate: float,
         *,
-        shapes: Sequence[tuple[int, ...]],
-        classes: int,
-        batch_size: int,
+        intake: Intake,
         gradients: GradientEncoder | None,
-        channels_last: bool,
         device_copies: bool,
+        barrier: bool,
+        kept: int,
         grant: Callable[[int, int], int],
         observer: Observer,
         clock: Callable[[], float],
@@ -58,73 +73,82 @@ class RoundInProgress:
         self._engine = engine
         self._model = model
         self._learning_rate = learning_rate
-        self._shapes = shapes
-        self._classes = classes
-        self._batch_size = batch_size
+        self._intake = intake
         self._gradients = gradients
-        self._channels_last = channels_last
         self._device_copies = device_copies
+        self._barrier = barrier
+        self._kept = kept
         self._grant = grant
         self._observer = observer
         self._clock = clock
         self._ledgers: dict[str, Ledger] = {}
         self._aggregation: Aggregation | None = None
-        self._opened = clock()
+        self._training = False
+        self._halves: dict[str, tuple[State, State]] = {}
+        self._waiting: list[_Waiting] = []
         self._losses: dict[int, list[float]] = {}
-        self._correct: dict[int, list[int]] = {}
+        self._correct: dict[int, int] = {}
+        self._images: dict[int, int] = {}
+        self.opened = clock()
         self.participants: dict[str, int] = {}
+        """Name → cut layer."""
+        self.finished = 0
+        """Participants that have uploaded their parameters."""
+        self.added: list[Folded] = []
+        self.durations: dict[str, float] = {}
+        """Seconds from the opening to each device's first upload."""
         self.stamp: Stamp = ("", 0, 0)
         self.version = 0
         self.extended = False
-        self.reports: dict[str, Report] = {}
         self.receipts_due: float | None = None
 
-    def open(self, stamp: Stamp, version: int, participants: Mapping[str, tuple[int, int]]) -> None:
-        """Begin with these devices: name → (cut, quota)."""
+    def open(
+        self,
+        stamp: Stamp,
+        version: int,
+        participants: Mapping[str, Work],
+        *,
+        first_server_block: int,
+    ) -> None:
+        """Begin with these devices; blocks before ``first_server_block`` are held by devices."""
         self.stamp, self.version = stamp, version
-        self.participants = {name: cut for name, (cut, _) in participants.items()}
-        for name, (cut, quota) in participants.items():
-            granted = self._grant(cut, len(participants))
-            self._ledgers[name] = Ledger(quota, keep_answers=granted + 2, credits=granted)
+        for name, work in participants.items():
+            self.admit(name, work, devices=len(participants))
         self._aggregation = Aggregation(
             self._model,
-            first_server_block=min(self.participants.values()),
+            first_server_block=first_server_block,
             device_copies=self._device_copies,
         )
         self._engine.begin(self._model, self._learning_rate)
+        self._training = True
+
+    def admit(self, device: str, work: Work, *, devices: int) -> None:
+        """A device takes part, in a fleet of ``devices``; one that has finished, once more."""
+        ledger = self._ledgers.get(device)
+        if ledger is None:
+            self.participants[device] = work.cut
+            granted = self._grant(work.cut, devices)
+            self._ledgers[device] = Ledger(work.quota, keep_answers=granted + 2, credits=granted)
+        elif ledger.finished or ledger.next_batch >= ledger.quota:
+            ledger.extend(work.quota)
 
     @property
-    def finished(self) -> int:
-        """Participants that have uploaded their parameters."""
-        return sum(ledger.finished for ledger in self._ledgers.values())
+    def active(self) -> int:
+        """Devices that have not finished."""
+        return sum(not ledger.finished for ledger in self._ledgers.values())
 
     @property
     def trained_cuts(self) -> set[int]:
-        """Cuts whose exit head was trained by a device that finished."""
-        return {
-            self.participants[name]
-            for name, ledger in self._ledgers.items()
-            if ledger.finished and ledger.samples
-        }
+        """Cuts whose exit head was trained by what was folded in."""
+        return {folded.cut for folded in self.added if folded.trained_head}
 
     # -- messages ---------------------------------------------------------------------------------
 
     def join(self, device: str) -> Envelope:
         """The answer to a device that wants to take part: where it stands."""
-        if device not in self._ledgers:
-            run, number, attempt = self.stamp
-            return down(
-                device,
-                Receipt(
-                    run=run,
-                    round=number,
-                    attempt=attempt,
-                    credits=0,
-                    complete=True,
-                    participant=False,
-                ),
-            )
-        return self._receipt(device, complete=True)
+        if device in self._ledgers:
+            return self._receipt(device, complete=True)
+        return refusal(device, self.stamp)
 
     def activations(self, device: str, message: Activations) -> list[Envelope]:
         """Train on a batch; its gradient if wanted, and a receipt when one is due."""
@@ -140,39 +164,74 @@ class RoundInProgress:
         if batch >= ledger.quota:
             self._observer.batch_discarded("beyond_quota")
             return [self._receipt(device, complete=True)]
+        if ledger.finished or not self._training:
+            return self._refuse(device, batch, BatchRefused("late"))
+        started = self._clock()
         try:
-            answer = self._train(device, message)
+            cut = self.participants[device]
+            features = self._intake.features(message, cut, self.version)
+            waiting = _Waiting(message, Entry(device, cut, features, torch.tensor(message.labels)))
+            if self._engine.gathers:
+                ledger.wait(batch)
+                self._waiting.append(waiting)
+                return []
+            step = self._engine.step(
+                device,
+                cut,
+                features,
+                waiting.entry.labels,
+                want_gradient=self._gradients is not None,
+            )
         except BatchRefused as exc:
-            ledger.discard(batch, exc.reason)
-            self._observer.batch_discarded(exc.reason)
-            log.warning("batch %d of %s is not trained on: %s", batch, device, exc.reason)
-            return [self._receipt(device)]
-        ledger.apply(batch, len(message.labels))
-        out = []
-        if answer is not None:
-            ledger.remember(batch, answer)
-            out.append(answer)
-        enough = RECEIPT_BATCHES if self._gradients else max(1, ledger.credits // 2)
-        if ledger.unreported >= enough:
-            out.append(self._receipt(device))
-        elif self.receipts_due is None:
-            self.receipts_due = self._clock() + RECEIPT_WAIT_S
+            return self._refuse(device, batch, exc)
+        return self._applied(waiting, step, self._clock() - started)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether batches wait for :meth:`train_gathered`."""
+        return bool(self._waiting)
+
+    def train_gathered(self) -> list[Envelope]:
+        """One step on the batches that have waited longest, at most one of each device."""
+        chosen: dict[str, _Waiting] = {}
+        for waiting in self._waiting:
+            if len(chosen) < TOGETHER:
+                chosen.setdefault(waiting.entry.device, waiting)
+        together = list(chosen.values())
+        self._waiting = [waiting for waiting in self._waiting if waiting not in together]
+        started = self._clock()
+        outcomes = self._engine.step_together(
+            [waiting.entry for waiting in together], want_gradients=self._gradients is not None
+        )
+        share = (self._clock() - started) / len(together)
+        out: list[Envelope] = []
+        for waiting, outcome in zip(together, outcomes, strict=True):
+            if isinstance(outcome, Step):
+                out += self._applied(waiting, outcome, share)
+            else:
+                out += self._refuse(waiting.entry.device, waiting.message.batch, outcome)
         return out
 
-    def parameters(self, device: str, message: DeviceParameters) -> list[Envelope]:
-        """A device's half at its quota's end; answered with the final receipt, also again."""
+    def parameters(
+        self, device: str, message: DeviceParameters
+    ) -> tuple[Contribution | None, list[Envelope]]:
+        """A device's half at its quota's end: what it brought, if that is new, and its receipt."""
         ledger = self._ledgers.get(device)
         if ledger is None:
             self._observer.message_dropped("not_a_participant")
-            return []
+            return None, [refusal(device, self.stamp)]
+        while any(waiting.entry.device == device for waiting in self._waiting):
+            self.train_gathered()
+        brought = None
         if not ledger.finished:
-            claimed = min(message.produced, ledger.quota)
-            ledger.produced = max(claimed, ledger.next_batch)
-            if self._aggregation is None:
-                self._observer.message_dropped("late_parameters")
+            self.finished += 1
+            self.durations.setdefault(device, self._clock() - self.opened)
+            samples = ledger.finish(message.produced)
+            if self._training or device in self._halves:
+                brought = self._brought(device, message, samples)
             else:
-                self._take(device, message, ledger.samples, self._aggregation)
-        return [self._receipt(device, complete=True, final=True)]
+                self._observer.late_work("not_kept", samples)
+        return brought, [self._receipt(device, complete=True, final=True)]
 
     def receipts(self) -> list[Envelope]:
         """Receipts that have waited for company long enough."""
@@ -183,124 +242,129 @@ class RoundInProgress:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def merge(self) -> Model:
-        """The aggregated model; the round takes nothing more."""
+    def add(self, brought: Contribution) -> None:
+        """Fold in what a device brought, to this round or an earlier one."""
         assert self._aggregation is not None
+        brought.fold(self._aggregation, self._model, self.version)
+        self.added.append(brought.folded())
+
+    def merge(self) -> Model:
+        """The aggregated model; what comes from now on is for a later round."""
+        assert self._aggregation is not None
+        while self._waiting:
+            self.train_gathered()
         self._engine.close(self._aggregation)
         merged, self._aggregation = self._aggregation.result(), None
+        if self._barrier:
+            self._training = False
+            unfinished = [n for n, ledger in self._ledgers.items() if not ledger.finished]
+            for name in unfinished:
+                half = self._engine.finish(name)
+                if len(self._halves) < self._kept and self._ledgers[name].samples:
+                    self._halves[name] = half
         return merged
 
     def record(self, now: float) -> dict[str, Any]:
-        """What happened, for history and report; see :func:`note_report` for late reports."""
+        """What happened, for the history."""
         cuts = sorted(self._losses)
-        record: dict[str, Any] = {
+        return {
             "attempt": self.stamp[2],
-            "seconds": now - self._opened,
+            "seconds": now - self.opened,
+            "extended": self.extended,
             "learning_rate": self._learning_rate,
             "train_loss": {str(cut): float(np.mean(self._losses[cut])) for cut in cuts},
-            "train_accuracy": {
-                str(cut): sum(self._correct[cut]) / max(1, self._samples_of(cut)) for cut in cuts
-            },
-            "devices": {
-                name: {
-                    "cut": self.participants[name],
-                    "samples": ledger.samples,
-                    "finished": ledger.finished,
-                    "account": ledger.account().as_dict(),
+            "train_accuracy": {str(cut): self._correct[cut] / self._images[cut] for cut in cuts},
+            "late": [
+                {
+                    "device": folded.device,
+                    "version": folded.version,
+                    "staleness": self.version - folded.version,
+                    "samples": folded.samples,
                 }
-                for name, ledger in self._ledgers.items()
-            },
+                for folded in self.added
+                if folded.version != self.version
+            ],
+            "devices": {name: self.entry(name) for name in self._ledgers},
         }
-        for name, report in self.reports.items():
-            note_report(record, name, report)
-        return record
 
-    def contributions(self) -> dict[str, tuple[int, int]]:
-        """Device → (1 if it finished the round, samples applied)."""
+    def entry(self, device: str) -> dict[str, Any]:
+        """A device's line in the record."""
+        ledger = self._ledgers[device]
         return {
-            name: (int(ledger.finished), ledger.samples) for name, ledger in self._ledgers.items()
+            "cut": self.participants[device],
+            "quota": ledger.quota,
+            "samples": ledger.samples,
+            "finished": ledger.finished,
+            "account": ledger.account().as_dict(),
         }
+
+    def progress(self, device: str) -> tuple[int, bool, float]:
+        """Batches of a device that have arrived, whether it has finished, its seconds so far."""
+        ledger = self._ledgers[device]
+        seconds = self.durations.get(device, self._clock() - self.opened)
+        return ledger.next_batch, ledger.finished, seconds
 
     # -- small parts ------------------------------------------------------------------------------
 
-    def _train(self, device: str, message: Activations) -> Envelope | None:
-        started = self._clock()
-        if self._ledgers[device].finished:
-            raise BatchRefused("late")
-        cut = self.participants[device]
-        features = self._read(message, cut)
-        labels = torch.tensor(message.labels)
-        encoder = self._gradients
-        step = self._engine.step(device, cut, features, labels, want_gradient=encoder is not None)
-        self._losses.setdefault(cut, []).append(step.loss)
-        self._correct.setdefault(cut, []).append(step.correct)
-        self._observer.batch_applied(cut, step.images, step.loss, self._clock() - started)
-        gradient, batch, (run, number, attempt) = step.gradient, message.batch, self.stamp
-        if gradient is None or encoder is None:
-            return None
+    def _refuse(self, device: str, batch: int, refused: BatchRefused) -> list[Envelope]:
+        self._ledgers[device].discard(batch, refused.reason)
+        self._observer.batch_discarded(refused.reason)
+        log.warning("batch %d of %s is not trained on: %s", batch, device, refused.reason)
+        return [self._receipt(device)]
+
+    def _applied(self, waiting: _Waiting, step: Step, seconds: float) -> list[Envelope]:
+        """Enter a batch that was trained on, and answer it."""
+        entry, message = waiting.entry, waiting.message
+        ledger = self._ledgers[entry.device]
+        ledger.apply(message.batch, len(message.labels))
+        self._losses.setdefault(entry.cut, []).append(step.loss)
+        self._correct[entry.cut] = self._correct.get(entry.cut, 0) + step.correct
+        self._images[entry.cut] = self._images.get(entry.cut, 0) + step.images
+        self._observer.batch_applied(entry.cut, step.images, step.loss, seconds)
+        out = []
+        if self._gradients is not None:
+            answer = self._answer(waiting, step, self._gradients)
+            ledger.remember(message.batch, answer)
+            out.append(answer)
+        enough = RECEIPT_BATCHES if self._gradients else max(1, ledger.credits // 2)
+        if ledger.unreported >= enough:
+            out.append(self._receipt(entry.device))
+        elif self.receipts_due is None:
+            self.receipts_due = self._clock() + RECEIPT_WAIT_S
+        return out
+
+    def _answer(self, waiting: _Waiting, step: Step, encoder: GradientEncoder) -> Envelope:
+        entry, message = waiting.entry, waiting.message
+        gradient, (run, number, attempt) = step.gradient, self.stamp
+        assert gradient is not None
         return down_later(
-            device,
+            entry.device,
             Gradients,
             lambda: Gradients(
                 run=run,
                 round=number,
                 attempt=attempt,
-                batch=batch,
+                batch=message.batch,
                 loss=step.loss,
                 correct=step.correct,
-                tensor=encoder.encode(device, gradient, features, message),
+                tensor=encoder.encode(entry.device, gradient, message),
             ),
         )
 
-    def _read(self, message: Activations, cut: int) -> torch.Tensor:
-        if message.version != self.version:
-            raise BatchRefused("wrong_version")
-        if len(message.labels) > self._batch_size:
-            raise BatchRefused("batch_too_large")
-        if max(message.labels) >= self._classes:
-            raise BatchRefused("bad_labels")
-        shape = (len(message.labels), *self._shapes[cut - 1])
+    def _brought(self, device: str, message: DeviceParameters, samples: int) -> Contribution:
+        """A device and its server-side copy; an unusable upload is left out."""
+        cut = self.participants[device]
+        half: State = {}
         try:
-            features = decode_torch(
-                message.tensor,
-                limits=Limits(max_elements=int(np.prod(shape))),
-                channels_last=self._channels_last,
-            )
-        except FormatError as exc:
-            raise BatchRefused(exc.reason) from exc
-        if tuple(features.shape) != shape or features.dtype is not torch.float32:
-            raise BatchRefused("wrong_shape")
-        if not math.isfinite(features.sum().item()):  # ten times as fast as looking at each value
-            raise BatchRefused("not_finite")
-        return features
-
-    def _take(
-        self, device: str, message: DeviceParameters, samples: int, aggregation: Aggregation
-    ) -> None:
-        """Fold a device and its server-side copy in; an unusable upload is left out."""
-        try:
-            aggregation.add_device(self._uploaded(message, self.participants[device]), samples)
+            half = self._intake.half(message, cut, self.version, self._model.state)
         except (FormatError, AveragingError) as exc:
             self._observer.message_dropped("bad_parameters")
             log.warning("the parameters of %s are left out: %s", device, exc)
-        self._engine.finish(device, aggregation)
-
-    def _uploaded(self, message: DeviceParameters, cut: int) -> State:
-        start = half_of(self._model.state, cut)
-        if message.base is None:
-            state = unpack_parameters(message.state, names=start.keys())
-        elif message.base == self.version:
-            state = apply_delta(start, message.state)
+        if self._training:
+            server, momentum = self._engine.finish(device)
         else:
-            raise AveragingError(f"differences to version {message.base}, not {self.version}")
-        if state.keys() != start.keys():
-            odd = sorted(state.keys() ^ start.keys())[:3]
-            raise AveragingError(f"not the parameters of cut {cut}: {', '.join(odd)}")
-        if any(
-            name.endswith("running_var") and (values < 0).any() for name, values in state.items()
-        ):
-            raise AveragingError("a BatchNorm variance is negative")
-        return state
+            server, momentum = self._halves.pop(device, ({}, {}))
+        return Contribution(device, cut, self.version, self._model, samples, half, server, momentum)
 
     def _receipt(self, device: str, *, complete: bool = False, final: bool = False) -> Envelope:
         ledger = self._ledgers[device]
@@ -316,31 +380,25 @@ class RoundInProgress:
                 discarded=discarded,
                 credits=ledger.credits,
                 next_batch=ledger.next_batch,
+                quota=ledger.quota if complete else None,
                 complete=complete,
                 final=final,
             ),
         )
 
-    def _samples_of(self, cut: int) -> int:
-        return sum(
-            ledger.samples
-            for name, ledger in self._ledgers.items()
-            if self.participants[name] == cut
-        )
 
-
-def note_report(record: dict[str, Any], device: str, report: Report) -> None:
-    """Enter a device's own account beside the coordinator's in a round's record."""
-    entry = record["devices"].get(device)
-    if entry is not None:
-        entry["reported"] = {
-            "produced": report.produced,
-            "applied": report.applied,
-            "discarded": dict(report.discarded),
-            "expired": report.expired,
-            "timeouts": report.timeouts,
-            "late_gradients": report.late_gradients,
-            "activation_bytes": report.activation_bytes,
-            "activation_values": report.activation_values,
-            "activation_levels": report.activation_levels,
-        }
+def refusal(device: str, stamp: Stamp) -> Envelope:
+    """To a device without a part in this attempt: nothing of it counts, no more is wanted."""
+    run, number, attempt = stamp
+    return down(
+        device,
+        Receipt(
+            run=run,
+            round=number,
+            attempt=attempt,
+            credits=0,
+            complete=True,
+            participant=False,
+            final=True,
+        ),
+    )

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from broker.envelopes import Envelope, up
+from broker.errors import MessageError
 from broker.messages import Activations, Assignment, Gradients, Histogram, Receipt, Report, Round
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
 from edge_agent.ledger import Ledger
+from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from tensors.decoding import nonzero
@@ -23,6 +25,9 @@ from tensors.errors import CodecError, FormatError
 from tensors.format import Buffer, read_header
 
 ROUND_TRIP_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+MAX_QUOTA = 1 << 20
+"""Batches of one device in one round that make sense, all its legs together."""
+LEG_POSITIONS = 1 << 40
 
 
 class Result(Protocol):
@@ -90,15 +95,19 @@ class Stream(Protocol):
 @dataclass(slots=True)
 class _Pending:
     envelope: Envelope
-    sent: float
+    made: float
     due: float
 
 
 class Attempt:
-    """A device's work in one attempt at a round.
+    """A device's work in one attempt at a round, or in one leg of it.
 
-    ``receipt`` is the coordinator's answer to the request to join: where to go on, and what became
-    of the batches an earlier life of this device sent. Raises ``MessageError`` if it is absurd.
+    ``receipt`` is the coordinator's answer to the request to join: the batches there are to make,
+    where to go on, and what became of those an earlier leg or an earlier life of this device sent.
+    Raises ``MessageError`` if it is absurd.
+
+    ``online`` says in each case whether the coordinator can be reached. Without feedback an attempt
+    goes on when it cannot; what it makes then waits in a queue of these limits.
     """
 
     def __init__(
@@ -112,9 +121,11 @@ class Attempt:
         *,
         encoder: ActivationEncoder,
         clock: Callable[[], float],
+        offline: OfflineLimits,
     ) -> None:
         self.stamp = announced.stamp
         self.version = announced.version
+        self.barrier = announced.barrier
         self._device = device
         self._assignment = assignment
         self._learner = learner
@@ -122,16 +133,20 @@ class Attempt:
         self._clock = clock
         self._encoder = encoder
         self._credits = receipt.credits
-        self._ledger = Ledger(
-            limit=assignment.quota, produced=min(receipt.next_batch, assignment.quota)
-        )
+        self._quota = quota_of(assignment, receipt)
+        self._first = min(receipt.next_batch, self._quota)
+        self._until = clock() + announced.train_s if announced.train_s else math.inf
+        self._ledger = Ledger(limit=self._quota, produced=self._first)
         self._ledger.settle(receipt)
         self._pending: dict[int, _Pending] = {}
+        self._kept = OfflineQueue(offline, clock)
+        self._works_offline = assignment.feedback == "none" and offline.batches > 0
         self._to_learn: deque[tuple[Gradients, Activations]] = deque()
         self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS_S) + 1)
         self._round_trip_s = 0.0
         self._loss_sum, self._correct, self._images = 0.0, 0, 0
         self._late_gradients = self._timeouts = 0
+        self._overdue: set[int] = set()
         self._activation_bytes = self._activation_values = 0
         self._levels: list[int] = []
         learner.rewind()
@@ -139,20 +154,36 @@ class Attempt:
 
     @property
     def produced(self) -> int:
-        """Batches of this attempt so far, those of an earlier life included."""
+        """Batches of this attempt so far, those of an earlier leg or life included."""
         return self._ledger.produced
 
     @property
-    def can_produce(self) -> bool:
-        """Whether quota, window and credits allow another batch now.
+    def learnt(self) -> bool:
+        """Whether any batch was learnt from."""
+        return self._images > 0
+
+    @property
+    def out(self) -> int:
+        """Batches that were sent and are waited for."""
+        return len(self._pending)
+
+    @property
+    def kept(self) -> int:
+        """Batches that wait to be sent."""
+        return len(self._kept)
+
+    def can_produce(self, *, online: bool = True) -> bool:
+        """Whether quota, time, window and credits allow another batch now, or one that was kept.
 
         An answer is learnt from before the next batch: to send that first would be a little faster,
         but another step of staleness cost the exits six points (docs/benchmarks.md).
         """
+        if not online:
+            return self._works_offline and not self._made_all
         allowed = self._credits
         if self._assignment.feedback == "gradient":
             allowed = min(allowed, self._assignment.window - len(self._to_learn))
-        return self.produced < self._assignment.quota and len(self._pending) < allowed
+        return len(self._pending) < allowed and (bool(self._kept) or not self._made_all)
 
     @property
     def can_learn(self) -> bool:
@@ -161,49 +192,30 @@ class Attempt:
 
     @property
     def complete(self) -> bool:
-        """Whether every batch of the quota is out, answered and learnt from."""
-        waits = self._pending or self._to_learn
-        return self.produced >= self._assignment.quota and not waits
+        """Whether every batch is made, out, answered and learnt from."""
+        return self._made_all and not (self._pending or self._to_learn or self._kept)
 
     @property
     def deadline(self) -> float | None:
-        """When the oldest answer is overdue."""
-        return min((pending.due for pending in self._pending.values()), default=None)
+        """When the oldest answer is overdue, a kept batch expires, or the time is up."""
+        times = [pending.due for pending in self._pending.values()]
+        if self._kept.deadline is not None:
+            times.append(self._kept.deadline)
+        if self._clock() < self._until < math.inf:
+            times.append(self._until)
+        return min(times, default=None)
 
-    def produce(self) -> list[Envelope]:
-        """Compute the next batch; the activations to send."""
-        started = self._clock()
-        batch = self._ledger.produce()
-        run, number, attempt = self.stamp
-        position = (number - 1) * self._assignment.quota + batch
-        images, labels = self._stream.batch(position)
-        features = self._learner.forward(batch, images, labels)
-        try:
-            encoded = self._encoder.encode(features, images=len(labels), seed=position)
-        except CodecError:
-            self._learner.discard(batch)
-            self._ledger.discarded([batch], "not_finite")
+    def produce(self, *, online: bool = True) -> list[Envelope]:
+        """Compute the next batch, or take one that was kept; the activations to send."""
+        if online and self._kept:
+            return self._send(self._kept.take())
+        made = self._compute()
+        if made is None:
             return []
-        self._activation_bytes += len(encoded.data)
-        self._activation_values += math.prod(features.shape)
-        if encoded.levels is not None:
-            self._levels.append(encoded.levels)
-        self._encoder.spent("forward", self._clock() - started)
-        if self._assignment.feedback == "none":
-            self._learn(batch, None)
-        message = Activations(
-            run=run,
-            round=number,
-            attempt=attempt,
-            batch=batch,
-            version=self.version,
-            labels=labels.tolist(),
-            tensor=encoded.data,
-        )
-        now = self._clock()
-        envelope = up(self._device, message)
-        self._pending[batch] = _Pending(envelope, now, now + self._assignment.gradient_timeout_s)
-        return [envelope]
+        if online:
+            return self._send(made)
+        self._keep(made)
+        return []
 
     def gradient(self, gradients: Gradients) -> None:
         """Enter a gradient; one that comes after its time-out is counted and dropped."""
@@ -212,9 +224,11 @@ class Attempt:
             return
         pending = self._pending.pop(gradients.batch, None)
         if pending is None:
-            self._late_gradients += 1
+            if gradients.batch in self._overdue:
+                self._overdue.remove(gradients.batch)
+                self._late_gradients += 1
             return
-        trip = self._clock() - pending.sent
+        trip = self._clock() - pending.made
         self._round_trips[bisect_left(ROUND_TRIP_BOUNDS_S, trip)] += 1
         self._round_trip_s += trip
         sent = pending.envelope.message
@@ -232,9 +246,9 @@ class Attempt:
     def receipt(self, receipt: Receipt) -> None:
         """Enter a receipt. A batch that was discarded is learnt from at the exit alone."""
         self._credits = receipt.credits
-        for batch in self._ledger.settle(receipt):
-            if batch not in self._pending:
-                continue
+        named = self._ledger.settle(receipt)
+        self._kept.drop(named)
+        for batch in sorted(named & self._pending.keys()):
             if self._assignment.feedback == "none":
                 del self._pending[batch]
             elif not self._ledger.is_applied(batch):
@@ -248,7 +262,16 @@ class Attempt:
             del self._pending[batch]
             self._timeouts += 1
             if self._assignment.feedback == "gradient":
+                self._overdue.add(batch)
                 self._learn(batch, None)
+        self._ledger.discarded(self._kept.expire(), "expired_offline")
+
+    def interrupted(self) -> None:
+        """The coordinator cannot be reached: without feedback, what is out is kept to be sent."""
+        if self._works_offline:
+            for batch, pending in self._pending.items():
+                self._keep(Kept(batch, pending.envelope, pending.made))
+            self._pending.clear()
 
     def unanswered(self) -> list[Envelope]:
         """What to say again on a new connection; the time-outs start anew."""
@@ -283,6 +306,51 @@ class Attempt:
             ),
         )
 
+    @property
+    def _made_all(self) -> bool:
+        if self.produced >= self._quota:
+            return True
+        return self.produced > self._first and self._clock() >= self._until
+
+    def _compute(self) -> Kept | None:
+        started = self._clock()
+        batch = self._ledger.produce()
+        run, number, attempt = self.stamp
+        position = stream_position(number, batch, self._assignment.quota)
+        images, labels = self._stream.batch(position)
+        features = self._learner.forward(batch, images, labels)
+        try:
+            encoded = self._encoder.encode(features, images=len(labels), seed=position)
+        except CodecError:
+            self._learner.discard(batch)
+            self._ledger.discarded([batch], "not_finite")
+            return None
+        self._activation_bytes += len(encoded.data)
+        self._activation_values += math.prod(features.shape)
+        if encoded.levels is not None:
+            self._levels.append(encoded.levels)
+        self._encoder.spent("forward", self._clock() - started)
+        if self._assignment.feedback == "none":
+            self._learn(batch, None)
+        message = Activations(
+            run=run,
+            round=number,
+            attempt=attempt,
+            batch=batch,
+            version=self.version,
+            labels=labels.tolist(),
+            tensor=encoded.data,
+        )
+        return Kept(batch, up(self._device, message), self._clock())
+
+    def _send(self, made: Kept) -> list[Envelope]:
+        due = self._clock() + self._assignment.gradient_timeout_s
+        self._pending[made.batch] = _Pending(made.envelope, made.made, due)
+        return [made.envelope]
+
+    def _keep(self, made: Kept) -> None:
+        self._ledger.discarded(self._kept.keep(made), "superseded")
+
     def _decode(self, gradient: Buffer, sent: Activations) -> Any:
         keep = nonzero(sent.tensor) if read_header(gradient).masked else None
         return self._learner.decode(gradient, keep)
@@ -297,3 +365,26 @@ class Attempt:
         self._loss_sum += result.loss * result.images
         self._correct += result.correct
         self._images += result.images
+
+
+def quota_of(assignment: Assignment, receipt: Receipt) -> int:
+    """The batches a device has in a round, by the answer to its join.
+
+    Raises ``MessageError`` if that is absurd.
+    """
+    if receipt.quota is None:
+        return assignment.quota
+    if receipt.quota > MAX_QUOTA:
+        raise MessageError("invalid", f"a quota of {receipt.quota} batches is not plausible")
+    return receipt.quota
+
+
+def stream_position(number: int, batch: int, quota: int) -> int:
+    """Where in a device's data batch ``batch`` of round ``number`` lies; no two share a place.
+
+    ``quota`` is the assignment's. Batches within it lie one round behind the other. A batch beyond
+    it, in another leg at the same round, lies where it would in that leg's own stream, 2^40 batches
+    further on for each leg: ``batch // quota · 2^40 + (number − 1) · quota + batch mod quota``.
+    """
+    leg, within = divmod(batch, quota)
+    return leg * LEG_POSITIONS + (number - 1) * quota + within

@@ -39,9 +39,9 @@ class Holding:
     """The version a learner starts its rounds from, and what uploads still owe the coordinator.
 
     That residual is added to the next upload. An upload's becomes valid with the next version that
-    is taken, whichever way it comes: until then the round may be repeated from its start. It ends
-    with the run or the cut. Without its snapshot on disk a device loses it, and with it less than
-    a quantization step of its parameters.
+    is taken, whichever way it comes, or when it is :meth:`delivered` for good: until then the round
+    may be repeated from its start. It ends with the run or the cut. Without its snapshot on disk a
+    device loses it, and with it less than a quantization step of its parameters.
     """
 
     def __init__(self, assignment: Assignment, learner: Learner, snapshots: SnapshotStore) -> None:
@@ -95,14 +95,18 @@ class Holding:
             log.warning("parameters version %d are unusable: %s", version, exc)
             return False
         self.version = version
-        if self._next_residual is not None:
-            self._residual, self._next_residual = self._next_residual, None
+        self.delivered()
         snapshot = replace(self._learner.start, residual=self._residual)
         try:
             self._snapshots.save(self._run, self._cut, version, snapshot)
         except StateError as exc:
             log.warning("going on without saving the device's own state: %s", exc)
         return True
+
+    def delivered(self) -> None:
+        """The last upload counts for good: the next one from the same version owes what it owes."""
+        if self._next_residual is not None:
+            self._residual, self._next_residual = self._next_residual, None
 
     def upload(self) -> tuple[bytes, int | None]:
         """What was learnt since the start of the round, and the version it is the difference to."""

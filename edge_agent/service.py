@@ -6,20 +6,25 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
 
 from broker.drive import drive
 from broker.errors import TransportError
 from broker.link import Link, LinkObserver, single_frame
-from broker.messages import Hello, Status
+from broker.messages import Assignment, Hello, Measurement, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
+from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.learner import LearnerFactory
+from edge_agent.offline import OfflineLimits
 from edge_agent.settings import AgentSettings
+from edge_agent.workplace import Data
 
 
 class Silent:
@@ -59,6 +64,61 @@ def software() -> str:
         return "splitfleet (not installed)"
 
 
+class Learners(Protocol):
+    """Makes what a device learns with; :class:`LearnerFactory` with torch."""
+
+    def build(self, assignment: Assignment) -> Learner: ...
+
+    def measure(self, assignment: Assignment) -> Measurement: ...
+
+
+def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
+    """What a device says of itself."""
+    return Hello(
+        boot=boot,
+        software=software(),
+        samples=len(data.train_rows),
+        test_samples=len(data.test_rows),
+        dataset=data.train.name,
+        classes=len(data.train.classes),
+        image=data.image,
+        cut=None if settings.cut == "auto" else settings.cut,
+    )
+
+
+def build_agent(
+    settings: AgentSettings,
+    hello: Hello,
+    data: Data,
+    snapshots: SnapshotStore,
+    *,
+    uplink: Callable[[], float],
+    clock: Callable[[], float],
+    learners: Learners | None = None,
+) -> AgentCore:
+    """Put an agent together; ``learners`` are torch's unless others are given."""
+    learners = learners or LearnerFactory(
+        networks=settings.networks,
+        device=settings.compute,
+        precision=settings.precision,
+        memory_format=settings.memory_format,
+    )
+    return AgentCore(
+        Topics(settings.fleet),
+        settings.device,
+        hello,
+        data,
+        uplink=uplink,
+        build=learners.build,
+        measure=learners.measure,
+        snapshots=snapshots,
+        clock=clock,
+        heartbeat_s=settings.heartbeat_s,
+        stay=not settings.exit_when_finished,
+        offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
+    )
+
+
 async def run_agent(
     settings: AgentSettings,
     transport: Transport,
@@ -78,36 +138,15 @@ async def run_agent(
         ConnectRefused: the broker will not have this client.
     """
     topics = Topics(settings.fleet)
-    factory = LearnerFactory(
-        networks=settings.networks,
-        device=settings.compute,
-        precision=settings.precision,
-        memory_format=settings.memory_format,
-    )
-    hello = Hello(
-        boot=boot,
-        software=software(),
-        samples=len(data.train_rows),
-        test_samples=len(data.test_rows),
-        dataset=data.train.name,
-        classes=len(data.train.classes),
-        image=data.image,
-        cut=None if settings.cut == "auto" else settings.cut,
-    )
     async with transport:
         link = Link(transport, topics, observer=observer or Silent(), clock=time.monotonic)
-        core = AgentCore(
-            topics,
-            settings.device,
-            hello,
+        core = build_agent(
+            settings,
+            introduce(settings, data, boot),
             data,
-            build=factory.build,
-            measure=factory.measure,
-            snapshots=snapshots,
+            snapshots,
             uplink=lambda: link.uplink_bytes_per_s,
             clock=time.monotonic,
-            heartbeat_s=settings.heartbeat_s,
-            stay=not settings.exit_when_finished,
         )
         await link.subscribe(*topics.device_filters(settings.device))
         await drive(core, link, clock=time.monotonic, stop=stop)

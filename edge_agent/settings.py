@@ -52,6 +52,11 @@ class AgentSettings(BaseModel):
     heartbeat_s: float = Field(default=30.0, gt=0)
     will_delay_s: int = Field(default=45, ge=0, le=86_400)
     """How long the broker waits before it says that the device is gone; longer than a back-off."""
+    offline_batches: int = Field(default=64, ge=0, le=100_000)
+    """How many batches wait to be sent while the coordinator cannot be reached and, without
+    feedback, training goes on; the newest win. 0: it does not go on."""
+    offline_expiry_s: float = Field(default=3600.0, gt=0)
+    """How long a batch may wait so."""
     exit_when_finished: bool = False
     """End the process after the run instead of waiting for the next one."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +41,7 @@ class DiskSnapshots:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "snapshot.safetensors"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(folder)
         except OSError as exc:
             raise StateError(f"cannot make the state folder {folder}: {exc.strerror}") from exc
 
@@ -48,6 +51,7 @@ class DiskSnapshots:
         tensors |= {_MOMENTUM + name: values for name, values in snapshot.momentum.items()}
         tensors |= {_RESIDUAL + name: values for name, values in snapshot.residual.items()}
         metadata = {"run": run, "cut": str(cut), "version": str(version)}
+        metadata["sha256"] = _checksum(metadata, tensors)
         temporary = self._path.with_suffix(".writing")
         try:
             with temporary.open("wb") as file:
@@ -55,7 +59,10 @@ class DiskSnapshots:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self._path)
+            _sync(self._path.parent)
         except OSError as exc:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise StateError(f"cannot write {self._path}: {exc.strerror}; free some space") from exc
 
     def load(self, run: str, cut: int) -> tuple[int, Snapshot] | None:
@@ -71,12 +78,44 @@ class DiskSnapshots:
                 if (about.get("run"), about.get("cut")) != (run, str(cut)):
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return int(about["version"]), Snapshot(
-                _part(tensors, _STATE), _part(tensors, _MOMENTUM), _part(tensors, _RESIDUAL)
-            )
+            version, checksum = int(about["version"]), about.pop("sha256", None)
         except (OSError, SafetensorError, KeyError, ValueError) as exc:
             raise StateError(f"{self._path} is unusable ({exc})") from exc
+        if checksum not in (None, _checksum(about, tensors)):
+            raise StateError(f"{self._path} is damaged (checksum)")
+        return version, Snapshot(
+            _part(tensors, _STATE), _part(tensors, _MOMENTUM), _part(tensors, _RESIDUAL)
+        )
 
 
 def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make what was made or renamed in a folder durable, where folders can be synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)

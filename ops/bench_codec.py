@@ -1,7 +1,8 @@
 """``splitfleet bench codec``: bits, error and speed of every codec, beside a plain encoder.
 
 The tensors are activations and gradients at the cuts of a network trained here. Speeds are those of
-one thread, as a ratio to a memory copy measured in turn with them.
+one thread, beside two copies: of the same tensor, measured in turn, most of it within the cache;
+and of a buffer that no cache holds, at the speed of the memory.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from ops.bench_reference import (
 )
 from ops.codec_samples import Sample, collect
 from ops.errors import SettingsWrong
+from tensors.bit_planes import unpack
 from tensors.codecs import Codec, parse_codec
 from tensors.decoding import decode_torch, nonzero
 from tensors.format import CodecId, read_body, read_header
-from tensors.packing import unpack
 
 CUTS = (1, 2, 3, 4, 5, 6, 7)
 RATES = ("levels3", "int2", "int3", "int4", "int5", "int6", "int8")
@@ -48,6 +49,7 @@ CODECS = (
 )
 STOCHASTIC = tuple(f"int{bits}+stochastic{zstd}" for zstd in ("", "+zstd") for bits in (8, 4, 3, 2))
 """For gradients, beside the others."""
+MEMORY_COPY_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,10 +122,14 @@ def run_bench(
     rows: list[dict[str, Any]] = []
     references: list[dict[str, Any]] = []
     with _one_thread():
+        memory_copy = _memory_copy(repetitions)
         for sample in trained.samples:
             cases = list(_cases(sample, chosen if sample.kind == "activation" else for_gradients))
             speeds = _speeds(sample, cases, repetitions)
-            rows += [_quality(case) | speed for case, speed in zip(cases, speeds, strict=True)]
+            rows += [
+                _quality(case) | speed | {"memory_copy": memory_copy}
+                for case, speed in zip(cases, speeds, strict=True)
+            ]
             references += [_reference(sample, bits) for bits in REFERENCE_BITS]
             console.print(f"{sample.kind} at cut {sample.cut}: {len(cases)} codecs")
     result: dict[str, Any] = {
@@ -226,6 +232,18 @@ def _reference(sample: Sample, bits: int) -> dict[str, Any]:
         "error": relative_error(x, decoded),
         "error_behind_relu": _error_behind_relu(sample, decoded),
     }
+
+
+def _memory_copy(repetitions: int) -> float:
+    """GB/s of a copy of `MEMORY_COPY_BYTES`; median."""
+    source = np.ones(MEMORY_COPY_BYTES, np.uint8)
+    target = np.ones_like(source)
+    seconds = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - started)
+    return source.nbytes / statistics.median(seconds) / 1e9
 
 
 def _speeds(sample: Sample, cases: Sequence[Case], repetitions: int) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from broker.config import BrokerConfig
-from ops import run
+from ops import cli_simulator, run
 from ops.errors import OpsError, SettingsWrong
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ bench = typer.Typer(help="Measure, side by side with something plain.", no_args_
 broker_app = typer.Typer(help="The MQTT broker: run the embedded one, configure Mosquitto.")
 app.add_typer(bench, name="bench")
 app.add_typer(broker_app, name="broker")
+cli_simulator.register(app, bench)
 
 BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
 ConfigFile = Annotated[

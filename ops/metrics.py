@@ -62,7 +62,6 @@ DROPPED = (
     "fleet_full",
     "foreign_version",
     "invalid",
-    "late_parameters",
     "malformed",
     "not_a_participant",
     "oversized",
@@ -73,6 +72,7 @@ DROPPED = (
     "stale_join",
     "unexpected_topic",
 )
+LATE = ("folded", "not_kept", "run_over", "too_late")
 REFUSED = ("bad_tensor", "not_finite", "untrained", "version", "wrong_shape")
 OTHER = "other"
 
@@ -96,7 +96,7 @@ class Metrics(Observer, Collector):
         self._scores: dict[str, Any] = {}
         self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS_S) + 1)
         self._round_trip_s = 0.0
-        self._reported: dict[str, tuple[int, int]] = {}
+        self._reported: dict[str, tuple[int, int, int]] = {}
         self._answered: dict[str, int] = {}
         self._make_training_metrics()
         self._make_message_metrics()
@@ -159,6 +159,19 @@ class Metrics(Observer, Collector):
             "reason",
             DROPPED,
         )
+        self._late = _counter(
+            registry,
+            "splitfleet_late_samples",
+            "Samples of contributions to earlier rounds: folded in at a discount, or dropped",
+            "outcome",
+            LATE,
+        )
+        self._shares = Gauge(
+            "splitfleet_device_work_share",
+            "Share of its work that a device is given, once that has changed",
+            ["device"],
+            registry=registry,
+        )
         self._requests = _counter(
             registry,
             "splitfleet_feature_requests",
@@ -198,6 +211,12 @@ class Metrics(Observer, Collector):
     def message_dropped(self, reason: str) -> None:
         self._dropped.labels(reason).inc()
 
+    def late_work(self, outcome: str, samples: int) -> None:
+        self._late.labels(outcome).inc(samples)
+
+    def work_changed(self, device: str, cut: int, share: float) -> None:
+        self._shares.labels(device).set(share)
+
     def round_opened(self, number: int, rounds: int, attempt: int, quota: int) -> None:
         self._now = number, attempt
         self._round.set(number)
@@ -218,10 +237,10 @@ class Metrics(Observer, Collector):
                 self._answered[device] = report.inference.version
                 self._count_inference(cut, report.inference)
             return
-        stamp = report.round, report.attempt
-        if stamp <= self._reported.get(device, (-1, -1)):
+        new = report.round, report.attempt, report.produced
+        if new <= self._reported.get(device, (-1, -1, -1)):
             return
-        self._reported[device] = stamp
+        self._reported[device] = new
         with self._lock:
             if report.exit_loss is not None:
                 self._exit_losses[device] = cut, report.exit_loss

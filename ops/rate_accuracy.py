@@ -22,7 +22,8 @@ from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data import DeviceData
 from ops import bench_rows
-from ops.inprocess import FleetInProcess
+from ops.simulator.fleet import SimulatedFleet
+from ops.simulator.programs import Device
 from tensors.datasets import Dataset, load_dataset
 from tensors.errors import DataError
 from tensors.networks import NetworkSpec, State, build_network
@@ -105,11 +106,13 @@ def run_case(case: Case, data_root: Path | None) -> Result:
     books = _Books()
     with tempfile.TemporaryDirectory(prefix="splitfleet-bench-") as folder:
         settings = _settings(case, train, Path(folder))
-        devices = {
-            f"cut-{cut}": (cut, DeviceData(train, rows, None, nothing))
+        devices = [
+            Device(f"cut-{cut}", cut=cut, data=DeviceData(train, rows, None, nothing))
             for cut, rows in zip(CUTS, shares, strict=True)
-        }
-        checkpoint = FleetInProcess(settings, devices, observer=books, watch=books.see).run()
+        ]
+        fleet = SimulatedFleet(settings, devices, learning="real", observer=books, watch=books.see)
+        fleet.run()
+        checkpoint = fleet.checkpoint()
     return {
         "case": asdict(case),
         **_accuracies(settings, checkpoint.model.state, test),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,11 @@ SAMPLE = 8192
 """Values that a range or a size is chosen by."""
 HALF = np.float32(0.5)
 
-_BLOCK_VALUES = 2**18
+_BLOCK_VALUES = 2**19
 _SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
-_BINS = 256
-_SHARES = np.float32(0.8) ** np.arange(10, dtype=np.float32)
-"""The shares of the full range that clipping tries."""
+_LARGE = 1e38
+"""Sums of a few values up to this are finite in float32."""
+_per_thread = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,17 @@ class Affine:
 
     def inverse(self) -> Float32s:
         """(maps,) levels per unit of value, 0 for a constant."""
+        if len(self.scale) == 1 and self.scale[0]:
+            return np.float32(1) / self.scale
         zeros = np.zeros_like(self.scale)
         return np.divide(np.float32(1), self.scale, out=zeros, where=self.scale > 0)
 
     def is_valid(self) -> bool:
         """Whether every level stands for a finite value."""
+        if len(self.scale) == 1:
+            offset, scale = self.offset.item(), self.scale.item()
+            if abs(offset) < _LARGE and 0 < scale * self.top < _LARGE:
+                return True
         with np.errstate(over="ignore", invalid="ignore"):
             highest = self.scale * np.float32(self.top) + self.offset
         return bool(np.isfinite(highest).all() and not np.signbit(self.scale).any())
@@ -75,6 +82,10 @@ def fit(low: Float32s, high: Float32s, top: int) -> Affine:
     the smallest normal float32 counts as constant: zero if it holds that, else its minimum.
     Raises CodecError for a range that is not finite.
     """
+    if len(low) == 1:
+        simple = _fit_simple(low[0], high[0], top)
+        if simple is not None:
+            return simple
     with np.errstate(over="ignore", invalid="ignore"):
         scale = (high - low) / np.float32(top)
     scale[scale < _SMALLEST_NORMAL] = 0
@@ -97,35 +108,19 @@ def fit(low: Float32s, high: Float32s, top: int) -> Affine:
     return affine
 
 
-def fit_clipped(low: Float32s, high: Float32s, top: int, sample: Float32s, share: float) -> Affine:
-    """The map of that part of each range that makes the squared error least.
-
-    `sample`, (maps, n), is the stated share of the values. It is judged by a histogram, to which
-    the ends of the range are added: a sample misses them, and they are what clipping costs.
-    """
-    full = fit(low, high, top)
-    if not sample.size:
-        return full
-    maps = len(low)
-    bins = _BINS if maps == 1 else _BINS // 4
-    width = (high.astype(np.float64) - low) / bins
-    counts = _histogram(sample, low, width, bins)
-    counts[:, [0, -1]] += share
-    centres = low[:, None] + (np.arange(bins) + 0.5) * width[:, None]
-    # A range above (or below) zero keeps the end that is nearer to zero.
-    shares = _SHARES[:, None]
-    tried = fit(
-        np.where(low < 0, np.minimum(low * shares, high), low).reshape(-1),
-        np.where(high > 0, np.maximum(high * shares, low), high).reshape(-1),
-        top,
-    )
-    offset, scale = (part.reshape(len(shares), maps) for part in (tried.offset, tried.scale))
-    error = _histogram_error(offset[..., None], scale[..., None], top, centres, counts)
-    best = error.argmin(0)
-    if not best.any():
-        return full
-    chosen = best, np.arange(maps)
-    return Affine(offset[chosen], scale[chosen], top, clips=True)
+def _fit_simple(low: np.float32, high: np.float32, top: int) -> Affine | None:
+    """`fit` of one range as most are, in a fraction of the time; None for any other."""
+    if not -_LARGE < low <= 0 <= high < _LARGE:
+        return None
+    scale = (high - low) / np.float32(top)
+    if scale < _SMALLEST_NORMAL or (low < 0 and -low < scale * HALF):
+        return None
+    zero_level = np.float32(math.floor(-low / scale + HALF))
+    offset = np.float32(0) - zero_level * scale
+    inverse = np.float32(1) / scale
+    lowest, highest = (low - offset) * inverse + HALF, (high - offset) * inverse + HALF
+    clips = not (lowest > -1 and highest < top + 1)
+    return Affine(np.array([offset]), np.array([scale]), top, clips=clips)
 
 
 class Values:
@@ -135,10 +130,10 @@ class Values:
     """
 
     def __init__(
-        self, memory: Float32s, shape: tuple[int, ...], *, channels_last: bool = False
+        self, memory: npt.NDArray[Any], shape: tuple[int, ...], *, channels_last: bool = False
     ) -> None:
         self._memory = memory
-        """C-contiguous, (outer, channels, inner) or (outer, inner, channels)."""
+        """C-contiguous, (outer, channels, inner) or (outer, inner, channels), for `_float32s`."""
         self._shape = shape
         self._channels_last = channels_last
 
@@ -149,12 +144,12 @@ class Values:
 
     def range(self, *, per_channel: bool) -> tuple[Float32s, Float32s]:
         """Minima and maxima, both (maps,); 0 where there is nothing."""
-        memory, count = self._memory, channels(self._shape) if per_channel else 1
-        if not memory.size:
+        count = channels(self._shape) if per_channel else 1
+        if not self._memory.size:
             return np.zeros(count, np.float32), np.zeros(count, np.float32)
         if not per_channel:
-            flat = memory.reshape(-1)
-            return flat.min(keepdims=True), flat.max(keepdims=True)
+            return self._ends()
+        memory = self._float32s(self._memory)
         if not self._channels_last:
             return memory.min((0, 2)), memory.max((0, 2))
         rows = _wide_rows(memory)
@@ -165,7 +160,7 @@ class Values:
         """(maps, n) evenly spread values, about `SAMPLE` in all."""
         logical = self._memory.transpose(0, 2, 1) if self._channels_last else self._memory
         outer, inner = sample_steps(logical.shape)
-        taken = logical[::outer, :, ::inner]
+        taken = self._float32s(logical[::outer, :, ::inner])
         if not per_channel:
             return taken.reshape(1, -1)
         return taken.transpose(1, 0, 2).reshape(taken.shape[1], taken.shape[0] * taken.shape[2])
@@ -174,17 +169,19 @@ class Values:
         """(size,) levels, channel by channel or in C order; with a seed rounded by chance."""
         memory = self._memory
         levels: Bytes = np.empty(memory.shape, np.uint8)
+        offset, inverse = self._per_map(affine.offset), self._per_map(affine.inverse())
+        moved = np.count_nonzero(affine.offset)
         table = None if seed is None else dither_of(memory.shape, channels_last=self._channels_last)
-        # A few samples at a time, so that the temporary stays in the cache.
+        # A few samples at a time, so that the scratch memory stays small.
         step = max(1, _BLOCK_VALUES // max(1, memory[:1].size))
         for start in range(0, len(memory) if memory.size else 0, step):
             block = memory[start : start + step]
-            if affine.offset.any():
+            scaled = _scratch(block.shape)
+            values = self._float32s(block, scaled)
+            if moved:
                 with np.errstate(over="ignore"):  # infinity is clipped as well
-                    scaled = block - self._per_map(affine.offset)
-                scaled *= self._per_map(affine.inverse())
-            else:
-                scaled = block * self._per_map(affine.inverse())
+                    values = np.subtract(values, offset, out=scaled)
+            np.multiply(values, inverse, out=scaled)
             if table is None:
                 scaled += HALF
             else:
@@ -193,11 +190,20 @@ class Values:
             if affine.clips or table is not None:
                 np.clip(scaled, 0, np.float32(affine.top), out=scaled)
             np.copyto(levels[start : start + step], scaled, casting="unsafe")
-        if self._channels_last:
-            levels = self._swap(levels)
-        if channel_major:
-            levels = levels.transpose(1, 0, 2)
-        return np.ascontiguousarray(levels).reshape(-1)
+        return self._in_order(levels, channel_major=channel_major)
+
+    def _ends(self) -> tuple[Float32s, Float32s]:
+        """Minimum and maximum of all, both (1,)."""
+        flat = self._memory.reshape(-1)
+        return flat.min(keepdims=True), flat.max(keepdims=True)
+
+    def _float32s(
+        self,
+        memory: npt.NDArray[Any],
+        out: Float32s | None = None,  # noqa: ARG002
+    ) -> Float32s:
+        """float32 values of a part of the memory: itself, or a copy, in `out` if given."""
+        return memory
 
     def _per_map(self, values: Float32s) -> Any:
         if len(values) == 1:
@@ -206,9 +212,11 @@ class Values:
             return values[:, None]
         return np.broadcast_to(values, self._memory.shape[1:])
 
-    def _swap(self, levels: Bytes) -> Bytes:
-        """(n, a, b) → (n, b, a), maybe a view."""
-        return levels.transpose(0, 2, 1)
+    def _in_order(self, levels: Bytes, *, channel_major: bool) -> Bytes:
+        """(size,) levels, which lie as the memory does, in the order that is wanted."""
+        if channel_major:
+            levels = levels.transpose(1, 0, 2)
+        return np.ascontiguousarray(levels).reshape(-1)
 
 
 def values_of(x: npt.NDArray[Any]) -> Values:
@@ -242,19 +250,23 @@ def in_c_order(levels: Bytes, shape: tuple[int, ...], *, channel_major: bool) ->
     return levels.reshape(outer, count, inner)
 
 
-def dequantize(levels: Bytes, affine: Affine, *, channels_last: bool = False) -> Float32s:
-    """float32 values of levels, (outer, channels, inner) or (outer, inner, channels)."""
+def dequantize(levels: Bytes, affine: Affine) -> Float32s:
+    """float32 values of levels, (outer, channels, inner)."""
+    return to_values(levels.astype(np.float32, order="C"), affine)
+
+
+def to_values(levels: Float32s, affine: Affine, *, channels_last: bool = False) -> Float32s:
+    """Values in place of levels, (outer, channels, inner) or (outer, inner, channels)."""
 
     def per_map(values: Float32s) -> Any:
         if len(values) == 1:
             return values[0]
         return values if channels_last else values[:, None]
 
-    values = levels.astype(np.float32, order="C")
-    values *= per_map(affine.scale)
-    if affine.offset.any():
-        values += per_map(affine.offset)
-    return values
+    levels *= per_map(affine.scale)
+    if np.count_nonzero(affine.offset):
+        levels += per_map(affine.offset)
+    return levels
 
 
 def entropy_bits(levels: Bytes) -> float:
@@ -317,41 +329,23 @@ def dither_of_sample(table: Float32s, index: int, seed: int) -> Float32s:
     return numbers
 
 
+def _scratch(shape: tuple[int, ...]) -> Float32s:
+    """Memory to compute in, this thread's until it asks again.
+
+    Large pieces that are taken and given back each time may cost more than what is computed in
+    them: the system takes the pages away, and clears each one when it is touched again.
+    """
+    size = math.prod(shape)
+    if size > _BLOCK_VALUES:
+        return np.empty(shape, np.float32)
+    if "scratch" not in _per_thread.__dict__ or _per_thread.scratch.size < size:
+        _per_thread.scratch = np.empty(size, np.float32)
+    mine: Float32s = _per_thread.scratch
+    return mine[:size].reshape(shape)
+
+
 def _wide_rows(memory: Float32s) -> Float32s:
     """(outer, inner, channels) as longer rows: numpy reduces short ones slowly."""
     _, inner, count = memory.shape
     together = next(n for n in (64, 16, 8, 4, 2, 1) if inner % n == 0)
     return memory.reshape(-1, together * count)
-
-
-def _histogram(
-    sample: Float32s, low: Float32s, width: npt.NDArray[np.float64], bins: int
-) -> npt.NDArray[np.float64]:
-    """(maps, bins) how often `sample` falls between low + i·width and the next."""
-    inverse = np.divide(1.0, width, out=np.zeros_like(width), where=width > 0)
-    index = ((sample - low[:, None]) * inverse[:, None]).astype(np.intp)
-    np.clip(index, 0, bins - 1, out=index)
-    index += np.arange(len(low))[:, None] * bins
-    counts = np.bincount(index.reshape(-1), minlength=len(low) * bins)
-    return counts.reshape(-1, bins).astype(np.float64)
-
-
-def _histogram_error(
-    offset: Float32s,
-    scale: Float32s,
-    top: int,
-    centres: npt.NDArray[np.float64],
-    counts: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
-    """(shares, maps) squared error of the bins under maps (shares, maps, 1)."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        exact_level = np.where(scale > 0, (centres - offset) / scale, 0)
-    level = np.clip(np.rint(exact_level), 0, top)
-    lost = (level - exact_level) * scale
-    # Between levels that are closer than a bin is wide the error is evenly spread.
-    inside = (exact_level > -0.5) & (exact_level < top + 0.5)
-    fine = scale < 4 * (centres[:, 1:2] - centres[:, :1])
-    squared = np.where(inside & fine, scale.astype(np.float64) ** 2 / 12, lost**2)
-    constant = np.where(scale > 0, 0, (centres - offset) ** 2)
-    error: npt.NDArray[np.float64] = np.einsum("smb,mb->sm", squared + constant, counts)
-    return error

@@ -1,7 +1,7 @@
 """Affine quantization of torch tensors, on CPU or GPU, from any memory layout.
 
-Input is detached. On the CPU numpy does the arithmetic: it converts between float32 and bytes
-several times as fast as torch does.
+Input is detached. On the CPU numpy does most of the arithmetic: it converts float32 to bytes
+several times as fast as torch does. torch is the faster one the other way, and swaps dimensions.
 """
 
 from __future__ import annotations
@@ -23,28 +23,67 @@ from tensors.affine import (
     dither_of_sample,
     in_c_order,
     sample_steps,
+    to_values,
 )
 from tensors.affine import dequantize as dequantize_numpy
+
+_SIGN = 0x8000
 
 
 def values_of(x: torch.Tensor) -> Values | GpuValues:
     """The values of a tensor, as float32."""
     x = x.detach()
-    shape = tuple(x.shape)
     if x.device.type != "cpu":
         return GpuValues(x)
-    x = x.to(torch.float32)
-    if not is_channels_last(x):
-        return Values(x.contiguous().view(by_channel(shape)).numpy(), shape)
-    return _TorchValues(
-        x.view(by_channel(shape)).transpose(1, 2).numpy(), shape, channels_last=True
-    )
+    shape, channels_last = tuple(x.shape), is_channels_last(x)
+    if not channels_last:
+        x = x.contiguous()
+    kind: type[Values] = _TorchValues
+    if x.dtype is torch.bfloat16:
+        memory, kind = x.view(torch.int16).numpy().view(np.uint16), _Bfloat16Values
+    else:
+        memory = x.to(torch.float32).numpy()
+    outer, count, inner = by_channel(shape)
+    if channels_last:
+        by = outer, inner, count
+        memory = memory.transpose(0, 2, 3, 1)
+    else:
+        by = outer, count, inner
+    return kind(memory.reshape(by), shape, channels_last=channels_last)
 
 
 class _TorchValues(Values):
-    def _swap(self, levels: Bytes) -> Bytes:
-        swapped: Bytes = _swap(torch.from_numpy(levels)).numpy()
-        return swapped
+    def _in_order(self, levels: Bytes, *, channel_major: bool) -> Bytes:
+        if not self._channels_last:
+            return super()._in_order(levels, channel_major=channel_major)
+        outer, inner, count = levels.shape
+        rows = (1, outer * inner, count) if channel_major else (outer, inner, count)
+        return _swap(levels.reshape(rows)).reshape(-1)
+
+
+class _Bfloat16Values(_TorchValues):
+    """The memory holds their bits, uint16."""
+
+    def _float32s(self, memory: npt.NDArray[Any], out: Float32s | None = None) -> Float32s:
+        if out is None:
+            out = np.empty(memory.shape, np.float32)
+        bits = torch.from_numpy(memory.view(np.int16))
+        torch.from_numpy(out).copy_(bits.view(torch.bfloat16))
+        return out
+
+    def _ends(self) -> tuple[Float32s, Float32s]:
+        # The bits, as unsigned integers, rise with the values from 0.0 to infinity and NaN, then as
+        # the values fall from -0.0 to minus infinity and NaN.
+        bits = self._memory
+        low = high = bits.max()
+        if high < _SIGN:
+            low = bits.min()
+        else:
+            high = bits.view(np.int16).max().view(np.uint16)
+            if high >= _SIGN:
+                high = bits.min()
+        ends = np.array([int(low) << 16, int(high) << 16], np.uint32).view(np.float32)
+        return ends[:1], ends[1:]
 
 
 class GpuValues:
@@ -114,23 +153,12 @@ def dequantize(
         view = in_c_order(levels, shape, channel_major=channel_major)
         return torch.from_numpy(dequantize_numpy(view, affine)).view(shape)
     rows = (1, count, outer * inner) if channel_major else (outer, count, inner)
-    memory = _swap(torch.from_numpy(np.require(levels.reshape(rows), requirements="W"))).numpy()
-    values = torch.from_numpy(dequantize_numpy(memory, affine, channels_last=True))
+    # What is read-only, torch takes with a warning.
+    writable = levels if levels.flags.writeable else levels.copy()
+    values = torch.from_numpy(_swap(writable.reshape(rows))).to(torch.float32)
+    to_values(values.numpy(), affine, channels_last=True)
     n, c, h, w = shape
     return values.view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def nonzero(x: torch.Tensor) -> npt.NDArray[np.bool_]:
-    """Which entries are not zero, of x's shape, in C order."""
-    x = x.detach().to("cpu", torch.float32)
-    mask: npt.NDArray[np.bool_]
-    if is_channels_last(x):
-        n, c, h, w = x.shape
-        differs = (x.permute(0, 2, 3, 1).numpy() != 0).reshape(n, h * w, c)
-        mask = _swap(torch.from_numpy(differs.view(np.uint8))).numpy().view(np.bool_)
-        return mask.reshape(n, c, h, w)
-    mask = x.contiguous().numpy() != 0
-    return mask
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -142,12 +170,13 @@ def is_channels_last(x: torch.Tensor) -> bool:
     )
 
 
-def _swap(x: torch.Tensor) -> Any:
-    """(n, a, b) → contiguous (n, b, a)."""
+def _swap(x: npt.NDArray[np.uint8]) -> Bytes:
+    """(n, a, b), contiguous → contiguous (n, b, a)."""
     # Shuffling the a·b "channels" of pictures of one pixel does just that, in a kernel several
     # times as fast as contiguous(); it is chosen by these strides.
     n, a, b = x.shape
-    if not x.numel():
-        return x.new_empty(n, b, a)
-    flat = x.as_strided((n, a * b, 1, 1), (a * b, 1, a * b, a * b))
-    return torch.native_channel_shuffle(flat, a).view(n, b, a)
+    if not x.size:
+        return np.empty((n, b, a), np.uint8)
+    flat = torch.from_numpy(x).as_strided((n, a * b, 1, 1), (a * b, 1, a * b, a * b))
+    swapped: Bytes = torch.native_channel_shuffle(flat, a).numpy()
+    return swapped.reshape(n, b, a)

@@ -35,6 +35,8 @@ import numpy.typing as npt
 from tensors import affine as numpy_affine
 from tensors import floats
 from tensors.affine import Affine, Bytes, Float32s, Sketch, Values
+from tensors.bit_planes import pack, packed_bytes
+from tensors.clipping import fit_clipped
 from tensors.errors import CodecError
 from tensors.format import (
     DTYPES,
@@ -46,7 +48,6 @@ from tensors.format import (
     header_bytes,
 )
 from tensors.lossless import DEFAULT_LEVEL, MAX_LEVEL, compress
-from tensors.packing import pack, packed_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ FLOATS = {"fp32": CodecId.EXACT, "fp16": CodecId.FP16, "bf16": CodecId.BF16}
 MIN_LEVELS, MAX_LEVELS = 3, 256
 
 _FLOAT32 = np.dtype(np.float32)
+_F4 = np.dtype("<f4")
 _NAME = re.compile(
     r"(?P<float>fp32|fp16|bf16)?(int(?P<bits>[2-8]))?(levels(?P<levels>[0-9]{1,3}))?"
     r"(?P<channel>\+channel)?(?P<stochastic>\+stochastic)?"
@@ -122,9 +124,10 @@ class Codec:
         others to be zero. Only for one map a tensor. seed: varies the chance in stochastic
         rounding.
 
-        Raises CodecError for another dtype and for values the codec cannot carry.
+        Raises CodecError for what is no array or tensor, another dtype and values the codec cannot
+        carry.
         """
-        _check_dtype(x, self.name)
+        _check(x, self)
         if keep is not None and (self.kind is not CodecId.AFFINE or self.per_channel):
             raise CodecError(f"{self.name} cannot leave entries out: choose int2 … int8")
         assert keep is None or keep.shape == tuple(x.shape)
@@ -134,7 +137,8 @@ class Codec:
         if keep is not None:
             sent = np.compress(keep.reshape(-1), sent)
         body = pack(sent, self.bits)
-        side = np.concatenate([affine.offset, affine.scale], dtype="<f4").tobytes()
+        side = affine.offset.astype(_F4, copy=False).tobytes()
+        side += affine.scale.astype(_F4, copy=False).tobytes()
         header = Header(
             codec=self.kind,
             shape=tuple(x.shape),
@@ -168,7 +172,11 @@ class Codec:
         *,
         keep: npt.NDArray[np.bool_] | None = None,
     ) -> Sketch:
-        """What `bytes_of` has to know of a tensor; good for any number of levels."""
+        """What `bytes_of` has to know of a tensor; good for any number of levels.
+
+        Raises CodecError as `encode` does.
+        """
+        _check(x, self)
         shape = tuple(x.shape)
         count = math.prod(shape) if keep is None else int(np.count_nonzero(keep))
         if self.zstd_level is None or self.kind is not CodecId.AFFINE:
@@ -232,7 +240,7 @@ class Codec:
             if self.zstd_level is not None or self.levels == MAX_LEVELS or self.stochastic:
                 return numpy_affine.fit(low, high, self.levels - 1)
             sample = values.sample(per_channel=self.per_channel)
-            return numpy_affine.fit_clipped(
+            return fit_clipped(
                 low, high, self.levels - 1, sample, sample.size / max(1, values.size)
             )
         except CodecError as error:
@@ -304,15 +312,20 @@ def encode_exact(x: npt.NDArray[Any]) -> bytes:
     return Codec(CodecId.EXACT)._assemble(np.ascontiguousarray(x).reshape(x.shape))  # noqa: SLF001
 
 
-def _check_dtype(x: npt.NDArray[Any] | torch.Tensor, codec: str) -> None:
+def _check(x: npt.NDArray[Any] | torch.Tensor, codec: Codec) -> None:
+    if not isinstance(x, np.ndarray) and not hasattr(x, "is_floating_point"):
+        raise CodecError(
+            f"{codec.name} takes numpy arrays and torch tensors, not {type(x).__name__}: "
+            "make it an array with np.asarray"
+        )
     if len(x.shape) > MAX_NDIM:
-        raise CodecError(f"{codec}: {len(x.shape)} dimensions, at most {MAX_NDIM} can be sent")
+        raise CodecError(f"{codec.name}: {len(x.shape)} dimensions, at most {MAX_NDIM} can be sent")
     if isinstance(x, np.ndarray):
         is_float = x.dtype.kind == "f" and x.dtype.itemsize <= 8
     else:
         is_float = x.is_floating_point()
     if not is_float:
-        raise CodecError(f"{codec} takes floating point values, not {x.dtype}: convert it")
+        raise CodecError(f"{codec.name} takes floating point values, not {x.dtype}: convert it")
 
 
 def _values(x: npt.NDArray[Any] | torch.Tensor) -> Values | GpuValues:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tensors.errors import DataError
 from tensors.idx import find_idx, read_idx
 from tensors.image_folder import read_image_folder
-from tensors.packed import read_packed
+from tensors.image_packs import read_packed
 
 BUNDLED = "fashion-mnist-small"
 IMAGE_FOLDER = "image-folder:"

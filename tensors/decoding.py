@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tensors import affine as numpy_affine
 from tensors import floats
 from tensors.affine import Affine, Bytes
+from tensors.bit_planes import unpack
 from tensors.errors import FormatError
 from tensors.format import (
     DEFAULT_LIMITS,
@@ -20,7 +21,6 @@ from tensors.format import (
     read_body,
     read_header,
 )
-from tensors.packing import unpack
 
 if TYPE_CHECKING:
     import torch
@@ -91,37 +91,44 @@ def nonzero(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.
     bool, the tensor's shape. Raises FormatError as `decode` does.
     """
     header = read_header(data, limits=limits)
-    if header.codec is not CodecId.AFFINE or header.per_channel:
-        differs: npt.NDArray[np.bool_] = decode(data, limits=limits) != 0
-        return differs
-    affine = _read_affine(data, header)
-    levels = _read_levels(data, header, affine, None)
-    every = np.arange(affine.top + 1, dtype=np.uint8)
-    values = numpy_affine.dequantize(every[None, None], affine).reshape(-1)
-    (zeros,) = np.nonzero(values == 0)
-    if len(zeros) > 1:  # a constant: all levels stand for zero
-        return np.zeros(header.shape, np.bool_)
-    if not len(zeros):
-        return np.ones(header.shape, np.bool_)
-    view = numpy_affine.in_c_order(levels, header.shape, channel_major=not header.masked)
-    others: npt.NDArray[np.bool_] = (view != zeros[0]).reshape(header.shape)
-    return others
+    if header.codec is CodecId.AFFINE:
+        return _nonzero_levels(data, header, _read_affine(data, header))
+    differs: npt.NDArray[np.bool_] = _decode_floats(data, header) != 0
+    return differs
 
 
-def relu_mask(data: Buffer, decoded: torch.Tensor) -> npt.NDArray[np.bool_] | None:
-    """`nonzero` of `data`, which was decoded before; None where it may hold a value below zero.
+def relu_mask(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.bool_] | None:
+    """`nonzero`; None where a value may lie below zero.
 
     What a ReLU has made has such a mask: behind it the gradient of what is zero changes nothing, so
     it need not be sent.
     """
-    from tensors import affine_torch
-
-    header = read_header(data)
+    header = read_header(data, limits=limits)
     if header.codec is CodecId.AFFINE:
-        negative = bool((_read_affine(data, header).offset < 0).any())
+        affine = _read_affine(data, header)
+        return None if (affine.offset < 0).any() else _nonzero_levels(data, header, affine)
+    values = _decode_floats(data, header)
+    return None if (values < 0).any() else values != 0
+
+
+def _nonzero_levels(data: Buffer, header: Header, affine: Affine) -> npt.NDArray[np.bool_]:
+    levels = _read_levels(data, header, affine, None)
+    view = numpy_affine.in_c_order(levels, header.shape, channel_major=not header.masked)
+    differs: npt.NDArray[np.bool_]
+    if header.per_channel:
+        differs = numpy_affine.dequantize(view, affine) != 0
     else:
-        negative = bool((decoded < 0).any())
-    return None if negative else affine_torch.nonzero(decoded)
+        zeros = _zero_levels(affine)
+        # More than one: of a constant, all stand for zero.
+        differs = view != zeros[0] if len(zeros) == 1 else np.full(view.shape, not len(zeros))
+    return differs.reshape(header.shape)
+
+
+def _zero_levels(affine: Affine) -> npt.NDArray[np.intp]:
+    """Which levels of the only map stand for zero: none, one or all."""
+    every = np.arange(affine.top + 1, dtype=np.uint8)
+    (zeros,) = np.nonzero(numpy_affine.dequantize(every[None, None], affine)[0, 0] == 0)
+    return zeros
 
 
 def _read_affine(data: Buffer, header: Header) -> Affine:
@@ -148,12 +155,10 @@ def _read_levels(
         raise FormatError(
             "wrong_mask", f"{header.values} values for a mask of {np.count_nonzero(keep)}"
         )
-    offset, scale = affine.offset[0], affine.scale[0]
-    level = -float(offset) / float(scale) + 0.5 if scale else 0.0
-    zero_level = int(min(max(level, 0.0), header.top))
-    if zero_level * scale + offset != 0:
+    zeros = _zero_levels(affine)
+    if not len(zeros):
         raise FormatError("bad_side_data", "a masked tensor without a level for zero")
-    whole = np.full(keep.size, zero_level, np.uint8)
+    whole = np.full(keep.size, zeros[0], np.uint8)
     whole[np.flatnonzero(keep)] = levels
     return whole
 

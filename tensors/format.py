@@ -18,10 +18,11 @@
 | varies   | body                                                                         |
 
 An affine value is level · scale + offset, two float32 operations; there is one map (offset and
-scale) for the tensor, or one for each index of dimension 1. The body holds the levels as `packing`
-packs them, of as many bits as `top` needs, channel by channel: dimension 1 (if there is one) is the
-outermost, the others follow in C order. A masked tensor holds only the values that the receiver,
-who knows which, does not take to be zero, in C order. Other bodies are the elements in C order.
+scale) for the tensor, or one for each index of dimension 1. The body holds the levels as
+`bit_planes` packs them, of as many bits as `top` needs, channel by channel: dimension 1 (if there
+is one) is the outermost, the others follow in C order. A masked tensor holds only the values that
+the receiver, who knows which, does not take to be zero, in C order. Other bodies are the elements
+in C order.
 
 The body of a zstd tensor is one zstd frame that states its content size. It holds the affine body
 as it is, and the byte planes of other elements: the first byte of every element, then the second,
@@ -40,9 +41,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tensors.bit_planes import packed_bytes
 from tensors.errors import FormatError
 from tensors.lossless import decompress
-from tensors.packing import packed_bytes
 
 Buffer = bytes | bytearray | memoryview
 """What encoded tensors may arrive in."""
@@ -242,8 +243,9 @@ def read_body(data: Buffer, header: Header) -> npt.NDArray[np.uint8]:
 
 def _check_sizes(header: Header, length: int, limits: Limits) -> None:
     shape = header.shape
+    holds = math.prod(shape)
     # Zeros count as ones: numpy refuses (0, 2**32 - 1, 2**32 - 1, ...) although it holds nothing.
-    elements = math.prod(max(dim, 1) for dim in shape)
+    elements = holds or math.prod(dim or 1 for dim in shape)
     if elements > limits.max_elements:
         raise FormatError(
             "too_large", f"shape {shape}: {elements} elements, at most {limits.max_elements} taken"
@@ -254,7 +256,6 @@ def _check_sizes(header: Header, length: int, limits: Limits) -> None:
             f"shape {shape}: {elements * header.dtype.itemsize} bytes, "
             f"at most {limits.max_bytes} taken",
         )
-    holds = math.prod(shape)
     if header.values > holds or (header.values < holds and not header.masked):
         raise FormatError("bad_count", f"{header.values} values for shape {shape}")
     expected = header.size + 8 * header.maps + header.body_bytes

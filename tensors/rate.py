@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,14 @@ class RateController:
         keep: npt.NDArray[np.bool_] | None = None,
         seed: int = 0,
     ) -> Rated:
-        """Encode ``x`` in ``budget`` bytes if that can be; otherwise as ``Codec.encode``."""
+        """Encode ``x`` in ``budget`` bytes if that can be; otherwise as ``Codec.encode``.
+
+        Raises CodecError for a budget that is NaN, and as ``Codec.encode`` does.
+        """
+        if math.isnan(budget):
+            raise CodecError(
+                "a budget of NaN bytes: give a number, infinity for as many as it takes"
+            )
         sketch = self._codecs[0].sketch(x, keep=keep)
         estimate = functools.cache(lambda at: self._codecs[at].bytes_of(sketch))
         highest = len(self._codecs) - 1

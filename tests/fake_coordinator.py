@@ -30,6 +30,14 @@ class Counting(Observer):
         self.outcomes: list[tuple[int, str]] = []
         self.phases: list[str] = []
         self.answers: list[tuple[int, int, str | None]] = []
+        self.late: list[tuple[str, int]] = []
+        self.changed: list[tuple[str, int, float]] = []
+
+    def late_work(self, outcome: str, samples: int) -> None:
+        self.late.append((outcome, samples))
+
+    def work_changed(self, device: str, cut: int, share: float) -> None:
+        self.changed.append((device, cut, share))
 
     def batch_discarded(self, reason: str) -> None:
         self.discarded[reason] += 1

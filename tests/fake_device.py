@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,8 +28,8 @@ from broker.messages import (
 from broker.topics import Topics
 from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore
-from edge_agent.data import DeviceData
 from edge_agent.errors import StateError, TrainingError
+from edge_agent.offline import OfflineLimits
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import Outcome
@@ -115,8 +115,10 @@ class PositionStream:
 
     def __init__(self, size: int = 8) -> None:
         self._size = size
+        self.asked: list[int] = []
 
     def batch(self, position: int) -> tuple[Array, Array]:
+        self.asked.append(position)
         images = np.full((self._size, 1, SIZE, SIZE), position, np.float32)
         return images, np.arange(self._size) % CLASSES
 
@@ -172,6 +174,7 @@ class Harness:
         stay: bool = False,
         build: Callable[[Assignment], Learner] | None = None,
         measure: Callable[[Assignment], Measurement] | None = None,
+        offline: OfflineLimits | None = None,
     ) -> None:
         self.clock = Clock()
         self.learner = FakeLearner()
@@ -183,13 +186,14 @@ class Harness:
             Topics("fleet"),
             DEVICE,
             hello or make_hello(),
-            cast(DeviceData, data or FakeData()),
+            data or FakeData(),
             uplink=lambda: self.uplink,
             build=build or (lambda _: self.learner),
             measure=measure or (lambda _: make_measurement()),
             snapshots=self.snapshots,
             clock=self.clock,
             stay=stay,
+            offline=offline,
         )
 
     def _note(self, effects: list[Effect]) -> list[Message]:

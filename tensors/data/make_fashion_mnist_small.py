@@ -6,7 +6,7 @@ FOLDER holds the official idx files, plain or gzipped (Debian's package dataset-
 them in /usr/share/datasets/fashion-mnist). Taken are the first 1,200 training and the first 200
 test images of every class, in official order: the same choice on every machine.
 
-Why strips of 100 images as lossless WebP, in the layout of tensors/packed.py (12,000 training
+Why strips of 100 images as lossless WebP, in the layout of tensors/image_packs.py (12,000 training
 images, one core; bytes an image, and seconds to decode all 14,000):
 
     zstd -19 of the pixels                              421   0.02
@@ -31,7 +31,7 @@ import numpy as np
 from tensors.datasets import BUNDLED, FASHION_CLASSES
 from tensors.errors import DataError
 from tensors.idx import find_idx, read_idx
-from tensors.packed import write_packed
+from tensors.image_packs import write_packed
 
 PER_CLASS = {"train": 1200, "test": 200}
 IMAGES_PER_STRIP = 100

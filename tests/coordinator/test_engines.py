@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coordinator.aggregation import Aggregation, Model, block_of
-from coordinator.engines import Averaging, Engine, Sequential
+from coordinator.contribution import Contribution
+from coordinator.engines import Averaging, Engine, Sequential, Step
 from coordinator.errors import BatchRefused
 from tensors.networks import CutNetwork, State, read_state
 from tensors.training import Compute
@@ -22,8 +24,29 @@ KINDS = (Sequential, Averaging)
 each_strategy = pytest.mark.parametrize("kind", KINDS)
 
 
-def make_engine(kind: type[Sequential | Averaging], model: Model = START) -> Engine:
-    engine = kind(copy.deepcopy(NETWORK), CPU, momentum=MOMENTUM, weight_decay=DECAY)
+class Trained:
+    """An engine, and how many images it was given of each device."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.samples: Counter[str] = Counter()
+
+    def begin(self, model: Model, rate: float) -> None:
+        self.engine.begin(model, rate)
+        self.samples.clear()
+
+    def step(
+        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+    ) -> Step:
+        step = self.engine.step(device, cut, features, labels, want_gradient=want_gradient)
+        self.samples[device] += step.images
+        return step
+
+
+def make_engine(
+    kind: type[Sequential | Averaging], model: Model = START, compute: Compute = CPU
+) -> Trained:
+    engine = Trained(kind(copy.deepcopy(NETWORK), compute, momentum=MOMENTUM, weight_decay=DECAY))
     engine.begin(model, RATE)
     return engine
 
@@ -34,13 +57,13 @@ def batch_at(cut: int, seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
     return features, torch.randint(0, CLASSES, (size,), generator=generator)
 
 
-def feed(engine: Engine, device: str, cut: int, *seeds: int) -> None:
+def feed(engine: Trained, device: str, cut: int, *seeds: int) -> None:
     for seed in seeds:
         engine.step(device, cut, *batch_at(cut, seed), want_gradient=True)
 
 
 def close(
-    engine: Engine,
+    engine: Trained,
     first: int,
     *,
     start: Model = START,
@@ -48,10 +71,13 @@ def close(
     device_copies: bool = True,
 ) -> Model:
     aggregation = Aggregation(start, first_server_block=first, device_copies=device_copies)
-    for (name, samples), state in (devices or {}).items():
+    for (_, samples), state in (devices or {}).items():
         aggregation.add_device(state, samples)
-        engine.finish(name, aggregation)
-    engine.close(aggregation)
+    for name, samples in engine.samples.items():
+        server, momentum = engine.engine.finish(name)
+        brought = Contribution(name, first, 0, start, samples, {}, server, momentum)
+        brought.fold(aggregation, start, 0)
+    engine.engine.close(aggregation)
     return aggregation.result()
 
 
@@ -118,8 +144,7 @@ def test_every_way_of_computing_learns_about_the_same(
 ) -> None:
     moves = []
     for compute in (CPU, Compute("cpu", bf16=bf16, channels_last=True)):
-        engine = kind(copy.deepcopy(NETWORK), compute, momentum=MOMENTUM, weight_decay=DECAY)
-        engine.begin(START, RATE)
+        engine = make_engine(kind, compute=compute)
         engine.step("d", 3, *batch_at(3, size=32), want_gradient=True)
         merged = close(engine, 3).state
         weights = [n for n in merged if n.endswith(".weight")]
@@ -279,14 +304,13 @@ def test_a_round_in_which_nothing_was_applied_changes_nothing(
     assert_same(merged.momentum, START.momentum)
 
 
-def test_averaging_also_counts_a_device_that_never_finished() -> None:
-    engine, finished = make_engine(Averaging), make_engine(Averaging)
+def test_a_replica_that_was_taken_out_begins_anew() -> None:
+    engine, fresh = make_engine(Averaging), make_engine(Averaging)
     feed(engine, "a", 2, 0)
-    feed(finished, "a", 2, 0)
-    server = {n for n in START.state if (b := block_of(n)) is not None and b >= 2}
-    one = close(engine, 2).state
-    other = close(finished, 2, devices={("a", 8): trained_half(2)}).state
-    assert_same({n: one[n] for n in server}, {n: other[n] for n in server})
+    assert engine.engine.finish("a")[0]
+    assert engine.engine.finish("a") == ({}, {})
+    steps = [each.step("a", 2, *batch_at(2, 1), want_gradient=False) for each in (engine, fresh)]
+    assert steps[0].loss == steps[1].loss
 
 
 # -- what cannot be trained on --------------------------------------------------------------------
@@ -338,7 +362,7 @@ def test_a_first_batch_that_is_refused_is_no_holder(kind: type[Sequential | Aver
 
 @each_strategy
 def test_a_server_copy_that_has_diverged_is_left_out(kind: type[Sequential | Averaging]) -> None:
-    engine = kind(copy.deepcopy(NETWORK), CPU, momentum=MOMENTUM, weight_decay=DECAY)
+    engine = make_engine(kind)
     engine.begin(START, 1e38)
     for seed in range(4):
         try:

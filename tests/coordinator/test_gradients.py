@@ -9,7 +9,7 @@ import torch
 from broker.messages import Activations
 from coordinator.gradients import GradientEncoder
 from tensors.codecs import parse_codec
-from tensors.decoding import decode, decode_torch, nonzero
+from tensors.decoding import decode, nonzero
 from tensors.format import read_header
 from tensors.rate import TOLERANCE
 
@@ -38,7 +38,7 @@ def gradient(seed: int = 0) -> torch.Tensor:
 def answer(
     encoder: GradientEncoder, device: str, gradient: torch.Tensor, message: Activations
 ) -> bytes:
-    return encoder.encode(device, gradient, decode_torch(message.tensor), message)
+    return encoder.encode(device, gradient, message)
 
 
 def top(data: bytes) -> int:

@@ -62,6 +62,7 @@ OUTCOMES = st.one_of(
     st.tuples(st.just("discard"), st.integers(0, QUOTA - 1), st.sampled_from(["late", "bad"])),
     st.tuples(st.just("report"), st.booleans()),
     st.tuples(st.just("finish"), st.integers(0, QUOTA)),
+    st.tuples(st.just("extend"), st.integers(1, 3)),
 )
 
 
@@ -70,6 +71,7 @@ def test_the_books_balance_and_receipts_name_every_outcome(events: list[tuple[An
     ledger = make_ledger()
     outcomes: dict[int, str] = {}
     told: dict[int, str] = {}
+    fresh = 0
     for event in events:
         match event:
             case ("apply", batch) if not ledger.seen(batch):
@@ -90,7 +92,12 @@ def test_the_books_balance_and_receipts_name_every_outcome(events: list[tuple[An
                 assert told == outcomes
                 assert not everything or named == outcomes
             case ("finish", claim):
-                ledger.produced = claim
+                fresh += ledger.finish(claim)
+                assert fresh == ledger.samples, "each sample is new once"
+            case ("extend", quota) if ledger.finished:
+                start = ledger.next_batch
+                ledger.extend(quota)
+                assert (ledger.quota, ledger.finished) == (start + quota, False)
         account = ledger.account()
         assert account.expired >= 0
         assert (

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from broker.envelopes import Envelope
 from broker.messages import Activations, DeviceParameters, Gradients, Message, Receipt, from_ranges
 from coordinator.aggregation import Aggregation, Model, block_of, half_of
+from coordinator.contribution import Contribution
 from coordinator.engines import Averaging, Step
 from coordinator.gradients import GradientEncoder
+from coordinator.intake import Intake
 from coordinator.observer import Observer
-from coordinator.training import RECEIPT_BATCHES, RECEIPT_WAIT_S, RoundInProgress
+from coordinator.training import RECEIPT_BATCHES, RECEIPT_WAIT_S, RoundInProgress, Work
 from tensors.codecs import encode_exact, parse_codec
 from tensors.decoding import decode
 from tensors.deltas import Delta, encode_delta
+from tensors.networks import State
 from tensors.parameters import pack_parameters
 from tests.server_side import (
     NETWORK,
@@ -42,7 +45,11 @@ class Counting(Observer):
     def __init__(self) -> None:
         self.discarded: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
+        self.late: list[tuple[str, int]] = []
         self.applied = 0
+
+    def late_work(self, outcome: str, samples: int) -> None:
+        self.late.append((outcome, samples))
 
     def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
         self.applied += 1
@@ -58,31 +65,49 @@ class Desk:
     """A round of device ``a`` at cut 2 and device ``b`` at cut 5."""
 
     def __init__(
-        self, *, feedback: bool = True, engine: Any = None, codec: str = "fp32", credits_: int = 2
+        self,
+        *,
+        feedback: bool = True,
+        engine: Any = None,
+        codec: str = "fp32",
+        credits_: int = 2,
+        barrier: bool = True,
+        kept: int = 2,
     ) -> None:
         self.clock = Clock()
         self.observer = Counting()
+        self.brought: list[Contribution] = []
+        self.merged = False
         self.round = RoundInProgress(
             engine or Averaging(copy.deepcopy(NETWORK), CPU, momentum=0.9, weight_decay=0.0),
             START,
             0.05,
-            shapes=SHAPES,
-            classes=CLASSES,
-            batch_size=9,
+            intake=Intake(SHAPES, classes=CLASSES, batch_size=9, channels_last=False),
             gradients=GradientEncoder(parse_codec(codec), masked=True) if feedback else None,
-            channels_last=False,
             device_copies=True,
+            barrier=barrier,
+            kept=kept,
             grant=lambda cut, devices: credits_,
             observer=self.observer,
             clock=self.clock,
         )
-        self.round.open(STAMP, VERSION, {"a": (2, QUOTA), "b": (5, QUOTA)})
+        work = {"a": Work(2, QUOTA), "b": Work(5, QUOTA)}
+        self.round.open(STAMP, VERSION, work, first_server_block=2)
 
     def send(self, message: Activations, device: str = "a") -> list[Message]:
         return answers(self.round.activations(device, message), device)
 
     def upload(self, device: str = "a", **changes: Any) -> list[Message]:
-        return answers(self.round.parameters(device, upload_of(device, **changes)), device)
+        brought, out = self.round.parameters(device, upload_of(device, **changes))
+        if brought is not None:
+            self.brought.append(brought)
+            if not self.merged:
+                self.round.add(brought)
+        return answers(out, device)
+
+    def merge(self) -> Model:
+        self.merged = True
+        return self.round.merge()
 
     def applied(self, device: str = "a") -> set[int]:
         """By the coordinator's complete receipt."""
@@ -112,6 +137,10 @@ def ranges(receipt: Message) -> tuple[set[int], dict[str, set[int]]]:
     }
 
 
+def blocks_of(state: State) -> set[int]:
+    return {block for name in state if (block := block_of(name)) is not None}
+
+
 # -- batches --------------------------------------------------------------------------------------
 
 
@@ -137,7 +166,7 @@ def test_a_batch_that_comes_twice_gets_the_same_answer_and_is_applied_once() -> 
     once.send(batch_of(1))
     for desk in (twice, once):
         desk.upload()
-    assert_same(twice.round.merge().state, once.round.merge().state)
+    assert_same(twice.merge().state, once.merge().state)
 
 
 def test_a_batch_whose_answer_is_forgotten_gets_a_receipt() -> None:
@@ -211,7 +240,7 @@ def test_a_tensor_that_is_no_batch_is_discarded_with_its_reason_and_a_receipt(wh
     assert not wanted or reason == wanted
     assert desk.observer.discarded == {reason: 1}
     desk.upload()
-    untouched = differs(desk.round.merge().state, STATE)
+    untouched = differs(desk.merge().state, STATE)
     assert not untouched, "nothing of it got into the model"
 
 
@@ -261,6 +290,8 @@ def test_a_batch_after_the_upload_is_late() -> None:
 class Enormous:
     """An engine whose gradients are finite but too large for half precision."""
 
+    gathers = False
+
     def begin(self, model: Model, learning_rate: float) -> None: ...
 
     def step(
@@ -274,7 +305,8 @@ class Enormous:
     ) -> Step:
         return Step(1.0, 0, len(labels), features * 0 + 1e30)
 
-    def finish(self, device: str, aggregation: Aggregation) -> None: ...
+    def finish(self, device: str) -> tuple[State, State]:
+        return {}, {}
 
     def close(self, aggregation: Aggregation) -> None: ...
 
@@ -338,12 +370,12 @@ def test_an_upload_counts_with_the_samples_the_coordinator_applied() -> None:
     desk.send(batch_of(0, cut=5), "b")
     desk.upload("a", produced=2**53)  # a claim
     desk.upload("b")
-    merged = desk.round.merge().state
+    merged = desk.merge().state
     a, b = trained_half(2), trained_half(5)
     name = "blocks.1.conv1.weight"
     np.testing.assert_allclose(merged[name], (24 * a[name] + 8 * b[name]) / 32, rtol=1e-5)
     assert desk.round.trained_cuts == {2, 5}
-    assert desk.round.contributions() == {"a": (1, 24), "b": (1, 8)}
+    assert [(f.device, f.samples) for f in desk.round.added] == [("a", 24), ("b", 8)]
 
 
 def uploads() -> dict[str, bytes]:
@@ -378,7 +410,7 @@ def test_an_upload_that_cannot_be_used_is_left_out(what: str) -> None:
     assert isinstance(receipt, Receipt)
     assert receipt.final, "the device goes on to the next round all the same"
     assert desk.observer.dropped == {"bad_parameters": 1}
-    merged = desk.round.merge().state
+    merged = desk.merge().state
     changed = differs(merged, STATE)
     assert changed, "its server-side copy did learn"
     assert all((block_of(name) or 0) >= 2 for name in changed)
@@ -396,8 +428,8 @@ def test_an_upload_may_be_the_difference_to_the_rounds_version() -> None:
     desk.upload(base=VERSION, state=difference().pack())
     whole.upload(state=pack_parameters(difference().state))
     assert desk.observer.dropped == whole.observer.dropped == {}
-    merged = desk.round.merge().state
-    assert_same(merged, whole.round.merge().state)
+    merged = desk.merge().state
+    assert_same(merged, whole.merge().state)
     assert "blocks.1.conv1.weight" in differs(merged, STATE)
 
 
@@ -421,25 +453,69 @@ def test_a_difference_that_cannot_be_used_is_left_out(changes: dict[str, Any]) -
     assert isinstance(receipt, Receipt)
     assert receipt.final
     assert desk.observer.dropped == {"bad_parameters": 1}
-    changed = differs(desk.round.merge().state, STATE)
+    changed = differs(desk.merge().state, STATE)
     assert all((block_of(name) or 0) >= 2 for name in changed)
 
 
-def test_an_upload_after_the_round_is_counted_and_answered() -> None:
+def test_an_upload_after_the_round_brings_both_halves_for_a_later_one_once() -> None:
     desk = Desk()
     desk.send(batch_of(0))
-    merged = desk.round.merge().state
+    merged = desk.merge().state
     kept = {n: v.copy() for n, v in merged.items()}
-    (receipt,) = desk.upload()
-    assert isinstance(receipt, Receipt)
-    assert receipt.final
-    assert desk.observer.dropped == {"late_parameters": 1}
+    for _ in range(2):
+        (receipt,) = desk.upload()
+        assert isinstance(receipt, Receipt)
+        assert receipt.final
+    (brought,) = desk.brought
+    assert (brought.device, brought.cut, brought.version, brought.samples) == ("a", 2, VERSION, 8)
+    assert brought.half.keys() == trained_half(2).keys()
+    assert blocks_of(brought.server) == set(range(2, 10))
     assert_same(merged, kept)
+
+
+def test_of_devices_that_miss_the_end_only_so_many_halves_are_kept() -> None:
+    desk = Desk(kept=1)
+    for device, cut in (("a", 2), ("b", 5)):
+        desk.send(batch_of(0, cut=cut), device)
+    desk.merge()
+    for device in "ab":
+        assert isinstance(desk.upload(device)[0], Receipt)
+    assert [brought.device for brought in desk.brought] == ["a"]
+    assert desk.observer.late == [("not_kept", 8)]
+
+
+def test_without_a_barrier_training_goes_on_after_the_merge() -> None:
+    desk = Desk(barrier=False)
+    desk.send(batch_of(0))
+    desk.merge()
+    assert isinstance(desk.send(batch_of(1))[0], Gradients)
+    desk.upload()
+    (brought,) = desk.brought
+    assert brought.samples == 16
+
+
+def test_another_leg_goes_on_with_the_next_number_and_counts_only_what_is_new() -> None:
+    desk = Desk(barrier=False)
+    desk.send(batch_of(0))
+    desk.upload(produced=3)
+    desk.round.admit("a", Work(2, QUOTA), devices=2)
+    receipt = desk.round.join("a").message
+    assert isinstance(receipt, Receipt)
+    assert (receipt.next_batch, receipt.quota) == (3, 3 + QUOTA)
+    desk.round.admit("a", Work(2, QUOTA), devices=2)
+    assert desk.round.join("a").message == receipt, "asking twice is not two legs"
+    desk.send(batch_of(3))
+    desk.send(batch_of(4))
+    desk.upload(produced=5)
+    assert [brought.samples for brought in desk.brought] == [8, 16]
 
 
 def test_an_upload_of_a_stranger() -> None:
     desk = Desk()
-    assert desk.round.parameters("stranger", upload_of("a")) == []
+    brought, (told,) = desk.round.parameters("stranger", upload_of("a"))
+    assert brought is None
+    assert isinstance(told.message, Receipt)
+    assert (told.message.participant, told.message.final) == (False, True)
     assert desk.observer.dropped == {"not_a_participant": 1}
 
 
@@ -486,7 +562,7 @@ def react(desk: Desk, event: tuple[Any, ...]) -> list[Envelope]:
         case ("join", device):
             return [desk.round.join(device)]
         case ("upload", device, produced):
-            return desk.round.parameters(device, upload_of(device, produced=produced))
+            return desk.round.parameters(device, upload_of(device, produced=produced))[1]
         case (_, seconds):
             desk.clock.advance(seconds)
     return desk.round.receipts()

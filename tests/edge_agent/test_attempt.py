@@ -7,87 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.envelopes import encode_message
 from broker.errors import MessageError
-from broker.messages import Activations, Gradients, Report, to_ranges
-from edge_agent.attempt import Attempt
-from edge_agent.encoding import LINK_SHARE, ActivationEncoder
-from edge_agent.trainer import Outcome
+from broker.messages import to_ranges
+from edge_agent.offline import OfflineLimits
 from tensors.codecs import parse_codec
-from tensors.decoding import decode
-from tensors.format import read_header
-from tensors.rate import TOLERANCE
-from tests.fake_device import DEVICE, FakeLearner, PositionStream, receipt_of
-from tests.tiny import RUN, Array, Clock, make_assignment, make_round
-
-GRADIENT = parse_codec("fp32").encode(np.ones((8, 1), np.float32))
-
-
-class Desk:
-    """An attempt, with its learner and clock."""
-
-    def __init__(
-        self,
-        *,
-        number: int = 1,
-        receipt: dict[str, Any] | None = None,
-        learner: FakeLearner | None = None,
-        encoder: ActivationEncoder | None = None,
-        **assignment: Any,
-    ) -> None:
-        self.clock = Clock()
-        self.uplink = 0.0
-        self.learner = learner or FakeLearner()
-        self.round = make_round(number)
-        given = make_assignment(**assignment)
-        self.encoder = encoder or ActivationEncoder(given, uplink=lambda: self.uplink)
-        self.attempt = Attempt(
-            DEVICE,
-            given,
-            self.round,
-            receipt_of(self.round, **(receipt or {})),
-            self.learner,
-            PositionStream(),
-            encoder=self.encoder,
-            clock=self.clock,
-        )
-
-    def produce(self) -> list[Activations]:
-        """All batches that may go out now."""
-        out = []
-        while self.attempt.can_produce:
-            for envelope in self.attempt.produce():
-                assert isinstance(envelope.message, Activations)
-                out.append(envelope.message)
-        return out
-
-    def answer(self, batch: int, tensor: bytes = GRADIENT) -> None:
-        self.attempt.gradient(gradients(batch, tensor))
-        while self.attempt.can_learn:
-            self.attempt.learn()
-
-    def receipt(self, **fields: Any) -> None:
-        self.attempt.receipt(receipt_of(self.round, **fields))
-
-    @property
-    def report(self) -> Report:
-        return self.attempt.report()
-
-
-def gradients(batch: int, tensor: bytes = GRADIENT) -> Gradients:
-    return Gradients(run=RUN, round=1, attempt=0, batch=batch, loss=1.0, correct=1, tensor=tensor)
-
-
-def batches(messages: list[Activations]) -> list[int]:
-    return [message.batch for message in messages]
-
-
-def positions(messages: list[Activations]) -> list[int]:
-    return [int(decode(message.tensor)[0, 0]) for message in messages]
-
-
-def balanced(report: Report) -> bool:
-    return report.produced == report.applied + sum(report.discarded.values()) + report.expired
+from tests.attempt_desk import Desk, answer_to, balanced, batches, positions
+from tests.fake_device import GRADIENT, FakeLearner
 
 
 def test_it_begins_at_the_start_of_the_round() -> None:
@@ -109,7 +34,7 @@ def test_no_more_batches_are_out_than_the_window() -> None:
 def test_an_answer_is_learnt_from_before_the_next_batch(window: int) -> None:
     desk = Desk(window=window, credits=4, receipt={"credits": 4})
     desk.produce()
-    desk.attempt.gradient(gradients(0))
+    desk.attempt.gradient(answer_to(0))
     assert desk.produce() == []
     desk.attempt.learn()
     assert batches(desk.produce()) == [window]
@@ -223,6 +148,26 @@ def test_a_gradient_that_comes_twice_is_learnt_from_once() -> None:
     desk.answer(0)
     assert desk.learner.learnt == [(0, True)]
     assert desk.report.applied == 1
+    assert desk.report.late_gradients == 0
+
+
+def test_a_late_gradient_that_comes_twice_is_counted_once() -> None:
+    desk = Desk(gradient_timeout_s=10.0)
+    desk.produce()
+    desk.clock.advance(10)
+    desk.attempt.tick()
+    desk.answer(0)
+    desk.answer(0)
+    assert desk.report.late_gradients == 1
+
+
+def test_a_gradient_of_a_batch_that_was_discarded_is_not_late() -> None:
+    desk = Desk()
+    desk.produce()
+    desk.receipt(discarded={"wrong_shape": [(1, 1)]})
+    desk.answer(1)
+    assert desk.report.late_gradients == 0
+    assert desk.learner.learnt == [(1, False)]
 
 
 def test_a_gradient_for_a_batch_that_was_never_made() -> None:
@@ -265,7 +210,7 @@ def test_an_applied_batch_still_waits_for_its_gradient() -> None:
     desk = Desk()
     desk.produce()
     desk.receipt(applied=[(0, 1)])
-    assert not desk.attempt.can_produce
+    assert not desk.attempt.can_produce()
     desk.answer(0)
     assert desk.learner.learnt == [(0, True)]
 
@@ -343,121 +288,7 @@ def test_the_report_has_the_means_of_the_exit() -> None:
     assert desk.report.exit_accuracy == pytest.approx(3 / 8)
 
 
-# -- budgets --------------------------------------------------------------------------------------
-
-STEP_S = 0.4
-
-
-class BusyLearner(FakeLearner):
-    """Takes its time on a clock, and has features that fill a link."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock: Clock | None = None
-        self._noise = np.random.default_rng(0)
-
-    def forward(self, batch: int, images: Array, labels: Array) -> Array:
-        super().forward(batch, images, labels)
-        self._wait()
-        features = self._noise.standard_normal((len(labels), 16, 8, 8))
-        return np.maximum(features, 0).astype(np.float32)
-
-    def backward(self, batch: int, gradient: Any | None) -> Outcome:
-        self._wait()
-        return super().backward(batch, gradient)
-
-    def _wait(self) -> None:
-        assert self.clock is not None
-        self.clock.advance(STEP_S / 2)
-
-
-def busy_desk(**assignment: Any) -> Desk:
-    learner = BusyLearner()
-    desk = Desk(learner=learner, quota=100, **({"activation_codec": "int8+zstd"} | assignment))
-    learner.clock = desk.clock
-    return desk
-
-
-def send(desk: Desk, count: int) -> list[Activations]:
-    """As many batches, each answered."""
-    sent: list[Activations] = []
-    while len(sent) < count:
-        for message in desk.produce():
-            desk.answer(message.batch)
-            sent.append(message)
-    return sent
-
-
-def levels_of(messages: list[Activations]) -> list[int]:
-    return [read_header(message.tensor).top + 1 for message in messages]
-
-
-def wire_bytes(message: Activations) -> int:
-    return sum(map(len, encode_message(message)))
-
-
-def test_bits_follow_a_link_that_slows_down_and_recovers() -> None:
-    desk = busy_desk(follow_link=True)
-    assert set(levels_of(send(desk, 4))) == {256}, "nothing is known of the link yet"
-    seen = {}
-    for uplink in (12_000.0, 5_000.0, 12_001.0, 1e9):
-        desk.uplink = uplink
-        sent = send(desk, 8)
-        seen[uplink] = levels_of(sent)[2:]
-        if uplink < 1e9:
-            for message in sent[2:]:
-                assert wire_bytes(message) / uplink <= LINK_SHARE * STEP_S * (1 + TOLERANCE)
-    assert max(seen[5_000.0]) < min(*seen[12_000.0], *seen[12_001.0])
-    assert max(seen[12_000.0]) < 256
-    assert set(seen[1e9]) == {256}, "never more than the codec's own"
-    assert desk.learner.learnt == [(batch, True) for batch in range(36)]
-
-
-@pytest.mark.parametrize("budget", [20.0, 250.0, 700.0])
-def test_a_message_keeps_to_its_bytes_per_sample(budget: float) -> None:
-    sent = send(busy_desk(bytes_per_sample=budget), 10)
-    sizes = [wire_bytes(message) for message in sent]
-    if budget == 20:
-        assert set(levels_of(sent)) == {3}, "too small for any"
-    else:
-        assert max(sizes) <= 8 * budget * (1 + TOLERANCE)
-        assert np.mean(sizes[2:]) > 8 * budget * 0.6
-
-
-def test_the_smaller_of_two_budgets_counts() -> None:
-    desk = busy_desk(bytes_per_sample=500.0, follow_link=True)
-    alone, wide = send(desk, 4), send(busy_desk(bytes_per_sample=500.0), 4)
-    assert levels_of(alone) == levels_of(wide), "without a known link it is the other"
-    desk.uplink = 5_000.0
-    assert max(levels_of(send(desk, 4))) < min(levels_of(alone))
-
-
-def test_what_was_learnt_lasts_longer_than_an_attempt() -> None:
-    desk = busy_desk(bytes_per_sample=300.0)
-    first = levels_of(send(desk, 6))
-    again = Desk(learner=desk.learner, quota=100, encoder=desk.encoder)
-    again.clock = desk.clock
-    assert levels_of(send(again, 1))[0] in first[-3:]
-
-
-@pytest.mark.parametrize(("codec", "bits"), [("fp32", 32), ("int4", 4), ("int8+zstd", 5)])
-def test_the_report_says_what_activations_took(codec: str, bits: int) -> None:
-    desk = busy_desk(activation_codec=codec)
-    assert desk.report.activation_levels is None
-    sent = send(desk, 2)
-    report = desk.report
-    assert report.activation_bytes == sum(len(message.tensor) for message in sent)
-    assert report.activation_values == 2 * 8 * 16 * 8 * 8
-    assert 8 * report.activation_bytes / report.activation_values == pytest.approx(bits, abs=0.5)
-    assert report.activation_levels == {"fp32": None, "int4": 16, "int8+zstd": 256}[codec]
-
-
-def test_the_report_has_the_mean_of_the_levels() -> None:
-    desk = busy_desk(bytes_per_sample=300.0)
-    levels = levels_of(send(desk, 5))
-    assert desk.report.activation_levels == pytest.approx(np.mean(levels))
-    assert min(levels) < 256
-
+# -- the whole ------------------------------------------------------------------------------------
 
 NUMBERS = st.integers(0, 6)
 
@@ -471,26 +302,30 @@ NUMBERS = st.integers(0, 6)
             st.tuples(st.just("gradient"), NUMBERS, st.sampled_from([GRADIENT, b"", b"SFT"])),
             st.tuples(st.just("receipt"), st.sets(NUMBERS), st.sets(NUMBERS), st.integers(0, 4)),
             st.tuples(st.just("wait"), st.floats(0, 12)),
-            st.just(("again",)),
+            st.sampled_from([("again",), ("offline",), ("online",)]),
         ),
         max_size=40,
     ),
+    train_s=st.sampled_from([0.0, 5.0, 30.0]),
+    kept=st.integers(0, 3),
 )
 def test_whatever_arrives_in_whatever_order_the_books_balance(
-    feedback: str, start: int, events: list[tuple[Any, ...]]
+    feedback: str, start: int, events: list[tuple[Any, ...]], train_s: float, kept: int
 ) -> None:
     desk = Desk(
         feedback=feedback,
         quota=6,
         window=3,
+        announced={"train_s": train_s},
+        offline=OfflineLimits(batches=kept, expiry_s=8.0),
         receipt={"next_batch": start, "credits": 3},
         gradient_timeout_s=10.0,
     )
     before = desk.attempt.produced
     for event in events:
         match event:
-            case ("produce",) if desk.attempt.can_produce:
-                desk.attempt.produce()
+            case ("produce",) if desk.attempt.can_produce(online=desk.online):
+                desk.attempt.produce(online=desk.online)
             case ("gradient", batch, tensor):
                 desk.answer(batch, tensor)
             case ("receipt", applied, discarded, credit):
@@ -504,7 +339,14 @@ def test_whatever_arrives_in_whatever_order_the_books_balance(
                 desk.attempt.tick()
             case ("again",):
                 desk.attempt.unanswered()
+            case ("offline",):
+                desk.interrupt()
+            case ("online",):
+                desk.online = True
         assert balanced(desk.report)
+        assert desk.attempt.out <= 4
+        assert desk.attempt.kept <= kept
+        assert not desk.attempt.complete or not desk.attempt.can_produce(online=desk.online)
         assert desk.report.produced == desk.attempt.produced <= 6
         learnt = [batch for batch, _ in desk.learner.learnt]
         assert len(set(learnt)) == len(learnt), "no batch is learnt from twice"

@@ -13,7 +13,8 @@ from broker.messages import (
     Status,
 )
 from broker.topics import Topics
-from edge_agent.core import LAST_RETRY_S, Phase
+from edge_agent.asking import LAST_RETRY_S
+from edge_agent.core import Phase
 from tensors.parameters import unpack_parameters
 from tests.fake_device import (
     Harness,
@@ -203,6 +204,16 @@ def test_a_round_it_has_finished_is_not_entered_again() -> None:
     finish(device, make_round())
     assert device.hear(make_round()) == []
     assert device.core.phase is Phase.WAITING
+
+
+def test_an_announcement_that_is_overtaken_by_the_next_does_not_hold_the_device_up() -> None:
+    device = Harness()
+    device.join()
+    finish(device, make_round())
+    for announced in (make_round(2), make_round()):
+        assert only(Request, device.hear(announced)).round == announced.round
+    device.hear(make_round(2), receipt_of(make_round(2), complete=True))
+    assert device.core.phase is Phase.TRAINING
 
 
 def test_the_next_round_starts_from_the_merged_parameters() -> None:

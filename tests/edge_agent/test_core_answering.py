@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from broker.messages import Features, Prediction, Report
+from broker.messages import Activations, Features, Prediction, Report
 from edge_agent.core import Phase
 from tests.fake_device import (
     Harness,
@@ -9,6 +9,7 @@ from tests.fake_device import (
     make_parameters,
     only,
     probabilities_of,
+    receipt_of,
 )
 from tests.tiny import make_assignment, make_round
 
@@ -48,6 +49,14 @@ def test_without_an_answer_the_exits_own_counts() -> None:
     report = only(Report, device.work())
     assert report.inference is not None
     assert (report.inference.timeouts, report.inference.correct) == (1, 1)
+
+
+def test_a_round_that_follows_all_the_same_ends_the_answering() -> None:
+    device = Harness(data=exam((0, 0.0, 2), (0, 0.0, 3)))
+    start_answering(device)
+    assert every(Features, device.work())
+    device.hear(make_round(4, version=7), receipt_of(make_round(4), complete=True))
+    assert {m.round for m in every(Activations, device.work())} == {4}
 
 
 def test_a_device_without_test_images_reports_at_once() -> None:

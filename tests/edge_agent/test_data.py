@@ -10,7 +10,7 @@ from edge_agent.data import load_device_data
 from edge_agent.settings import AgentSettings
 from tensors.batches import normalise
 from tensors.errors import DataError
-from tensors.packed import write_packed
+from tensors.image_packs import write_packed
 from tests.tiny import make_assignment, make_dataset, make_device_data
 
 

@@ -193,6 +193,20 @@ def test_a_repeated_round_sends_the_same_again() -> None:
     assert train(device, again).state == first.state
 
 
+def test_over_the_legs_of_a_round_the_coordinator_gets_all_but_the_last_error() -> None:
+    device, state = start(weights(0)), weights(0)
+    leg = make_round(2, version=0, barrier=False)
+    device.hear(leg, receipt_of(leg, complete=True))
+    truth, received = np.zeros((6, 5)), np.zeros((6, 5))
+    for number in range(1, 11):
+        truth += learn_something(device, number) + 4
+        received += arrived(train(device, leg), state)
+        made = {"applied": [(0, 4 * number - 1)], "next_batch": 4 * number, "complete": True}
+        device.hear(receipt_of(leg, final=True, quota=4 * number, **made))
+        device.hear(receipt_of(leg, quota=4 * number + 4, **made))
+        assert np.abs(received - truth).max() < 0.6 * 7 / LEVELS
+
+
 def snapshot_of(snapshots: MemorySnapshots) -> tuple[int, Snapshot]:
     found = snapshots.load(RUN, 2)
     assert found is not None

@@ -13,9 +13,8 @@ import msgpack
 from broker.envelopes import decode_message
 from broker.errors import MessageError
 from broker.frames import Limits, Reassembler, split
-from broker.link import Link
+from broker.link import Framing
 from broker.maps import Pieces, unpack_map
-from broker.memory import MemoryBroker, MemoryTransport
 from broker.messages import KINDS, Message
 from broker.topics import Address, Topics
 from tests.fuzz.mutate import INTERESTING, any_value, below, mutate
@@ -227,12 +226,11 @@ class Opening(Target):
         super().__init__(rng)
         self._drops = _Drops()
         self._now = 0.0
-        transport = MemoryTransport(MemoryBroker(), "coordinator")
-        self._link = Link(
-            transport,
+        self._framing = Framing(
             TOPICS,
             observer=self._drops,
             clock=lambda: self._now,
+            first_id=0,
             limits=LINK_LIMITS,
         )
         contents = _Contents(rng)
@@ -253,10 +251,10 @@ class Opening(Target):
         self._now += rng.random() * 0.5
         self._drops.reason = ""
         if rng.random() < 0.01:
-            self._link.expire()
+            self._framing.expire()
             return self._drops.reason
-        envelope = self._link._open(topic, self.input)
-        assert self._link._frames.held_bytes <= LINK_LIMITS.total_bytes
+        envelope = self._framing.open(topic, self.input)
+        assert self._framing.held_bytes <= LINK_LIMITS.total_bytes
         if envelope is not None:
             assert not self._drops.reason
             _check_message(envelope.message, LINK_LIMITS.message_bytes)

@@ -112,16 +112,20 @@ def test_the_better_curve_counts_and_points_that_others_beat_do_not() -> None:
 
 
 def test_wanted_speeds_are_judged_by_the_slowest_tensor() -> None:
-    row = {"kind": "activation", "codec": "int8", "masked": False, "copy": 10.0, "decode": 5.0}
+    row = {"kind": "activation", "codec": "int8", "masked": False}
+    row |= {"copy": 10.0, "memory_copy": 5.0, "decode": 5.0}
     rows: list[dict[str, Any]] = [
         {**row, "cut": 1, "encode": 2.0},
         {**row, "cut": 2, "encode": 0.9},
         {**row, "cut": 3, "encode": 0.1, "masked": True},
     ]
-    encode, decode = speed_verdicts(rows)
+    encode, decode, encode_by_memory, decode_by_memory = speed_verdicts(rows)
     assert (encode["slowest"], encode["reached"]) == (pytest.approx(0.09), False)
     assert encode["slowest_at"] == "activation at cut 2"
     assert decode["reached"]
+    assert decode_by_memory["reached"]
+    assert (encode_by_memory["slowest"], encode_by_memory["reached"]) == (0.18, True)
+    assert encode["unit"] != encode_by_memory["unit"]
 
 
 @pytest.fixture
@@ -163,6 +167,7 @@ def test_a_small_run_end_to_end(tmp_path: Path) -> None:
     for row in rows:
         assert all(row[way] > 0 for way in ("encode", "encode_plain", "decode", "decode_plain"))
         assert row["copy"] > 0
+        assert row["memory_copy"] > 0
         assert (row["entropy"] is None) == (row["codec"] == "fp16")
         assert (row["error_behind_relu"] is None) == (row["kind"] == "activation")
         if row["entropy"] is not None:
@@ -173,7 +178,7 @@ def test_a_small_run_end_to_end(tmp_path: Path) -> None:
     assert int8["sent"] == 1
     assert len(result["reference"]) == 2 * 2 * 4
     assert len(result["comparisons"]) == 2 * 4 + 2 * 2 * 4, "gradients also masked"
-    assert [row["codec"] for row in result["speeds"]] == ["int8"] * 2 + ["int4+zstd"] * 2
+    assert [row["codec"] for row in result["speeds"]] == ["int8"] * 4 + ["int4+zstd"] * 2
     written = report.read_text("utf-8")
     for title, header, cells in tables(result):
         assert title[1:] in written

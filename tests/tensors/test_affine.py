@@ -18,12 +18,12 @@ from tensors.affine import (
     dither_of,
     entropy_bits,
     fit,
-    fit_clipped,
     in_c_order,
     values_of,
 )
 from tensors.affine_torch import GpuValues
 from tensors.affine_torch import values_of as values_of_tensor
+from tensors.clipping import fit_clipped
 from tests.tensors.arrays import float32s, torch_layouts
 
 Float32s = npt.NDArray[np.float32]

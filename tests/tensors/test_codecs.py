@@ -369,6 +369,15 @@ def test_exact_encoding_refuses_other_dtypes() -> None:
             encode_exact(x)
 
 
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4+channel+zstd"])
+def test_what_is_no_array_is_refused(name: str) -> None:
+    codec = parse_codec(name)
+    for x in (np.float32(1), 1.0, [1.0, 2.0], None):
+        for use in (codec.encode, codec.sketch):
+            with pytest.raises(CodecError, match=f"not {type(x).__name__}: make it an array"):
+                use(x)  # type: ignore[arg-type]
+
+
 def test_codec_is_shared_between_threads() -> None:
     codec = parse_codec("int8+channel+stochastic+zstd")
     inputs = [np.full((4, 4, 32, 32), i, np.float32).cumsum(axis=3) for i in range(1, 9)]

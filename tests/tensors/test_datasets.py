@@ -20,7 +20,7 @@ from tensors.datasets import (
     load_dataset,
 )
 from tensors.errors import DataError
-from tensors.packed import read_packed, write_packed
+from tensors.image_packs import read_packed, write_packed
 
 BUNDLED_FOLDER = Path(__file__).parents[2] / "tensors" / "data"
 REAL_DATA = Path(os.environ.get("SPLITFLEET_DATA") or Path(__file__).parents[2] / "../shared/data")

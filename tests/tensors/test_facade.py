@@ -11,6 +11,7 @@ NUMPY_ONLY = [
     "tensors",
     "tensors.affine",
     "tensors.averaging",
+    "tensors.clipping",
     "tensors.codecs",
     "tensors.deltas",
     "tensors.errors",
@@ -18,7 +19,7 @@ NUMPY_ONLY = [
     "tensors.floats",
     "tensors.format",
     "tensors.lossless",
-    "tensors.packing",
+    "tensors.bit_planes",
     "tensors.parameters",
     "tensors.partition",
 ]

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import tensors.format
 from tensors import FormatError, Limits, decode, decode_torch, encode_exact, parse_codec
+from tensors.bit_planes import pack
 from tensors.decoding import nonzero
 from tensors.format import CodecId, Header, Lossless, header_bytes, read_header
-from tensors.packing import pack
 
 FLOAT32 = np.dtype(np.float32)
 SIX = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -185,6 +185,14 @@ def test_a_codec_without_levels_has_no_rate(name: str) -> None:
         RateController(parse_codec(name))
 
 
+def test_a_budget_that_is_no_number_is_refused() -> None:
+    controller = RateController(parse_codec("int8+zstd"))
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(CodecError, match="budget of NaN"):
+        controller.encode(x, float("nan"))
+    assert controller.encode(x, float("inf")).levels == 256
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(["int3", "int8", "int5+channel", "levels100"]), st.floats(0, 1))
 def test_estimates_are_exact_without_the_lossless_stage(name: str, share: float) -> None:

@@ -198,7 +198,11 @@ def _down() -> list[tuple[str, Envelope]]:
                     next_batch=302,
                 ),
             ),
-            ("join, nothing yet", Receipt(**STAMP, credits=2, complete=True)),
+            ("join, nothing yet", Receipt(**STAMP, credits=2, quota=187, complete=True)),
+            (
+                "join, another leg",
+                Receipt(**STAMP, credits=2, next_batch=187, quota=374, complete=True),
+            ),
             (
                 "not a participant",
                 Receipt(**STAMP, credits=0, complete=True, participant=False),
@@ -220,10 +224,12 @@ def _to_many() -> list[tuple[str, Envelope]]:
     training = Round(
         **STAMP, phase="training", version=5, rounds=20, learning_rate=0.05, deadline_s=600.0
     )
+    by_time = training.model_copy(update={"train_s": 60.0, "barrier": False})
     gathering = Round(run=RUN, round=0, attempt=0, phase="gathering", version=0, rounds=20)
     manifest: dict[str, Any] = {"run": RUN, "sha256": "0123456789abcdef" * 4, "trained": True}
     return [
         ("training", to_all(training)),
+        ("training by time, without a barrier", to_all(by_time)),
         ("gathering", to_all(gathering)),
         ("stop", to_all(Command(command="stop"))),
         ("online", to_all(Coordinator(state="online", boot="0011223344556677"))),

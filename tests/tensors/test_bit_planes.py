@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensors.packing import pack, packed_bytes, parts, unpack
+from tensors.bit_planes import pack, packed_bytes, parts, unpack
 
 counts = st.integers(0, 70) | st.sampled_from([1023, 1024, 1025])
 
 
 def reference(levels: list[int], bits: int) -> bytes:
-    """Bit by bit, as the top of packing.py says it."""
+    """Bit by bit, as the top of bit_planes.py says it."""
     packed, shift = bytearray(), 0
     for width in (8, 4, 2, 1):
         if not bits & width:

@@ -1,0 +1,90 @@
+"""What devices send, checked against the round that it is for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from broker.messages import Activations, DeviceParameters
+from coordinator.aggregation import half_of
+from coordinator.errors import BatchRefused
+from tensors.decoding import decode_torch
+from tensors.deltas import apply_delta
+from tensors.errors import AveragingError, FormatError
+from tensors.format import Limits
+from tensors.networks import State
+from tensors.parameters import unpack_parameters
+
+
+class Intake:
+    """Opens batches of activations and uploads of parameters.
+
+    ``shapes[c-1]`` is the shape of one image's features at cut ``c``; ``channels_last`` is how
+    features are laid out for computing.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        *,
+        classes: int,
+        batch_size: int,
+        channels_last: bool,
+    ) -> None:
+        self._shapes = shapes
+        self._classes = classes
+        self._batch_size = batch_size
+        self._channels_last = channels_last
+
+    def features(self, message: Activations, cut: int, version: int) -> torch.Tensor:
+        """A batch's features: float32, finite, of the shape at ``cut``.
+
+        Raises :class:`BatchRefused` with the reason.
+        """
+        if message.version != version:
+            raise BatchRefused("wrong_version")
+        if len(message.labels) > self._batch_size:
+            raise BatchRefused("batch_too_large")
+        if max(message.labels) >= self._classes:
+            raise BatchRefused("bad_labels")
+        shape = (len(message.labels), *self._shapes[cut - 1])
+        try:
+            features = decode_torch(
+                message.tensor,
+                limits=Limits(max_elements=int(np.prod(shape))),
+                channels_last=self._channels_last,
+            )
+        except FormatError as exc:
+            raise BatchRefused(exc.reason) from exc
+        if tuple(features.shape) != shape or features.dtype is not torch.float32:
+            raise BatchRefused("wrong_shape")
+        if not math.isfinite(features.sum().item()):  # ten times as fast as looking at each value
+            raise BatchRefused("not_finite")
+        return features
+
+    def half(self, message: DeviceParameters, cut: int, version: int, state: State) -> State:
+        """A device's half, sent whole or as what changed since ``state``, which is ``version``.
+
+        Raises ``FormatError`` or ``AveragingError`` for one that cannot be averaged.
+        """
+        start = half_of(state, cut)
+        if message.base is None:
+            half = unpack_parameters(message.state, names=start.keys())
+        elif message.base == version:
+            half = apply_delta(start, message.state)
+        else:
+            raise AveragingError(f"differences to version {message.base}, not {version}")
+        if half.keys() != start.keys():
+            odd = sorted(half.keys() ^ start.keys())[:3]
+            raise AveragingError(f"not the parameters of cut {cut}: {', '.join(odd)}")
+        for name, values in half.items():
+            if values.shape != start[name].shape:
+                raise AveragingError(f"{name}: shape {values.shape}, not {start[name].shape}")
+            if not np.isfinite(values).all():
+                raise AveragingError(f"{name} is not finite")
+            if name.endswith("running_var") and (values < 0).any():
+                raise AveragingError("a BatchNorm variance is negative")
+        return half

@@ -1,0 +1,431 @@
+"""One run of a fleet: its rounds one after another, and what they come to.
+
+    gathering ─enough devices→ training ⟲ rounds ─last round→ inference ─all answered→ finished
+
+Decisions are pure functions in ``coordinator.rounds``; what they are asked with is kept here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from broker.envelopes import Envelope
+from broker.messages import Activations, DeviceParameters, Report, RunPhase
+from coordinator import orders
+from coordinator.aggregation import Model
+from coordinator.contribution import Contribution
+from coordinator.evaluation import Evaluator, Responder
+from coordinator.history import History
+from coordinator.observer import Observer
+from coordinator.placement import Placement
+from coordinator.published import Published
+from coordinator.registry import Device, Registry
+from coordinator.results import device_results, round_scores
+from coordinator.rounds import (
+    Verdict,
+    judge,
+    judge_buffer,
+    quorum_of,
+    sample_devices,
+)
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import Checkpoint
+from coordinator.traffic import TrafficLog
+from coordinator.training import RoundInProgress, Work, refusal
+from coordinator.workload import Workload
+from tensors.codecs import parse_codec
+
+log = logging.getLogger("splitfleet.coordinator")
+
+
+class Keeper(Protocol):
+    """Where checkpoints go; ``coordinator.store.Store`` is the one on disk."""
+
+    def announce(self, round_number: int, attempt: int) -> None: ...
+
+    def announced(self) -> tuple[int, int]: ...
+
+    def save(self, checkpoint: Checkpoint) -> None: ...
+
+    def save_result(self, result: dict[str, Any]) -> None: ...
+
+
+class Run:
+    """Opens, closes, extends and abandons rounds, and sends what they merge to."""
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        name: str,
+        checkpoint: Checkpoint,
+        *,
+        registry: Registry,
+        new_round: Callable[[Model, float], RoundInProgress],
+        responder: Responder,
+        evaluator: Evaluator | None,
+        placement: Placement,
+        store: Keeper,
+        observer: Observer,
+        traffic: Callable[[], dict[str, int]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._new_round = new_round
+        self._responder = responder
+        self._evaluator = evaluator
+        self._placement = placement
+        self._store = store
+        self._observer = observer
+        self._clock = clock
+        self._barrier = settings.aggregation == "rounds"
+        # An attempt announced before a crash is never announced again: its round gets a new one.
+        self._number = max(checkpoint.round, store.announced()[0] - 1)
+        self._attempt = 0
+        self._returning_until = clock() + settings.return_wait_s if checkpoint.registry else None
+        self._history = History(name, checkpoint.history, recent=max(1, settings.max_staleness) + 1)
+        self._traffic = TrafficLog(checkpoint.traffic, traffic)
+        self._workload = Workload(settings, checkpoint.scheduler)
+        self._round: RoundInProgress | None = None
+        self._earlier: deque[RoundInProgress] = deque(maxlen=max(1, settings.max_staleness))
+        self._late: list[Contribution] = []
+        self._phase: RunPhase = "gathering"
+        self._due: float | None = None
+        self._deadline_s = settings.round_deadline_s
+        self.name = name
+        self.published = Published(
+            name,
+            checkpoint.version,
+            checkpoint.model,
+            set(checkpoint.trained_cuts),
+            parse_codec(settings.parameter_codec),
+            checkpoint.residual,
+        )
+        responder.load(self.published.version, self.published.model.state)
+
+    # -- what devices say -------------------------------------------------------------------------
+
+    def join(self, device: Device, stamp: tuple[str, int, int]) -> list[Envelope]:
+        """A device wants to take part in a round."""
+        current = self._round
+        if current is None or stamp != current.stamp:
+            self._observer.message_dropped("stale_join")
+            return [self.announcement()]
+        if not self._barrier and device.cut is not None:
+            ready = self._registry.ready
+            active = sum(r.active for r in (current, *self._earlier))
+            if active < self._placement.room(d.cut or 1 for d in ready):
+                current.admit(device.name, self._work(device), devices=len(ready))
+        return [current.join(device.name)]
+
+    def activations(self, device: Device, message: Activations) -> list[Envelope]:
+        """A batch of this run, or of one that nobody knows any more."""
+        found = self._find(message.stamp)
+        if found is not None and (found is self._round or not self._barrier):
+            return found.activations(device.name, message)
+        ours = message.run == self.name
+        self._observer.batch_discarded("stale_attempt" if ours else "foreign_run")
+        # With a barrier the announcement ends the attempt, and what was learnt so far comes still.
+        return [refusal(device.name, message.stamp)] if ours and not self._barrier else []
+
+    def parameters(self, device: Device, message: DeviceParameters) -> list[Envelope]:
+        """What a device has learnt, in this round or in an earlier one."""
+        found = self._find(message.stamp)
+        if found is None:
+            self._observer.message_dropped("stale_attempt")
+            return [refusal(device.name, message.stamp)] if message.run == self.name else []
+        brought, out = found.parameters(device.name, message)
+        if brought is not None:
+            self._take(brought)
+        if found is not self._round:
+            self._history.update(message.stamp, device.name, found.entry(device.name))
+        return out
+
+    def report(self, device: Device, report: Report) -> None:
+        """A device's own account of an attempt."""
+        running = self._round is not None and self._round.stamp == report.stamp
+        self._history.report(device.name, report, open_round=running)
+
+    # -- time -------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round and the devices' answers are behind us."""
+        return self._phase == "finished"
+
+    @property
+    def has_work(self) -> bool:
+        """Whether batches wait to be trained on together."""
+        return self._round is not None and self._round.gathered
+
+    def work(self) -> list[Envelope]:
+        """Train on batches that have waited for each other."""
+        return [] if self._round is None else self._round.train_gathered()
+
+    def tick(self) -> list[Envelope]:
+        """Receipts that have waited for company, and the end of waiting after a restart."""
+        if self._returning_until is not None and self._clock() >= self._returning_until:
+            self._returning_until = None
+        rounds = [*self._earlier, self._round] if not self._barrier else [self._round]
+        return [receipt for r in rounds if r is not None for receipt in r.receipts()]
+
+    @property
+    def next_tick(self) -> float | None:
+        """When something is due, on the clock."""
+        due = [self._due, self._returning_until]
+        rounds = [*self._earlier, self._round] if not self._barrier else [self._round]
+        due += [r.receipts_due for r in rounds if r is not None]
+        return min((time for time in due if time is not None), default=None)
+
+    def advance(self) -> list[Envelope]:
+        """Open, close, extend or abandon a round, or end the run, if it is time."""
+        if self._phase == "gathering":
+            return self._gather()
+        if self._phase == "inference":
+            return self._await_answers()
+        current = self._round
+        if self._phase != "training" or current is None:
+            return []
+        verdict = self._verdict(current)
+        if verdict is Verdict.WAIT:
+            return []
+        if verdict is Verdict.EXTEND:
+            current.extended = True
+            self._due = self._clock() + self._deadline_s
+            self._observer.round_ended(self._number, "extended", {})
+            log.warning("round %d is below quorum at its deadline: extended", self._number)
+            return []
+        return self._end_round(current, closed=verdict is Verdict.CLOSE)
+
+    def announcement(self) -> Envelope:
+        """What the fleet is doing now."""
+        return orders.announcement(
+            self._settings,
+            (self.name, self._number, self._attempt),
+            self._phase,
+            self.published.version,
+            self._deadline_s,
+        )
+
+    def assignment(self, device: Device) -> Envelope:
+        """What a device has to do in this run."""
+        grant = self._placement.credits(device.cut or 1, len(self._registry.devices))
+        return orders.assignment(self._settings, self.name, device, grant)
+
+    def manifests(self) -> list[Envelope]:
+        """Of every cut that some device has."""
+        return [self.published.manifest(cut) for cut in self._cuts()]
+
+    # -- rounds -----------------------------------------------------------------------------------
+
+    def _verdict(self, current: RoundInProgress) -> Verdict:
+        overdue = self._due is not None and self._clock() >= self._due
+        if not self._barrier:
+            return judge_buffer(
+                contributions=len(current.added),
+                wanted=self._settings.buffer_size,
+                overdue=overdue,
+            )
+        return judge(
+            participants=len(current.participants),
+            finished=current.finished,
+            quorum=quorum_of(len(current.participants), self._settings.quorum),
+            overdue=overdue,
+            extended=current.extended,
+        )
+
+    def _gather(self) -> list[Envelope]:
+        if self._number >= self._settings.rounds:
+            return self._begin_inference()
+        needed = self._settings.min_devices
+        if self._number:
+            needed = quorum_of(needed, self._settings.quorum)
+        ready = self._registry.ready
+        if len(ready) < needed:
+            return []
+        if self._returning_until is not None and len(ready) < len(self._registry.devices):
+            return []  # after a restart the devices come back one by one
+        self._returning_until = None
+        return self._open_round(ready)
+
+    def _open_round(self, ready: Sequence[Device]) -> list[Envelope]:
+        settings = self._settings
+        self._number += 1
+        last_number, last_attempt = self._store.announced()
+        self._attempt = last_attempt + 1 if last_number == self._number else 0
+        self._store.announce(self._number, self._attempt)
+        work: dict[str, Work] = {}
+        if self._barrier:
+            room = self._placement.room(device.cut or 1 for device in ready)
+            if settings.participation * len(ready) > room:
+                log.warning(
+                    "only %d of %d devices take part at a time: more batches would not fit the "
+                    "broker's queue; raise max_queued_messages there and queue_chunks here",
+                    room,
+                    len(ready),
+                )
+            chosen = sample_devices(
+                [device.name for device in ready],
+                settings.participation,
+                most=room,
+                seed=settings.seed,
+                round_number=self._number,
+                attempt=self._attempt,
+            )
+            work = {name: self._work(self._registry.devices[name]) for name in chosen}
+        self._deadline_s = self._workload.deadline(work.values())
+        current = self._round = self._new_round(
+            self.published.model, orders.rate(settings, self._number)
+        )
+        current.open(
+            (self.name, self._number, self._attempt),
+            self.published.version,
+            work,
+            first_server_block=min(device.cut or 1 for device in ready),
+        )
+        self._history.begin()
+        self._set_phase("training")
+        self._due = self._clock() + self._deadline_s
+        self._observer.round_opened(
+            self._number, settings.rounds, self._attempt, sum(w.quota for w in work.values())
+        )
+        waiting, self._late = self._late, []
+        for brought in waiting:
+            self._take(brought)
+        return [self.announcement()]
+
+    def _end_round(self, current: RoundInProgress, *, closed: bool) -> list[Envelope]:
+        self._round, self._due = None, None
+        changed = self._workload.note(current, self._registry, self._deadline_s, closed=closed)
+        for device in changed:
+            self._observer.work_changed(device.name, device.cut or 0, device.load.share)
+        if not closed:
+            self._observer.round_ended(self._number, "abandoned", {})
+            log.warning("round %d stayed below quorum: abandoned", self._number)
+            self._set_phase("gathering")
+            return self.advance() or [self.announcement()]
+        self.published.replace(current.merge(), current.trained_cuts, self._cuts())
+        self._earlier.append(current)
+        record = self._record(current)
+        for folded in current.added:
+            device = self._registry.devices[folded.device]
+            device.rounds += 1
+            device.samples += folded.samples
+        self._store.save(self._checkpoint(record))
+        self._responder.load(self.published.version, self.published.model.state)
+        self._observer.round_ended(self._number, "closed", record)
+        self._set_phase("gathering")
+        out = self.manifests()
+        if self._barrier:  # without one devices ask when they have finished what they are at
+            out += [self.published.broadcast(cut) for cut in self._cuts()]
+        # Another cut layer ends what a late device is at, which the broadcast lets it bring first.
+        out += [self.assignment(device) for device in changed]
+        return out + (self.advance() or [self.announcement()])
+
+    def _take(self, brought: Contribution) -> None:
+        """Fold a contribution into the current round, or the next; drop one that is too late."""
+        version = self.published.version if self._round is None else self._round.version
+        staleness = version - brought.version
+        if self._phase in ("inference", "finished"):
+            outcome = "run_over"
+        elif staleness > self._settings.max_staleness:
+            outcome = "too_late"
+        elif self._round is not None:
+            self._round.add(brought)
+            outcome = "folded"
+        elif len(self._late) < self._settings.late_devices:
+            self._late.append(brought)
+            return
+        else:
+            outcome = "not_kept"
+        if staleness:
+            self._observer.late_work(outcome, brought.samples)
+            log.info(
+                "%s brought %d samples %d versions late: %s",
+                brought.device,
+                brought.samples,
+                staleness,
+                outcome,
+            )
+
+    def _work(self, device: Device) -> Work:
+        assert device.cut is not None
+        return Work(device.cut, orders.quota(self._settings, device))
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _begin_inference(self) -> list[Envelope]:
+        if not self._settings.inference:
+            return self._finish()
+        self._set_phase("inference")
+        self._due = self._clock() + self._settings.inference_deadline_s
+        return [self.announcement()]
+
+    def _await_answers(self) -> list[Envelope]:
+        ready = self._registry.ready
+        waiting = [d for d in ready if d.inference is None and d.hello and d.hello.test_samples]
+        overdue = self._due is not None and self._clock() >= self._due
+        if (waiting or not ready) and not overdue:
+            return []
+        return self._finish()
+
+    def _finish(self) -> list[Envelope]:
+        self._due = None
+        self._store.save_result(self._result())
+        self._set_phase("finished")
+        return [self.announcement()]
+
+    # -- small parts ------------------------------------------------------------------------------
+
+    def _find(self, stamp: tuple[str, int, int]) -> RoundInProgress | None:
+        for candidate in (self._round, *self._earlier):
+            if candidate is not None and candidate.stamp == stamp:
+                return candidate
+        return None
+
+    def _record(self, current: RoundInProgress) -> dict[str, Any]:
+        record = current.record(self._clock())
+        record["round"], record["version"] = self._number, self.published.version
+        record["deadline_s"] = self._deadline_s
+        record["bytes"] = self._traffic.since_mark()
+        record |= round_scores(self.published, self._evaluator)
+        self._history.close(record)
+        return record
+
+    def _checkpoint(self, record: dict[str, Any]) -> Checkpoint:
+        return Checkpoint(
+            version=self.published.version,
+            round=self._number,
+            model=self.published.model,
+            trained_cuts=sorted(self.published.trained),
+            history=self._history.records,
+            registry=self._registry.dump(),
+            traffic=self._traffic.totals(),
+            residual=self.published.residual,
+            scheduler=self._workload.dump(),
+            score=record.get("server_accuracy"),
+        )
+
+    def _result(self) -> dict[str, Any]:
+        return {
+            "run": self.name,
+            "settings": self._settings.model_dump(mode="json"),
+            "rounds": self._number,
+            "version": self.published.version,
+            "history": self._history.records,
+            "traffic": self._traffic.totals(),
+            "devices": device_results(
+                self._registry, self.published, self._evaluator, self._settings
+            ),
+        }
+
+    def _cuts(self) -> list[int]:
+        return sorted({d.cut for d in self._registry.devices.values() if d.cut is not None})
+
+    def _set_phase(self, phase: RunPhase) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._observer.phase(phase)

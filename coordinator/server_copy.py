@@ -1,0 +1,267 @@
+"""A server-side copy of blocks with its optimizer, and what goes in and comes out of a step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from coordinator.aggregation import Aggregation, Model, block_of
+from coordinator.errors import BatchRefused
+from tensors.errors import AveragingError
+from tensors.networks import CutNetwork, State, read_state, write_state
+from tensors.training import (
+    Compute,
+    make_optimizer,
+    read_momentum,
+    set_learning_rate,
+    write_momentum,
+)
+
+log = logging.getLogger("splitfleet.coordinator")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A batch of ``device`` that enters at ``cut``: features ``(N, …)``, labels ``(N,)``."""
+
+    device: str
+    cut: int
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Of one batch at the server: mean loss, correct answers, images, gradient at the cut."""
+
+    loss: float
+    correct: int
+    images: int
+    gradient: Tensor | None
+
+
+class ServerCopy:
+    """One server-side copy of blocks, with its optimizer."""
+
+    def __init__(
+        self, network: CutNetwork, compute: Compute, momentum: float, weight_decay: float
+    ) -> None:
+        compute.place(network)
+        self.network = network.train()
+        self._compute = compute
+        self.optimizer = make_optimizer(network, momentum=momentum, weight_decay=weight_decay)
+        self._momentum, self._weight_decay = momentum, weight_decay
+        self._gradient_weight = 1.0
+        self._buffers = list(network.buffers())
+        self._norms = {
+            index: [m for m in network.blocks[str(index)].modules() if isinstance(m, _NormBase)]
+            for index in range(network.start, network.stop)
+        }
+
+    def load(self, model: Model, learning_rate: float) -> None:
+        """Take the model's blocks and momentum."""
+        names = self.network.state_dict().keys()
+        write_state(self.network, {name: model.state[name] for name in names})
+        write_momentum(self.network, self.optimizer, model.momentum)
+        self.pace(learning_rate)
+
+    def pace(self, learning_rate: float, *, steps: int = 1) -> None:
+        """How a step is made from now on: with this rate, and the momentum of ``steps`` steps.
+
+        The momentum then decays by mᵏ instead of m and takes up the gradient 1 + m + … + mᵏ⁻¹
+        times, as in k steps that all had this gradient.
+        """
+        self._gradient_weight = sum(self._momentum**step for step in range(steps))
+        set_learning_rate(self.optimizer, learning_rate)
+        for group in self.optimizer.param_groups:
+            group["momentum"] = self._momentum**steps
+            group["weight_decay"] = self._weight_decay * self._gradient_weight
+
+    def step(self, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool) -> Step:
+        """:meth:`step_together` on one batch."""
+        (step,) = self.step_together(
+            [Entry("", cut, features, labels)], want_gradients=want_gradient
+        )
+        return step
+
+    def step_together(self, entries: Sequence[Entry], *, want_gradients: bool) -> list[Step]:
+        """One optimizer step on all ``entries``: on the mean of their mean losses.
+
+        Before block ``i`` the batches that enter there join what flows. The gradient returned for
+        a batch is that of its own mean loss. A BatchNorm normalises all that is in its block
+        together; where that is B batches its running averages move by 1 − (1 − momentum)^B, as far
+        as B steps would move them.
+
+        Raises :class:`BatchRefused` and changes nothing if a loss or gradient is not finite
+        (``diverged``) or something cannot be computed (``not_computable``).
+        """
+        with self._unless_refused():
+            steps = self._propagate(entries, want_gradients=want_gradients)
+        weight = self._gradient_weight / len(entries)
+        if weight != 1:
+            for parameter in self.network.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(weight)
+        self.optimizer.step()
+        return steps
+
+    def diverges(self, entry: Entry, *, want_gradient: bool) -> bool:
+        """Whether a step on this batch alone would be refused as ``diverged``; changes nothing."""
+        before = self._keep()
+        try:
+            self._propagate([entry], want_gradients=want_gradient)
+        except BatchRefused as exc:
+            return exc.reason == "diverged"
+        finally:
+            self._restore(before)
+        return False
+
+    def read(self) -> tuple[State, State]:
+        """Parameters and buffers, and the momentum."""
+        return read_state(self.network), read_momentum(self.network, self.optimizer)
+
+    def fold(self, aggregation: Aggregation, samples: int, blocks: range | None = None) -> None:
+        """One holder of all blocks, or of these, that weighs ``samples``."""
+        state, momentum = self.read()
+        if blocks is not None:
+            state = {name: v for name, v in state.items() if block_of(name) in blocks}
+            momentum = {name: v for name, v in momentum.items() if block_of(name) in blocks}
+        try:
+            aggregation.add_server(state, momentum, samples)
+        except AveragingError as exc:
+            log.warning("a server copy is left out of the average: %s", exc)
+
+    def fold_by_cut(self, aggregation: Aggregation, samples: Mapping[int, int]) -> None:
+        """Fold in block by block: each weighs the ``samples`` (by cut) that went through it."""
+        cuts = sorted(samples)
+        for cut, following in pairwise([*cuts, self.network.stop]):
+            entered = sum(samples[c] for c in cuts if c <= cut)
+            self.fold(aggregation, entered, range(cut, following))
+
+    # -- the pass ---------------------------------------------------------------------------------
+
+    def _propagate(self, entries: Sequence[Entry], *, want_gradients: bool) -> list[Step]:
+        """Forward and backward of the sum of all losses, so that each batch gets its own gradient.
+
+        BatchNorm's buffers have moved, also if this raises.
+        """
+        order = sorted(range(len(entries)), key=lambda index: entries[index].cut)
+        placed = [entries[index] for index in order]
+        sizes = [len(entry.labels) for entry in placed]
+        try:
+            entering = self._entering(placed, want_gradients=want_gradients)
+            with self._compute.arithmetic():
+                logits = self._flow(entering, placed)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            targets = torch.cat([entry.labels for entry in placed]).to(self._compute.device)
+            parts = zip(logits.split(sizes), targets.split(sizes), strict=True)
+            losses = torch.stack([F.cross_entropy(*part) for part in parts])
+        except (RuntimeError, ValueError) as exc:  # e.g. one image is too little for a BatchNorm
+            log.warning("%d images cannot be computed: %s", sum(sizes), exc)
+            raise BatchRefused("not_computable") from exc
+        values = losses.tolist()
+        if not all(map(math.isfinite, values)):
+            raise BatchRefused("diverged")
+        self.optimizer.zero_grad()
+        losses.sum().backward()
+        gradients = self._gradients(entering, placed)
+        hits = (logits.argmax(1) == targets).split(sizes)
+        steps = [
+            Step(value, int(hit.sum().item()), size, gradient)
+            for value, hit, size, gradient in zip(values, hits, sizes, gradients, strict=True)
+        ]
+        return [step for _, step in sorted(zip(order, steps, strict=True), key=lambda p: p[0])]
+
+    def _entering(self, placed: Sequence[Entry], *, want_gradients: bool) -> dict[int, Tensor]:
+        """The features of each cut, one batch after the other, as leaves of the graph."""
+        by_cut: dict[int, list[Tensor]] = {}
+        for entry in placed:
+            by_cut.setdefault(entry.cut, []).append(self._compute.tensor(entry.features))
+        return {
+            cut: _joined(features).detach().requires_grad_(want_gradients)
+            for cut, features in by_cut.items()
+        }
+
+    def _flow(self, entering: Mapping[int, Tensor], placed: Sequence[Entry]) -> Tensor:
+        flow: list[Tensor] = []
+        for index in range(min(entering), self.network.stop):
+            if index in entering:
+                flow.append(entering[index])
+            batches = sum(entry.cut <= index for entry in placed)
+            with _moving_as_in(batches, self._norms[index]):
+                flow = [self.network(_joined(flow), start=index, stop=index + 1)]
+        return flow[0]
+
+    def _gradients(
+        self, entering: Mapping[int, Tensor], placed: Sequence[Entry]
+    ) -> list[Tensor | None]:
+        gradients: list[Tensor | None] = []
+        for cut, leaf in entering.items():
+            sizes = [len(entry.labels) for entry in placed if entry.cut == cut]
+            if leaf.grad is None:
+                gradients.extend([None] * len(sizes))
+                continue
+            if not math.isfinite(leaf.grad.sum().item()):
+                raise BatchRefused("diverged")
+            gradients.extend(leaf.grad.split(sizes))
+        return gradients
+
+    # -- a refused batch must leave no trace; BatchNorm's statistics change in the forward pass ----
+
+    @contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        before = self._keep()
+        try:
+            yield
+        except BatchRefused:
+            self._restore(before)
+            raise
+
+    def _keep(self) -> list[Tensor]:
+        return [buffer.clone() for buffer in self._buffers]
+
+    def _restore(self, before: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for buffer, value in zip(self._buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+@contextmanager
+def _moving_as_in(batches: int, norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Running averages that move within as far as in ``batches`` forward passes."""
+    if batches == 1:
+        yield
+        return
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = _share(norm, batches)
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, usual, strict=True):
+            norm.momentum = momentum
+    for norm in norms:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(batches - 1)
+
+
+def _share(norm: _NormBase, batches: int) -> float | None:
+    """What the newest statistics count for in the running averages."""
+    if norm.momentum is not None:
+        return float(1 - (1 - norm.momentum) ** batches)
+    if norm.num_batches_tracked is None:
+        return None
+    return batches / (int(norm.num_batches_tracked.item()) + batches)  # the mean of all batches

@@ -1,0 +1,87 @@
+"""How long rounds may take and how much each device is given, from how earlier rounds went."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from coordinator.registry import Device, Registry
+from coordinator.rounds import Load, deadline, next_load
+from coordinator.settings import CoordinatorSettings
+from coordinator.training import RoundInProgress, Work
+
+log = logging.getLogger("splitfleet.coordinator")
+
+PACES = 64
+"""Observations kept for each cut layer."""
+
+
+class Workload:
+    """Keeps the seconds per batch of each cut layer, and moves devices' shares of the work.
+
+    ``dumped`` is what :meth:`dump` gave for a checkpoint.
+    """
+
+    def __init__(self, settings: CoordinatorSettings, dumped: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._paces: dict[int, deque[float]] = {
+            int(cut): deque(paces, PACES) for cut, paces in dumped.get("paces", {}).items()
+        }
+
+    def dump(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"paces": {str(cut): list(paces) for cut, paces in sorted(self._paces.items())}}
+
+    def deadline(self, work: Iterable[Work]) -> float:
+        """Seconds for a round in which devices have this to do."""
+        most: dict[int, int] = {}
+        for one in work:
+            most[one.cut] = max(one.quota, most.get(one.cut, 0))
+        by_count = most and self._settings.round_seconds is None
+        return deadline(
+            self._paces,
+            most,
+            mads=self._settings.deadline_mads if by_count else None,
+            ceiling_s=self._settings.round_deadline_s,
+        )
+
+    def note(
+        self, ended: RoundInProgress, registry: Registry, deadline_s: float, *, closed: bool
+    ) -> list[Device]:
+        """Learn from a round that has ended; the devices that are given other work from now on.
+
+        After a round that was abandoned nothing is known of how long the next will take.
+        """
+        if not closed:
+            self._paces.clear()
+            return []
+        changed = []
+        for name, cut in ended.participants.items():
+            batches, finished, seconds = ended.progress(name)
+            if not batches:
+                continue  # it was away; that says nothing about how fast it is
+            self._paces.setdefault(cut, deque(maxlen=PACES)).append(seconds / batches)
+            if self._settings.adapt_work and self._settings.aggregation == "rounds":
+                device = registry.devices[name]
+                spare = finished and seconds < deadline_s / 2
+                if self._adapt(device, finished=finished, spare=spare):
+                    changed.append(device)
+        return changed
+
+    def _adapt(self, device: Device, *, finished: bool, spare: bool) -> bool:
+        before = device.load.share
+        device.load, shallower = next_load(device.load, finished=finished, spare=spare)
+        if shallower:
+            fixed = device.hello is None or device.hello.cut is not None
+            if fixed or device.cut is None or device.cut == 1:
+                device.load = Load(before)
+                return False
+            device.cut -= 1
+            log.warning(
+                "%s is late even with little work: cut layer %d now", device.name, device.cut
+            )
+        elif device.load.share != before:
+            log.warning("%s is given %.0f %% of its work", device.name, 100 * device.load.share)
+        return device.load.share != before

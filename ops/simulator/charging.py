@@ -1,0 +1,154 @@
+"""Learners and engines that charge what they compute to a meter, in virtual seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from coordinator.aggregation import Aggregation, Model
+from coordinator.engines import Engine, Entry, Outcome, Step
+from edge_agent.attempt import Learner, Result
+from edge_agent.predictor import Predictor
+from edge_agent.snapshots import Snapshot
+from ops.simulator.program import Meter
+from tensors.format import Buffer
+from tensors.networks import State
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCost:
+    """Seconds that each block of a device's half takes for one batch."""
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCost:
+    """Seconds that the coordinator takes for one batch, and for closing a round."""
+
+    step_s: float = 0.0
+    merge_s: float = 0.0
+
+
+FREE_STEP, FREE = DeviceCost(), ServerCost()
+
+
+class _ChargedPredictor:
+    def __init__(self, predictor: Predictor, meter: Meter, seconds: float) -> None:
+        self._predictor = predictor
+        self._meter = meter
+        self._seconds = seconds
+
+    def predict(self, images: np.ndarray) -> tuple[Any, np.ndarray]:
+        self._meter.spend(self._seconds)
+        return self._predictor.predict(images)
+
+
+class ChargedLearner:
+    """A learner at cut ``cut`` whose steps take time."""
+
+    def __init__(self, learner: Learner, cut: int, meter: Meter, cost: DeviceCost) -> None:
+        self._learner = learner
+        self._meter = meter
+        self._forward_s = cost.forward_s * cut
+        self._backward_s = cost.backward_s * cut
+
+    @property
+    def start(self) -> Snapshot:
+        """See ``edge_agent.attempt.Learner``, as for all of these."""
+        return self._learner.start
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Free of charge."""
+        self._learner.load(state)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Free of charge."""
+        self._learner.restore(snapshot)
+
+    def rewind(self) -> None:
+        """Free of charge."""
+        self._learner.rewind()
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Free of charge."""
+        self._learner.set_learning_rate(rate)
+
+    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:
+        """Takes the forward part of a step."""
+        self._meter.spend(self._forward_s)
+        return self._learner.forward(batch, images, labels)
+
+    def backward(self, batch: int, gradient: Any | None) -> Result:
+        """Takes the backward part of a step."""
+        self._meter.spend(self._backward_s)
+        return self._learner.backward(batch, gradient)
+
+    def decode(self, data: Buffer, keep: np.ndarray | None) -> Any:
+        """Free of charge."""
+        return self._learner.decode(data, keep)
+
+    def discard(self, batch: int) -> None:
+        """Free of charge."""
+        self._learner.discard(batch)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Free of charge."""
+        return self._learner.state()
+
+    def predictor(self) -> Predictor:
+        """Takes the forward part of a step for each batch."""
+        return _ChargedPredictor(self._learner.predictor(), self._meter, self._forward_s)
+
+
+class ChargedEngine:
+    """An engine whose steps take time."""
+
+    gathers: ClassVar[bool] = False
+
+    def __init__(self, engine: Engine, meter: Meter, cost: ServerCost) -> None:
+        self._engine = engine
+        self._meter = meter
+        self._cost = cost
+
+    def begin(self, model: Model, learning_rate: float) -> None:
+        """Free of charge."""
+        self._engine.begin(model, learning_rate)
+
+    def step(
+        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+    ) -> Step:
+        """Takes a step."""
+        self._meter.spend(self._cost.step_s)
+        return self._engine.step(device, cut, features, labels, want_gradient=want_gradient)
+
+    def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
+        """Takes a step for each batch."""
+        self._meter.spend(self._cost.step_s * len(batches))
+        return self._engine.step_together(batches, want_gradients=want_gradients)
+
+    def finish(self, device: str) -> tuple[State, State]:
+        """Free of charge."""
+        return self._engine.finish(device)
+
+    def close(self, aggregation: Aggregation) -> None:
+        """Takes the time of closing a round."""
+        self._meter.spend(self._cost.merge_s)
+        self._engine.close(aggregation)
+
+
+class ChargedGatheringEngine(ChargedEngine):
+    """The same for an engine that gathers."""
+
+    gathers: ClassVar[bool] = True
+
+
+def charged(engine: Engine, meter: Meter, cost: ServerCost) -> Engine:
+    """``engine``, charging ``meter``."""
+    kind = ChargedGatheringEngine if engine.gathers else ChargedEngine
+    return kind(engine, meter, cost)

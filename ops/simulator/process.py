@@ -1,0 +1,462 @@
+"""One process of the fleet: a state machine with its inbox, its connection, and its misfortunes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from broker.config import BrokerConfig
+from broker.drive import HOUSEKEEPING_S, INBOX, Effect, Event, Machine, Subscribe
+from broker.envelopes import Envelope
+from broker.link import Arrival, Framing
+from broker.transport import MAX_WAITING_QOS0, Backoff, Capabilities, Connected, Disconnected
+from coordinator.errors import CoordinatorError
+from edge_agent.errors import AgentError
+from ops.simulator.broker import Broker
+from ops.simulator.connection import Connection
+from ops.simulator.link import IDEAL, LinkProfile, Packet
+from ops.simulator.program import Killed, Life, Meter, Program, Tally
+from ops.simulator.sender import Sender, Wire
+from ops.simulator.world import Event as Due
+from ops.simulator.world import World
+
+CONFIG = BrokerConfig()
+CAPABILITIES = Capabilities(max_packet_size=CONFIG.max_packet_size)
+HANDSHAKE_TRIPS = 2
+"""Round trips until a connection is up: TCP, then MQTT."""
+
+
+class Process:
+    """Drives a machine as ``broker.drive`` does: messages first, then time, then work.
+
+    A step takes the virtual time that is charged to ``meter``; what it wants sent leaves at its
+    end, and no other begins before that is on its way. ``over`` says that the machine has finished,
+    ``failure`` of which error the process died; ``ended`` is called for both.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        broker: Broker,
+        program: Program,
+        profile: LinkProfile = IDEAL,
+        *,
+        wire: Wire | None = None,
+        watch: Callable[[Envelope], None] | None = None,
+        ended: Callable[[Process], None] | None = None,
+    ) -> None:
+        self.name = program.name
+        self.profile = profile
+        self.program = program
+        self.meter = Meter()
+        self.tally = Tally()
+        self.alive = self.frozen = self.partitioned = self.over = False
+        self.failure: Exception | None = None
+        self.machine: Machine | None = None
+        self._world = world
+        self._broker = broker
+        self._wire = wire
+        self._watch = watch
+        self._ended = ended
+        self._offset = 0.0
+        self._life: Life | None = None
+        self._framing: Framing | None = None
+        self._sender: Sender | None = None
+        self._backoff: Backoff | None = None
+        self._resumes = False
+        self._filters: tuple[str, ...] = ()
+        self._arrived: deque[tuple[Packet, Connection]] = deque()
+        self._arrived_qos0 = 0
+        self._inbox: deque[Event] = deque()
+        self._outbox: deque[Effect] = deque()
+        self._busy: Due | None = None
+        self._step_due: Due | None = None
+        self._alarm: tuple[float, Due] | None = None
+        self._connecting: Due | None = None
+        self._house_due: Due | None = None
+        self._postponed: list[Callable[[], None]] = []
+
+    # -- what may happen to it --------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin a life: the machine is built, and connects."""
+        assert not self.alive, f"{self.name} is running"
+        number = self.tally.lives
+        self.tally.lives += 1
+        self.alive, self.over, self.failure = True, False, None
+        rng = self._world.rng(f"{self.name}/{number}")
+        self._backoff = Backoff(CONFIG.backoff_initial_s, CONFIG.backoff_max_s, rng)
+        self._framing = Framing(
+            self._broker.topics,
+            observer=self.program.observer(),
+            clock=self.clock,
+            first_id=rng.getrandbits(32),
+        )
+        self._life = Life(number, self.clock, self.meter, self._uplink)
+        self._resumes, self._filters = False, ()
+        try:
+            self.machine = self.program.build(self._life)
+        except Killed:
+            self.kill()
+            return
+        except (AgentError, CoordinatorError) as exc:
+            self._fail(exc)
+            return
+        self.meter.spent = 0.0
+        self._connecting = self._world.after(0.0, self._connect)
+        self._look()
+
+    def kill(self, *, power_cut: bool = False) -> None:
+        """Die at once: only its disk stays. After a power cut not even the broker is told."""
+        if self._sender is not None:
+            self._sender.connection.abandon(seen=not power_cut)
+        self._forget()
+
+    def restart(self) -> None:
+        """A new life; the old one, if there is one, ends as by :meth:`kill`."""
+        if self.alive:
+            self.kill()
+        self.start()
+
+    def freeze(self) -> None:
+        """Stand still, as after SIGSTOP: nothing is computed, read or sent."""
+        if self.alive and not self.frozen:
+            self.frozen = True
+            if self._sender is not None:
+                self._sender.connection.silence("client")
+
+    def thaw(self) -> None:
+        """Go on; a connection that was given up meanwhile is found to be."""
+        if not self.frozen:
+            return
+        self.frozen = False
+        if self._sender is not None:
+            self._sender.connection.sign_of_life("client")
+        postponed, self._postponed = self._postponed, []
+        for action in postponed:
+            action()
+        self._read()
+
+    def partition(self) -> None:
+        """Its network fails without a sound."""
+        self.partitioned = True
+        if self._sender is not None:
+            self._sender.connection.partition()
+
+    def heal(self) -> None:
+        """Its network is back."""
+        self.partitioned = False
+        if self._sender is not None:
+            self._sender.connection.heal()
+            self._flush()
+
+    def drop_connection(self) -> None:
+        """The connection breaks, and both ends see it."""
+        if self._sender is not None:
+            self._sender.connection.end("the connection was cut")
+
+    def slow(self, factor: float) -> None:
+        """What is computed from now on takes ``factor`` times as long as normally."""
+        self.meter.slowness = factor
+
+    def jump_clock(self, seconds: float) -> None:
+        """Its clock is suddenly so much ahead, for good."""
+        self._offset += seconds
+        self._look()
+
+    # -- to look at -------------------------------------------------------------------------------
+
+    def clock(self) -> float:
+        """The process's own time in seconds; during a step it passes as that is charged."""
+        return self._world.now + self._offset + self.meter.spent
+
+    @property
+    def connected(self) -> bool:
+        """Whether it believes that it is."""
+        return self._sender is not None
+
+    @property
+    def received_bytes(self) -> int:
+        """What was sent to it, on the wire, over all its lives."""
+        now = self._sender.connection.down.bytes if self._sender is not None else 0
+        return self.tally.received_bytes + now
+
+    @property
+    def waiting(self) -> int:
+        """Messages that wait for its machine or to be sent."""
+        return len(self._arrived) + len(self._inbox) + len(self._outbox)
+
+    # -- its connection ---------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        if self._is_frozen(self._connect):
+            return
+        trip = 2 * self.profile.latency_s
+        if self.partitioned or self._broker.frozen:
+            self._connecting = self._world.after(CONFIG.connect_timeout_s, self._refused)
+        elif not self._broker.alive:
+            self._connecting = self._world.after(trip, self._refused)
+        else:
+            self._connecting = self._world.after(HANDSHAKE_TRIPS * trip, self._attach)
+
+    def _refused(self) -> None:
+        if self._is_frozen(self._refused):
+            return
+        if not (self._inbox and isinstance(self._inbox[-1], Disconnected)):
+            self._take(Disconnected("the broker cannot be reached"))
+        self._back_off()
+
+    def _attach(self) -> None:
+        if self._is_frozen(self._attach):
+            return
+        if self.partitioned or self._broker.frozen or not self._broker.alive:
+            self._connect()
+            return
+        assert self._life is not None
+        assert self._framing is not None
+        assert self._backoff is not None
+        self._connecting = None
+        connection = Connection(
+            self._broker,
+            self.name,
+            self.profile,
+            lambda packet: self._arrive(packet, connection),
+            self._lost,
+        )
+        self._sender = Sender(
+            self._world, connection, self._framing, self._flush, self._wire, self.tally.sent_bytes
+        )
+        self._framing.connected(CAPABILITIES.max_packet_size)
+        self._backoff.reset()
+        filters = (*self.program.filters, *self._filters)
+        will = self.program.will(self._life)
+        resumed = self._broker.attach(connection, filters, will, clean=not self._resumes)
+        self._resumes = True
+        self.tally.connections += 1
+        if resumed:  # what was not acknowledged comes again
+            self._arrived = deque(pair for pair in self._arrived if pair[0].qos == 0)
+        self._take(Connected(resumed, CAPABILITIES))
+
+    def _lost(self, reason: str) -> None:
+        if self._is_frozen(lambda: self._lost(reason)):
+            return
+        self._leave()
+        self._take(Disconnected(reason))
+        self._back_off()
+        self._flush()
+
+    def _leave(self) -> None:
+        if self._sender is not None:
+            self.tally.received_bytes += self._sender.connection.down.bytes
+            self._sender = None
+
+    def _back_off(self) -> None:
+        assert self._backoff is not None
+        self._connecting = self._world.after(self._backoff.next(), self._connect)
+
+    def _is_frozen(self, action: Callable[[], None]) -> bool:
+        if self.frozen:
+            self._postponed.append(action)
+        return self.frozen
+
+    # -- what comes in ----------------------------------------------------------------------------
+
+    def _arrive(self, packet: Packet, connection: Connection) -> None:
+        if packet.qos == 0:
+            if self._arrived_qos0 >= MAX_WAITING_QOS0:
+                self.tally.lost_qos0 += 1
+                return
+            self._arrived_qos0 += 1
+        self._arrived.append((packet, connection))
+        self.tally.most_arrived = max(self.tally.most_arrived, len(self._arrived))
+        if not self.frozen:
+            self._read()
+
+    def _read(self) -> None:
+        """Take what has arrived into the inbox as far as there is room; the rest is not read."""
+        framing = self._framing
+        while self._arrived and len(self._inbox) < INBOX:
+            assert framing is not None
+            packet, connection = self._arrived.popleft()
+            envelope = self._open(framing, packet)
+            if packet.qos:
+                self._broker.acknowledged(connection)
+            else:
+                self._arrived_qos0 -= 1
+            if envelope is not None:
+                self._inbox.append(Arrival(envelope))
+            elif framing.held_bytes and self._house_due is None:
+                self._house_due = self._world.after(HOUSEKEEPING_S, self._keep_house)
+        self.tally.most_inbox = max(self.tally.most_inbox, len(self._inbox))
+        self._look()
+
+    def _open(self, framing: Framing, packet: Packet) -> Envelope | None:
+        # What goes to many is the same for all of them, and decoded for the first.
+        if packet.opened is not None:
+            return Envelope(packet.address, packet.opened)
+        envelope = framing.open(packet.topic, packet.payload)
+        if envelope is not None and packet.whole:
+            packet.opened = envelope.message
+        return envelope
+
+    def _keep_house(self) -> None:
+        self._house_due = None
+        if self._is_frozen(self._keep_house):
+            return
+        assert self._framing is not None
+        self._framing.expire()
+        if self._framing.held_bytes:
+            self._house_due = self._world.after(HOUSEKEEPING_S, self._keep_house)
+
+    def _take(self, event: Event) -> None:
+        self._inbox.append(event)
+        self._look()
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Plan the next step: now if there is something to do, else when it is time."""
+        machine = self.machine
+        if machine is None or self.frozen or self._busy or self._step_due or self._outbox:
+            return
+        if machine.finished:
+            self._finish(machine)
+            return
+        due = machine.next_tick
+        if self._inbox or machine.has_work or (due is not None and self.clock() >= due):
+            self._step_due = self._world.after(0.0, self._step)
+        elif due is not None:
+            # A sum of floats may be a little less than its parts were.
+            time = max(due - self._offset, math.nextafter(self._world.now, math.inf))
+            if self._alarm is not None:
+                if self._alarm[0] <= time:
+                    return
+                self._alarm[1].cancel()
+            self._alarm = time, self._world.at(time, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._look()
+
+    def _step(self) -> None:
+        self._step_due = None
+        if self._is_frozen(self._look):
+            return
+        started = self.clock()
+        try:
+            effects = self._next_step()
+        except Killed:
+            self.kill()
+            return
+        except (AgentError, CoordinatorError) as exc:
+            self._fail(exc)
+            return
+        machine, seconds = self.machine, self.meter.spent
+        self.meter.spent = 0.0
+        self.tally.steps += 1
+        self.tally.busy_s += seconds
+        assert machine is not None
+        self.program.stepped(machine, started, seconds)
+        if seconds:
+            self._busy = self._world.after(seconds, lambda: self._done(effects))
+        else:
+            self._done(effects)
+
+    def _next_step(self) -> Sequence[Effect]:
+        machine = self.machine
+        assert machine is not None
+        if self._inbox:
+            event = self._inbox.popleft()
+            if self._arrived:
+                self._read()
+            match event:
+                case Connected():
+                    return machine.connected()
+                case Disconnected():
+                    return machine.disconnected()
+                case Arrival(envelope):
+                    return machine.receive(envelope)
+        due = machine.next_tick
+        if due is not None and self.clock() >= due:
+            return machine.tick()
+        return machine.work() if machine.has_work else ()
+
+    def _done(self, effects: Sequence[Effect]) -> None:
+        self._busy = None
+        if self._is_frozen(lambda: self._done(effects)):
+            return
+        self._outbox.extend(effects)
+        self.tally.most_outbox = max(self.tally.most_outbox, len(self._outbox))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what has a slot; what finds no connection is lost."""
+        while self._outbox and not self.frozen:
+            effect = self._outbox[0]
+            sender = self._sender
+            if sender is not None and not sender.ready:
+                sender.wait()
+                return
+            self._outbox.popleft()
+            if isinstance(effect, Subscribe):
+                drop = tuple(topic for topic in self._filters if topic not in effect.filters)
+                self._filters = effect.filters
+                if sender is not None:
+                    sender.subscribe(effect.filters, drop)
+                continue
+            envelope = Envelope(effect.address, effect.message)  # a deferred one is made here
+            if self._watch is not None:
+                self._watch(envelope)
+            if sender is None:
+                self.tally.unsent += 1
+            else:
+                sender.send(envelope)
+        self._look()
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _finish(self, machine: Machine) -> None:
+        try:
+            goodbye = self.program.goodbye(machine)
+        except AgentError as exc:
+            self._fail(exc)
+            return
+        if self._sender is not None:
+            if goodbye is not None:
+                self._sender.send(goodbye)
+            self._sender.connection.leave()
+        self._forget()
+        self.over = True
+        self._tell()
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        self.tally.failures.append(f"{type(error).__name__}: {error}")
+        if self._sender is not None:
+            self._sender.connection.leave()
+        self._forget()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._ended is not None:
+            self._ended(self)
+
+    def _forget(self) -> None:
+        self._leave()
+        alarm = self._alarm[1] if self._alarm is not None else None
+        for due in (self._busy, self._step_due, self._connecting, self._house_due, alarm):
+            if due is not None:
+                due.cancel()
+        self._busy = self._step_due = self._connecting = self._house_due = self._alarm = None
+        for waiting in (self._arrived, self._inbox, self._outbox, self._postponed):
+            waiting.clear()
+        self._arrived_qos0 = 0
+        self.meter.spent = 0.0
+        self.machine = self._framing = self._life = self._backoff = None
+        self.alive = self.frozen = False
+
+    def _uplink(self) -> float:
+        if self._sender is not None:
+            self._sender.settle()
+        return self._framing.uplink_bytes_per_s if self._framing is not None else 0.0

@@ -1,0 +1,243 @@
+"""What a fleet is made of: distributions from a TOML file, drawn from a seed.
+
+    [[group]]
+    share = 0.7                       # of the devices; shares are made to add up to 1
+    cut = { choice = [2, 3], weights = [2, 1] }
+    forward_s = { lognormal = 0.004, sigma = 0.5 }
+    backward_ratio = 2.0
+    latency_s = { uniform = [0.01, 0.04] }
+    on_s = 3600                       # a plain number is always that number
+
+Every key of :class:`Group` may be given; what is missing has its default.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ops.errors import SettingsWrong
+from ops.simulator.charging import DeviceCost
+from ops.simulator.link import LinkProfile
+from ops.simulator.programs import Device
+from ops.simulator.world import World
+
+FOLDER = Path(__file__).parent / "profiles"
+
+
+class _Spread(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Constant(_Spread):
+    """Always the same."""
+
+    constant: float | Literal["auto"]
+
+    def draw(self, rng: random.Random) -> float | str:
+        """The one value."""
+        del rng
+        return self.constant
+
+
+class Uniform(_Spread):
+    """Evenly between two values."""
+
+    uniform: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _check(self) -> Uniform:
+        if self.uniform[0] > self.uniform[1]:
+            raise ValueError("the first must not be above the second")
+        return self
+
+    def draw(self, rng: random.Random) -> float:
+        """One of them."""
+        return rng.uniform(*self.uniform)
+
+
+class LogNormal(_Spread):
+    """Around a median, with the standard deviation ``sigma`` of the logarithm."""
+
+    lognormal: float = Field(gt=0)
+    sigma: float = Field(ge=0)
+    at_most: float = Field(default=math.inf, gt=0)
+
+    def draw(self, rng: random.Random) -> float:
+        """Above 0 and at most ``at_most``."""
+        return min(self.at_most, self.lognormal * math.exp(rng.gauss(0, self.sigma)))
+
+
+class Choice(_Spread):
+    """One of several, with weights or all alike."""
+
+    choice: list[float | Literal["auto"]] = Field(min_length=1)
+    weights: list[Annotated[float, Field(ge=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Choice:
+        if self.weights is None:
+            return self
+        if len(self.weights) != len(self.choice):
+            raise ValueError(f"{len(self.choice)} choices but {len(self.weights)} weights")
+        if not sum(self.weights):
+            raise ValueError("the weights must not all be 0")
+        return self
+
+    def draw(self, rng: random.Random) -> float | str:
+        """One of them."""
+        return rng.choices(self.choice, self.weights)[0]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return {"constant": value}
+    return value
+
+
+def _kind(value: Any) -> Any:
+    # Chosen by its first key, so that an error names what is wrong with that kind alone.
+    kinds: dict[str, type[_Spread]] = {
+        "constant": Constant,
+        "uniform": Uniform,
+        "lognormal": LogNormal,
+        "choice": Choice,
+    }
+    value = _plain(value)
+    if isinstance(value, _Spread):
+        return value
+    if isinstance(value, dict):
+        for name, kind in kinds.items():
+            if name in value:
+                return kind.model_validate(value)
+    raise ValueError(f"give a number, or a table with one of {', '.join(kinds)}")
+
+
+Spread = Annotated[Constant | Uniform | LogNormal | Choice, BeforeValidator(_kind)]
+
+
+class Group(BaseModel):
+    """Devices of one kind. Times in seconds; of a step, for each block of the device's half."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    share: float = Field(default=1.0, gt=0)
+    """Of all devices, beside the other groups'."""
+    cut: Spread = Constant(constant=2)
+    """Cut layers, or "auto": as measured."""
+    forward_s: Spread = Constant(constant=0.005)
+    backward_ratio: Spread = Constant(constant=2.0)
+    """How many times as long as forward the backward pass takes."""
+    memory_mb: Spread = Constant(constant=1024)
+    samples: Spread = Constant(constant=256)
+    test_samples: Spread = Constant(constant=0)
+    up_bytes_per_s: Spread = Constant(constant=math.inf)
+    down_bytes_per_s: Spread = Constant(constant=math.inf)
+    latency_s: Spread = Constant(constant=0.0)
+    """One way, to the broker."""
+    jitter_s: Spread = Constant(constant=0.0)
+    loss: Spread = Constant(constant=0.0)
+    """Share of packets that have to be sent again."""
+    start_s: Spread = Constant(constant=0.0)
+    """When the device is switched on."""
+    on_s: Spread = Constant(constant=3600)
+    """Duty cycle: so long on, then ``off_s`` off (0: always on)."""
+    off_s: Spread = Constant(constant=0.0)
+    failure_s: Spread = Constant(constant=0.0)
+    """Mean time between failures (0: it never fails), and until it is repaired."""
+    repair_s: Spread = Constant(constant=60.0)
+
+    def device(self, name: str, rng: random.Random) -> Device:
+        """A device of this kind."""
+
+        def draw(key: str) -> float:
+            return max(0.0, float(getattr(self, key).draw(rng)))
+
+        cut = self.cut.draw(rng)
+        forward_s = draw("forward_s")
+        return Device(
+            name=name,
+            cut="auto" if isinstance(cut, str) else int(cut),
+            cost=DeviceCost(forward_s, forward_s * draw("backward_ratio")),
+            memory_mb=draw("memory_mb"),
+            samples=max(1, round(draw("samples"))),
+            test_samples=round(draw("test_samples")),
+            link=LinkProfile(
+                up_bytes_per_s=max(1.0, draw("up_bytes_per_s")),
+                down_bytes_per_s=max(1.0, draw("down_bytes_per_s")),
+                latency_s=draw("latency_s"),
+                jitter_s=draw("jitter_s"),
+                loss=min(0.9, draw("loss")),
+            ),
+            start_s=draw("start_s"),
+            on_s=max(1.0, draw("on_s")),
+            off_s=draw("off_s"),
+            failure_s=draw("failure_s"),
+            repair_s=max(1.0, draw("repair_s")),
+        )
+
+
+class Profile(BaseModel):
+    """A fleet's make-up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    group: list[Group] = Field(min_length=1)
+
+    def devices(self, count: int, world: World) -> list[Device]:
+        """So many devices, of each group in proportion; every device has a generator of its own."""
+        width = len(str(max(0, count - 1)))
+        devices = []
+        for number, group in enumerate(self._groups(count)):
+            name = f"d{number:0{width}}"
+            devices.append(group.device(name, world.rng(f"profile/{name}")))
+        return devices
+
+    def _groups(self, count: int) -> Sequence[Group]:
+        """Which group each device is of: at every point as near to the shares as can be."""
+        total = sum(group.share for group in self.group)
+        taken = [0] * len(self.group)
+        chosen = []
+        for number in range(1, count + 1):
+            wanted = [
+                number * group.share / total - n for group, n in zip(self.group, taken, strict=True)
+            ]
+            index = max(range(len(wanted)), key=lambda i: (wanted[i], -i))
+            taken[index] += 1
+            chosen.append(self.group[index])
+        return chosen
+
+
+def bundled() -> list[str]:
+    """Names of the profiles that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_profile(name: str) -> Profile:
+    """A bundled profile by its name, or one from a file.
+
+    Raises :class:`SettingsWrong`, naming the key, its value and what is allowed.
+    """
+    path = FOLDER / f"{name}.toml" if name in bundled() else Path(name)
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SettingsWrong(
+            f"there is no profile {name!r}: give a file, or one of {', '.join(bundled())}"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise SettingsWrong(f"the profile {path} cannot be read: {exc}") from exc
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SettingsWrong(
+            f"{path}: {where or 'profile'} = {first['input']!r}: {first['msg']}"
+        ) from None

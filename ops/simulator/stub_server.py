@@ -1,0 +1,234 @@
+"""The server side of a fleet that does not learn: engines that count, and what real ones send."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from broker.envelopes import Envelope
+from broker.messages import Activations, DeviceParameters, Gradients, Parameters
+from coordinator.aggregation import Aggregation, Model, block_of, half_of
+from coordinator.engines import Entry, Outcome, Step
+from coordinator.errors import BatchRefused
+from coordinator.evaluation import Responder
+from coordinator.service import Parts
+from coordinator.settings import CoordinatorSettings
+from ops.simulator.sender import Wire
+from ops.simulator.stub import BLOCKS, FEATURES, name_of, stub_state
+from tensors.codecs import parse_codec
+from tensors.networks import NetworkSpec, State, build_network, feature_shapes, read_state
+
+Witness = Callable[[str, int], bool]
+"""Told device and position of a batch that is about to be applied; False if it diverges."""
+
+
+def stub_parts(new_witness: Callable[[], Witness], settings: CoordinatorSettings) -> Parts:
+    """What a coordinator needs for stub devices; every engine has a witness of its own."""
+    engines: dict[str, type[StubAveraging | StubShared]] = {
+        "averaging": StubAveraging,
+        "sequential": StubShared,
+        "cascade": StubCascade,
+    }
+    state = stub_state()
+    momentum = {
+        name: np.zeros(value.shape, np.float32)
+        for name, value in state.items()
+        if value.dtype.kind == "f" and block_of(name) is not None
+    }
+    return Parts(
+        shapes=[FEATURES] * (BLOCKS - 1),
+        first=lambda: Model(dict(state), dict(momentum)),
+        new_engine=lambda: engines[settings.strategy](new_witness()),
+        responder=StubResponder(),
+    )
+
+
+class _Half:
+    """One server-side copy: every batch adds one to the blocks that it went through."""
+
+    def __init__(self, model: Model, first: int) -> None:
+        self.state = {
+            name: value.copy()
+            for name, value in model.state.items()
+            if (block := block_of(name)) is not None and block >= first
+        }
+        self.momentum = {n: v.copy() for n, v in model.momentum.items() if n in self.state}
+
+    def apply(self, cut: int) -> None:
+        for name, value in self.state.items():
+            if (block_of(name) or 0) >= cut:
+                self.state[name] = value + value.dtype.type(1)
+
+
+class _Counting:
+    """What the engines have in common."""
+
+    gathers: ClassVar[bool] = False
+
+    def __init__(self, witness: Witness) -> None:
+        self._witness = witness
+        self._model = Model({}, {})
+
+    def begin(self, model: Model, learning_rate: float) -> None:
+        """See ``coordinator.engines.Engine``."""
+        del learning_rate
+        self._model = model
+
+    def step(
+        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+    ) -> Step:
+        """Count a batch. Raises ``BatchRefused`` if it is to diverge."""
+        number, position = name_of(labels.tolist())
+        del number
+        if not self._witness(device, position):
+            raise BatchRefused("diverged")
+        self.count(device, cut, len(labels))
+        gradient = torch.ones_like(features) if want_gradient else None
+        return Step(1.0, 0, len(labels), gradient)
+
+    def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
+        """One after another: who only counts gains nothing by counting together."""
+        outcomes: list[Outcome] = []
+        for batch in batches:
+            try:
+                outcomes.append(
+                    self.step(
+                        batch.device,
+                        batch.cut,
+                        batch.features,
+                        batch.labels,
+                        want_gradient=want_gradients,
+                    )
+                )
+            except BatchRefused as exc:
+                outcomes.append(exc)
+        return outcomes
+
+    def count(self, device: str, cut: int, samples: int) -> None:
+        """Enter a batch in the books."""
+        raise NotImplementedError
+
+
+class StubAveraging(_Counting):
+    """A copy for every device."""
+
+    def __init__(self, witness: Witness) -> None:
+        super().__init__(witness)
+        self._copies: dict[str, _Half] = {}
+
+    def count(self, device: str, cut: int, samples: int) -> None:
+        """In the device's copy."""
+        del samples
+        if device not in self._copies:
+            self._copies[device] = _Half(self._model, cut)
+        self._copies[device].apply(cut)
+
+    def finish(self, device: str) -> tuple[State, State]:
+        """The device's copy."""
+        copy = self._copies.pop(device, None)
+        return ({}, {}) if copy is None else (copy.state, copy.momentum)
+
+    def close(self, aggregation: Aggregation) -> None:
+        """Nothing."""
+
+
+class StubShared(_Counting):
+    """One copy for all."""
+
+    def begin(self, model: Model, learning_rate: float) -> None:
+        """See ``coordinator.engines.Engine``."""
+        super().begin(model, learning_rate)
+        self._shared = _Half(model, 1)
+        self._samples: Counter[int] = Counter()
+
+    def count(self, device: str, cut: int, samples: int) -> None:
+        """In the one copy."""
+        del device
+        self._shared.apply(cut)
+        self._samples[cut] += samples
+
+    def finish(self, device: str) -> tuple[State, State]:
+        """Nothing."""
+        del device
+        return {}, {}
+
+    def close(self, aggregation: Aggregation) -> None:
+        """A block weighs what entered at or below it."""
+        for index in range(1, BLOCKS):
+            weight = sum(n for cut, n in self._samples.items() if cut <= index)
+            aggregation.add_server(
+                {n: v for n, v in self._shared.state.items() if block_of(n) == index},
+                {n: v for n, v in self._shared.momentum.items() if block_of(n) == index},
+                weight,
+            )
+
+
+class StubCascade(StubShared):
+    """Gathers, as the real one does."""
+
+    gathers: ClassVar[bool] = True
+
+
+class StubResponder(Responder):
+    """Answers that every image is of class 0."""
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+
+    def load(self, version: int, state: State) -> None:
+        """Serve this version."""
+        del state
+        self.version = version
+
+    def answer(self, cut: int, features: Tensor) -> np.ndarray:
+        """Probabilities (N×2)."""
+        del cut
+        return np.tile(np.array([1.0, 0.0], np.float32), (len(features), 1))
+
+
+def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None]) -> Wire:
+    """How many more bytes a stub's message would have with the network of the settings.
+
+    Codecs are counted without their lossless stage, parameters whole.
+    """
+    spec = NetworkSpec(**settings.network.model_dump())
+    network = build_network(spec)
+    blocks = [network.blocks[str(index)] for index in range(network.stop)]
+    shapes = feature_shapes(blocks, spec)[:-1]
+    images = settings.batch_size
+
+    def batch_bytes(bits: int) -> list[int]:
+        return [images * math.prod(shape) * bits // 8 for shape in shapes]
+
+    activations = batch_bytes(parse_codec(settings.codec).bits)
+    gradients = batch_bytes(settings.codec_of_gradients.bits)
+    bits = parse_codec(settings.parameter_codec).bits
+    state = read_state(network)
+    halves = [
+        sum(value.size for value in half_of(state, cut).values()) * bits // 8
+        for cut in range(1, len(shapes) + 1)
+    ]
+
+    def extra(envelope: Envelope) -> int:
+        message = envelope.message
+        if isinstance(message, Parameters):
+            return max(0, halves[message.cut - 1] - len(message.state))
+        cut = cut_of(envelope.address.device or "")
+        if cut is None:
+            return 0
+        match message:
+            case Activations():
+                return max(0, activations[cut - 1] - len(message.tensor))
+            case Gradients():
+                return max(0, gradients[cut - 1] - len(message.tensor))
+            case DeviceParameters():
+                return max(0, halves[cut - 1] - len(message.state))
+        return 0
+
+    return extra

@@ -1,0 +1,82 @@
+"""Fleets drawn from distributions."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ops.errors import SettingsWrong
+from ops.simulator import World
+from ops.simulator.profile import Choice, Constant, LogNormal, Uniform, bundled, load_profile
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "profile.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_bundled_profiles_make_fleets(name: str) -> None:
+    devices = load_profile(name).devices(200, World(1))
+    assert [device.name for device in devices[:2]] == ["d000", "d001"]
+    assert len({device.cost.forward_s for device in devices}) > 50
+    for device in devices:
+        assert device.cut == "auto" or 1 <= device.cut <= 9
+        assert device.link.up_bytes_per_s > 0
+        assert 0 <= device.link.loss < 1
+
+
+def test_there_are_bundled_profiles() -> None:
+    assert bundled() == ["cellular", "home", "lan", "mixed"]
+
+
+def test_one_more_device_changes_no_other() -> None:
+    profile = load_profile("mixed")
+    few, more = profile.devices(90, World(1)), profile.devices(91, World(1))
+    assert more[:90] == few
+    assert profile.devices(90, World(2)) != few
+
+
+def test_groups_have_their_shares(tmp_path: Path) -> None:
+    profile = load_profile(
+        write(tmp_path, "[[group]]\nshare=3\ncut=2\n[[group]]\nshare=1\ncut='auto'\n")
+    )
+    assert Counter(d.cut for d in profile.devices(40, World())) == {2: 30, "auto": 10}
+    assert Counter(d.cut for d in profile.devices(4, World())) == {2: 3, "auto": 1}
+
+
+def test_distributions(rng: random.Random) -> None:
+    assert Constant(constant=3.0).draw(rng) == 3.0
+    assert all(2 <= Uniform(uniform=(2, 4)).draw(rng) <= 4 for _ in range(100))
+    drawn = sorted(LogNormal(lognormal=5.0, sigma=0.5).draw(rng) for _ in range(2001))
+    assert 4.0 < drawn[1000] < 6.2
+    assert max(LogNormal(lognormal=5, sigma=2, at_most=6).draw(rng) for _ in range(200)) == 6
+    counts = Counter(Choice(choice=[1, 2, 3], weights=[1, 0, 3]).draw(rng) for _ in range(400))
+    assert counts[2] == 0
+    assert counts[3] > counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("[[group]]\nspeed = 3\n", r"group.0.speed = 3: Extra inputs"),
+        ("[[group]]\nforward_s = { normal = 3 }\n", r"group.0.forward_s = .*constant, uniform"),
+        ("[[group]]\ncut = { choice = [1, 2], weights = [1] }\n", r"group.0.cut.*2 choices but 1"),
+        ("[[group]]\nlatency_s = { uniform = [2, 1] }\n", r"group.0.latency_s.*not be above"),
+        ("[[group]]\nshare = 0\n", r"group.0.share = 0: .*greater than 0"),
+        ("group = []\n", r"group = \[\]: .*at least 1"),
+        ("group = [", r"cannot be read"),
+    ],
+)
+def test_errors_name_the_key(tmp_path: Path, text: str, wanted: str) -> None:
+    with pytest.raises(SettingsWrong, match=wanted):
+        load_profile(write(tmp_path, text))
+
+
+def test_a_profile_that_does_not_exist() -> None:
+    with pytest.raises(SettingsWrong, match="give a file, or one of cellular, home, lan, mixed"):
+        load_profile("nowhere")
