@@ -8,7 +8,6 @@ Decisions are pure functions in ``coordinator.rounds``; what they are asked with
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -86,11 +85,11 @@ class Run:
         self._number = max(checkpoint.round, store.announced()[0] - 1)
         self._attempt = 0
         self._returning_until = clock() + settings.return_wait_s if checkpoint.registry else None
-        self._history = History(name, checkpoint.history, recent=max(1, settings.max_staleness) + 1)
+        self._history = History(name, checkpoint.history, recent=max(1, settings.staleness) + 1)
         self._traffic = TrafficLog(checkpoint.traffic, traffic)
         self._workload = Workload(settings, checkpoint.scheduler)
         self._round: RoundInProgress | None = None
-        self._earlier: deque[RoundInProgress] = deque(maxlen=max(1, settings.max_staleness))
+        self._earlier: list[RoundInProgress] = []
         self._late: list[Contribution] = []
         self._phase: RunPhase = "gathering"
         self._due: float | None = None
@@ -308,7 +307,10 @@ class Run:
             self._set_phase("gathering")
             return self.advance() or [self.announcement()]
         self.published.replace(current.merge(), current.trained_cuts, self._cuts())
-        self._earlier.append(current)
+        recent = [
+            r for r in self._earlier if r.active and self._staleness(r) <= self._settings.staleness
+        ]
+        self._earlier = [*recent, current]
         record = self._record(current)
         for folded in current.added:
             device = self._registry.devices[folded.device]
@@ -327,11 +329,10 @@ class Run:
 
     def _take(self, brought: Contribution) -> None:
         """Fold a contribution into the current round, or the next; drop one that is too late."""
-        version = self.published.version if self._round is None else self._round.version
-        staleness = version - brought.version
+        staleness = self._staleness(brought)
         if self._phase in ("inference", "finished"):
             outcome = "run_over"
-        elif staleness > self._settings.max_staleness:
+        elif staleness > self._settings.staleness:
             outcome = "too_late"
         elif self._round is not None:
             self._round.add(brought)
@@ -379,6 +380,10 @@ class Run:
         return [self.announcement()]
 
     # -- small parts ------------------------------------------------------------------------------
+
+    def _staleness(self, begun: RoundInProgress | Contribution) -> int:
+        """How many versions there have been since."""
+        return self.published.version - begun.version
 
     def _find(self, stamp: tuple[str, int, int]) -> RoundInProgress | None:
         for candidate in (self._round, *self._earlier):

@@ -203,7 +203,7 @@ def build_core(
             gradients=gradients,
             device_copies=settings.device_copies,
             barrier=settings.aggregation == "rounds",
-            kept=settings.late_devices if settings.max_staleness else 0,
+            kept=settings.late_devices if settings.staleness else 0,
             grant=placement.credits,
             observer=observer,
             clock=clock,

@@ -85,9 +85,9 @@ class CoordinatorSettings(BaseModel):
     """rounds: all participants finish, or the deadline comes. buffered: no barrier; a version after
     every buffer_size contributions (strategy averaging)."""
     buffer_size: int = Field(default=8, ge=1, le=100_000)
-    max_staleness: int = Field(default=2, ge=0, le=1000)
+    max_staleness: int | None = Field(default=None, ge=0, le=1000)
     """How many versions a contribution may be late and still be folded in, as a discounted
-    difference; 0: never."""
+    difference; 0: never. None: 2, and without a barrier 16."""
     late_devices: int = Field(default=64, ge=0, le=100_000)
     """For how many devices that missed a round's end their server-side copy is kept."""
     adapt_work: bool = True
@@ -188,6 +188,13 @@ class CoordinatorSettings(BaseModel):
         if codec.levels is None:
             return codec
         return codec.with_levels(min(4 * codec.levels, MAX_LEVELS))
+
+    @property
+    def staleness(self) -> int:
+        """``max_staleness``, or what stands for it."""
+        if self.max_staleness is not None:
+            return self.max_staleness
+        return 2 if self.aggregation == "rounds" else 16
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must have in common with its first start."""
