@@ -27,6 +27,8 @@ INBOX = 64
 SENDING = 16
 """Messages on their way out at once."""
 HOUSEKEEPING_S = 5.0
+FAREWELL_S = 300.0
+"""How long a machine that has finished waits for a connection to say its last words on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,18 @@ async def drive(
     clock: Callable[[], float],
     stop: asyncio.Event,
     flush_s: float = 30.0,
+    farewell_s: float = FAREWELL_S,
 ) -> None:
     """Run ``machine`` until it has finished or ``stop`` is set.
 
-    What is under way then is still sent, for at most ``flush_s`` seconds.
+    What is under way then is still sent, for at most ``flush_s`` seconds. If a connection was lost
+    with the last words of a machine that has finished, it says them again on the next one, which
+    is waited for ``farewell_s`` seconds.
 
     Raises ``ConnectRefused`` when the broker will not have this client, and whatever the
     machine raises.
     """
-    loop = _Loop(machine, link, clock)
+    loop = _Loop(machine, link, clock, flush_s=flush_s, farewell_s=farewell_s)
     machine_job = loop.start()
     jobs: list[asyncio.Future[Any]] = [
         machine_job,
@@ -116,10 +121,23 @@ async def drive(
 class _Loop:
     """The event loop reads and sends; the machine's thread never waits for it between two steps."""
 
-    def __init__(self, machine: Machine, link: Link, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        link: Link,
+        clock: Callable[[], float],
+        *,
+        flush_s: float,
+        farewell_s: float,
+    ) -> None:
         self._machine = machine
         self._link = link
         self._clock = clock
+        self._flush_s, self._farewell_s = flush_s, farewell_s
+        self._given = self._done = 0
+        """Effects that the machine wanted, and those of them that are over."""
+        self._unsaid = False
+        """Whether something was not sent for want of a connection since the last one began."""
         self._loop = asyncio.get_running_loop()
         self._inbox: SimpleQueue[Event | None] = SimpleQueue()
         self._room = asyncio.Semaphore(INBOX)
@@ -140,11 +158,29 @@ class _Loop:
 
     def _compute(self) -> None:
         while not self._machine.finished and not self._ending.is_set():
-            for effect in self._next_step()():
-                while not self._slots.acquire(timeout=1.0):
-                    if self._ending.is_set():
-                        return
-                self._loop.call_soon_threadsafe(self._outbox.put_nowait, effect)
+            self._give(self._next_step()())
+        self._take_leave()
+
+    def _give(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            while not self._slots.acquire(timeout=1.0):
+                if self._ending.is_set():
+                    return
+            self._given += 1
+            self._loop.call_soon_threadsafe(self._outbox.put_nowait, effect)
+
+    def _take_leave(self) -> None:
+        """Wait until all is said; what was lost with a connection, again on the next."""
+        started = self._clock()
+        while not self._ending.is_set() and (self._unsaid or self._done < self._given):
+            patience = self._farewell_s if self._unsaid else self._flush_s
+            try:
+                event = self._inbox.get(timeout=max(0.0, started + patience - self._clock()))
+            except Empty:
+                return
+            handle = self._handler(event)
+            if isinstance(event, Connected):
+                self._give(handle())
 
     def _next_step(self) -> Callable[[], Sequence[Effect]]:
         machine = self._machine
@@ -168,6 +204,7 @@ class _Loop:
         match event:
             case Connected():
                 log.info("connected to the broker")
+                self._unsaid = False
                 return self._machine.connected
             case Disconnected(reason):
                 log.warning("no connection to the broker (%s); trying again", reason)
@@ -189,7 +226,7 @@ class _Loop:
             effect = await self._outbox.get()
             if isinstance(effect, Subscribe):
                 await self._subscribe(effect.filters)
-                self._slots.release()
+                self._release()
             else:
                 task = asyncio.create_task(self._send(effect), name="send")
                 self._sending.add(task)
@@ -219,12 +256,19 @@ class _Loop:
             log.error("not sent: %s", exc)  # noqa: TRY400 the message says it all
         except TransportError as exc:
             # Whoever waits for an answer says it again; what nobody waits for may be lost.
+            self._unsaid = True
             log.debug("not sent on %s: %s", envelope.address, exc)
         except Exception as exc:  # noqa: BLE001 the machine's, from making the message
             if not self.broken.done():
                 self.broken.set_exception(exc)
         finally:
-            self._slots.release()
+            self._release()
+
+    def _release(self) -> None:
+        self._done += 1
+        self._slots.release()
+        if self._machine.finished:
+            self._inbox.put(None)  # its thread waits for this
 
     async def flush(self, machine_job: asyncio.Future[None], seconds: float) -> None:
         """End the machine's thread after its step and let what is being sent arrive."""

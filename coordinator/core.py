@@ -91,11 +91,11 @@ class CoordinatorCore:
             for device in self._registry.devices.values()
             if device.hello
         ]
-        out += [*self._run.manifests(), self._run.announcement()]
-        return out + self._run.advance()
+        return out + self._run.connected()
 
     def disconnected(self) -> list[Envelope]:
-        """The broker is gone: everything waits."""
+        """The broker is gone: everything waits, deadlines too."""
+        self._run.disconnected()
         return []
 
     @property
@@ -173,7 +173,7 @@ class CoordinatorCore:
         device.cut = cut
         if cut is None:
             return [self._run.assignment(device)]
-        return [self._run.assignment(device), self._run.published.manifest(cut)]
+        return [self._run.assignment(device), *self._run.published.news(cut)]
 
     def _request(self, device: Device, request: Request) -> list[Envelope]:
         if request.what == "parameters" and device.cut is not None:

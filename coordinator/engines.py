@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from coordinator.aggregation import Aggregation, Model
-from coordinator.cascade import Cascade, RateRule
+from coordinator.cascade import Cascade
 from coordinator.errors import BatchRefused
 from coordinator.server_copy import Entry, ServerCopy, Step
 from tensors.networks import CutNetwork, State
@@ -168,12 +168,11 @@ def make_engine(
     *,
     momentum: float,
     weight_decay: float,
-    rate_rule: RateRule,
 ) -> Engine:
     """The engine of a strategy: ``averaging``, ``sequential`` or ``cascade``."""
-    if strategy == "cascade":
-        return Cascade(
-            network, compute, momentum=momentum, weight_decay=weight_decay, rate_rule=rate_rule
-        )
-    kind = Sequential if strategy == "sequential" else Averaging
-    return kind(network, compute, momentum=momentum, weight_decay=weight_decay)
+    kinds: dict[str, type[Averaging | Cascade | Sequential]] = {
+        "averaging": Averaging,
+        "cascade": Cascade,
+        "sequential": Sequential,
+    }
+    return kinds[strategy](network, compute, momentum=momentum, weight_decay=weight_decay)

@@ -87,8 +87,13 @@ class Ledger:
         """
         self.finished = True
         self.next_batch = max(self.next_batch, min(produced, self.quota))
-        fresh, self._taken = self.samples - self._taken, self.samples
+        fresh, self._taken = self.fresh, self.samples
         return fresh
+
+    @property
+    def fresh(self) -> int:
+        """Samples applied since the last :meth:`finish`."""
+        return self.samples - self._taken
 
     def extend(self, quota: int) -> None:
         """Another leg, of ``quota`` more batches."""

@@ -32,7 +32,8 @@ class Observer:
     def late_work(self, outcome: str, samples: int) -> None:
         """A contribution to an earlier round was ``folded`` in, or dropped and why.
 
-        ``too_late``, ``not_kept`` (no room for its server-side copy) or ``run_over``.
+        ``too_late``, ``not_kept`` (no room for its server-side copy), ``run_over``, or
+        ``not_brought``: the device never came back for it.
         """
 
     def work_changed(self, device: str, cut: int, share: float) -> None:

@@ -39,6 +39,7 @@ class Published:
         self._delta: Delta | None = None
         self._delta_cuts: frozenset[int] = frozenset()
         self._whole: dict[int, bytes] = {}
+        self._said: set[int] = set()
         self._sums: dict[int, tuple[str, int]] = {}
         self.version = version
         self.model = model
@@ -67,6 +68,7 @@ class Published:
         self.trained = self.trained | trained
         self._whole.clear()
         self._sums.clear()
+        self._said.clear()
 
     def manifest(self, cut: int) -> Envelope:
         """Which parameters a device with this cut should hold."""
@@ -86,6 +88,17 @@ class Published:
             ),
         )
 
+    def news(self, cut: int) -> list[Envelope]:
+        """The manifest, unless it was said already; it is retained."""
+        if cut in self._said:
+            return []
+        self._said.add(cut)
+        return [self.manifest(cut)]
+
+    def say_again(self) -> None:
+        """The broker may have lost what it retained."""
+        self._said.clear()
+
     def broadcast(self, cut: int) -> Envelope:
         """The parameters, to every device with this cut; only what changed if they have it all."""
         base = self._base(cut)
@@ -99,7 +112,7 @@ class Published:
 
     def answer(self, device: str, cut: int) -> list[Envelope]:
         """Manifest and whole parameters, to the one device that asked."""
-        return [self.manifest(cut), down(device, self._parameters(cut))]
+        return [*self.news(cut), down(device, self._parameters(cut))]
 
     def _base(self, cut: int) -> int | None:
         return self.version - 1 if self._delta is not None and cut in self._delta_cuts else None

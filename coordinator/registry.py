@@ -25,6 +25,11 @@ class Device:
     load: Load = field(default_factory=Load)
     inference: Inference | None = None
 
+    @property
+    def state(self) -> str:
+        """``offline``, or what it is doing."""
+        return (self.phase or "online") if self.online else "offline"
+
 
 @dataclass(slots=True)
 class Registry:
@@ -32,6 +37,7 @@ class Registry:
 
     limit: int
     devices: dict[str, Device] = field(default_factory=dict)
+    _states: Counter[str] = field(default_factory=Counter)
 
     def get(self, name: str) -> Device | None:
         """The device, added if it is new; None if the fleet is full."""
@@ -39,7 +45,13 @@ class Registry:
             if len(self.devices) >= self.limit:
                 return None
             self.devices[name] = Device(name)
+            self._states["offline"] += 1
         return self.devices[name]
+
+    @property
+    def online(self) -> int:
+        """How many devices are there."""
+        return len(self.devices) - self._states["offline"]
 
     def status(self, name: str, status: Status) -> None:
         """Enter a status.
@@ -50,6 +62,12 @@ class Registry:
         device = self.get(name)
         if device is None:
             return
+        before = device.state
+        self._enter(device, status)
+        self._states[before] -= 1
+        self._states[device.state] += 1
+
+    def _enter(self, device: Device, status: Status) -> None:
         if status.state == "offline":
             if status.connection == device.connection:
                 device.online = False
@@ -68,9 +86,7 @@ class Registry:
 
     def by_state(self) -> dict[str, int]:
         """How many devices are in each state."""
-        return dict(
-            Counter((d.phase or "online") if d.online else "offline" for d in self.devices.values())
-        )
+        return {state: count for state, count in self._states.items() if count}
 
     def dump(self) -> list[dict[str, Any]]:
         """For a checkpoint."""
@@ -90,6 +106,7 @@ class Registry:
         """From a checkpoint; nobody is online until heard of."""
         for entry in dumped:
             hello = Hello.model_validate(entry["hello"]) if entry["hello"] else None
+            self._states["offline"] += 1
             self.devices[entry["name"]] = Device(
                 entry["name"],
                 cut=entry["cut"],

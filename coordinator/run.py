@@ -93,6 +93,7 @@ class Run:
         self._late: list[Contribution] = []
         self._phase: RunPhase = "gathering"
         self._due: float | None = None
+        self._away_since: float | None = None
         self._deadline_s = settings.round_deadline_s
         self.name = name
         self.published = Published(
@@ -124,7 +125,10 @@ class Run:
         """A batch of this run, or of one that nobody knows any more."""
         found = self._find(message.stamp)
         if found is not None and (found is self._round or not self._barrier):
-            return found.activations(device.name, message)
+            out = found.activations(device.name, message)
+            if found is not self._round and device.name in found.participants:
+                self._history.update(message.stamp, device.name, found.entry(device.name))
+            return out
         ours = message.run == self.name
         self._observer.batch_discarded("stale_attempt" if ours else "foreign_run")
         # With a barrier the announcement ends the attempt, and what was learnt so far comes still.
@@ -174,7 +178,7 @@ class Run:
     @property
     def next_tick(self) -> float | None:
         """When something is due, on the clock."""
-        due = [self._due, self._returning_until]
+        due = [None if self._away_since is not None else self._due, self._returning_until]
         rounds = [*self._earlier, self._round] if not self._barrier else [self._round]
         due += [r.receipts_due for r in rounds if r is not None]
         return min((time for time in due if time is not None), default=None)
@@ -214,14 +218,23 @@ class Run:
         grant = self._placement.credits(device.cut or 1, len(self._registry.devices))
         return orders.assignment(self._settings, self.name, device, grant)
 
-    def manifests(self) -> list[Envelope]:
-        """Of every cut that some device has."""
-        return [self.published.manifest(cut) for cut in self._cuts()]
+    def connected(self) -> list[Envelope]:
+        """The broker is there (again), maybe without its retained messages: say them all."""
+        if self._away_since is not None and self._due is not None:
+            self._due += self._clock() - self._away_since
+        self._away_since = None
+        self.published.say_again()
+        return [*self._manifests(), self.announcement(), *self.advance()]
+
+    def disconnected(self) -> None:
+        """Nobody can be heard: the time until the connection is back is nobody's fault."""
+        if self._away_since is None:
+            self._away_since = self._clock()
 
     # -- rounds -----------------------------------------------------------------------------------
 
     def _verdict(self, current: RoundInProgress) -> Verdict:
-        overdue = self._due is not None and self._clock() >= self._due
+        overdue = self._overdue
         if not self._barrier:
             return judge_buffer(
                 contributions=len(current.added),
@@ -242,6 +255,8 @@ class Run:
         needed = self._settings.min_devices
         if self._number:
             needed = quorum_of(needed, self._settings.quorum)
+        if self._registry.online < needed:
+            return []
         ready = self._registry.ready
         if len(ready) < needed:
             return []
@@ -307,10 +322,7 @@ class Run:
             self._set_phase("gathering")
             return self.advance() or [self.announcement()]
         self.published.replace(current.merge(), current.trained_cuts, self._cuts())
-        recent = [
-            r for r in self._earlier if r.active and self._staleness(r) <= self._settings.staleness
-        ]
-        self._earlier = [*recent, current]
+        self._remember(current)
         record = self._record(current)
         for folded in current.added:
             device = self._registry.devices[folded.device]
@@ -320,7 +332,7 @@ class Run:
         self._responder.load(self.published.version, self.published.model.state)
         self._observer.round_ended(self._number, "closed", record)
         self._set_phase("gathering")
-        out = self.manifests()
+        out = self._manifests()
         if self._barrier:  # without one devices ask when they have finished what they are at
             out += [self.published.broadcast(cut) for cut in self._cuts()]
         # Another cut layer ends what a late device is at, which the broadcast lets it bring first.
@@ -359,6 +371,7 @@ class Run:
     # -- the end ----------------------------------------------------------------------------------
 
     def _begin_inference(self) -> list[Envelope]:
+        self._forget_all()
         if not self._settings.inference:
             return self._finish()
         self._set_phase("inference")
@@ -368,8 +381,7 @@ class Run:
     def _await_answers(self) -> list[Envelope]:
         ready = self._registry.ready
         waiting = [d for d in ready if d.inference is None and d.hello and d.hello.test_samples]
-        overdue = self._due is not None and self._clock() >= self._due
-        if (waiting or not ready) and not overdue:
+        if (waiting or not ready) and not self._overdue:
             return []
         return self._finish()
 
@@ -381,9 +393,28 @@ class Run:
 
     # -- small parts ------------------------------------------------------------------------------
 
+    def _forget_all(self) -> None:
+        for earlier in self._earlier:
+            earlier.forget()
+        self._earlier = []
+
+    def _remember(self, closed: RoundInProgress) -> None:
+        """Keep a round as long as somebody may still bring something for it."""
+        bound = self._settings.staleness
+        kept = [r for r in self._earlier if r.active and self._staleness(r) <= bound]
+        for forgotten in self._earlier:
+            if forgotten not in kept:
+                forgotten.forget()
+        self._earlier = [*kept, closed]
+
     def _staleness(self, begun: RoundInProgress | Contribution) -> int:
         """How many versions there have been since."""
         return self.published.version - begun.version
+
+    @property
+    def _overdue(self) -> bool:
+        away = self._away_since is not None
+        return self._due is not None and not away and self._clock() >= self._due
 
     def _find(self, stamp: tuple[str, int, int]) -> RoundInProgress | None:
         for candidate in (self._round, *self._earlier):
@@ -426,6 +457,9 @@ class Run:
                 self._registry, self.published, self._evaluator, self._settings
             ),
         }
+
+    def _manifests(self) -> list[Envelope]:
+        return [manifest for cut in self._cuts() for manifest in self.published.news(cut)]
 
     def _cuts(self) -> list[int]:
         return sorted({d.cut for d in self._registry.devices.values() if d.cut is not None})

@@ -101,7 +101,6 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
             compute,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
-            rate_rule=settings.cascade_rate,
         )
 
     return Parts(
@@ -243,9 +242,11 @@ async def run_coordinator(
     async with transport:
         link = Link(transport, topics, observer=traffic, clock=time.monotonic)
         await link.subscribe(*topics.coordinator_filters())
-        await drive(core, link, clock=time.monotonic, stop=stop)
-        with contextlib.suppress(TransportError):  # the last will says it otherwise
-            await link.send(core.goodbye())
+        try:
+            await drive(core, link, clock=time.monotonic, stop=stop)
+        finally:  # an error, too, ends the connection in good order: no last will follows
+            with contextlib.suppress(TransportError):
+                await link.send(core.goodbye())
 
 
 def _held_out_images(settings: CoordinatorSettings) -> Dataset | None:

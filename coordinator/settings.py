@@ -13,7 +13,6 @@ from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import ExitRule
 
-RateRule = Literal["linear", "sqrt", "none"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -31,8 +30,6 @@ class CoordinatorSettings(BaseModel):
     # What is trained
     network: Network = Network()
     strategy: Literal["averaging", "sequential", "cascade"] = "averaging"
-    cascade_rate: RateRule = "sqrt"
-    """Strategy cascade: by what a step of B batches multiplies the learning rate (B, √B or 1)."""
     feedback: Literal["gradient", "none"] = "gradient"
     """Whether the gradient at the cut goes back to the device."""
     feedback_weight: NotNegative = 1.0
@@ -216,6 +213,4 @@ class CoordinatorSettings(BaseModel):
             "seed",
             "dataset",
         ]
-        if self.strategy == "cascade":
-            keys.append("cascade_rate")
         return self.model_dump(mode="json", include=set(keys))

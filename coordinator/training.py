@@ -13,6 +13,7 @@ import torch
 from broker.envelopes import Envelope, down, down_later
 from broker.messages import Activations, DeviceParameters, Gradients, Receipt
 from coordinator.aggregation import Aggregation, Model
+from coordinator.cascade import TOGETHER
 from coordinator.contribution import Contribution, Folded
 from coordinator.engines import Engine, Entry, Step
 from coordinator.errors import BatchRefused
@@ -27,8 +28,6 @@ log = logging.getLogger("splitfleet.coordinator")
 
 RECEIPT_WAIT_S = 0.25
 RECEIPT_BATCHES = 8
-TOGETHER = 16
-"""The most batches in one step of a strategy that gathers them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +302,12 @@ class RoundInProgress:
         ledger = self._ledgers[device]
         seconds = self.durations.get(device, self._clock() - self.opened)
         return ledger.next_batch, ledger.finished, seconds
+
+    def forget(self) -> None:
+        """Nobody will bring anything for this round any more."""
+        for name in self._halves:
+            self._observer.late_work("not_brought", self._ledgers[name].fresh)
+        self._halves.clear()
 
     # -- small parts ------------------------------------------------------------------------------
 

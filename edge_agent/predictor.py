@@ -160,7 +160,7 @@ class InferenceRun:
         """Give up on offloads whose time is over."""
         now = self._clock()
         for request, offload in list(self._offloads.items()):
-            if now - offload.asked >= self._policy.timeout_s:
+            if now >= offload.asked + self._policy.timeout_s:  # as in `deadline`, to the last bit
                 del self._offloads[request]
                 self._fall_back(offload)
                 self._tally.timeouts += len(offload.labels)

@@ -149,8 +149,10 @@ async def run_agent(
             clock=time.monotonic,
         )
         await link.subscribe(*topics.device_filters(settings.device))
-        await drive(core, link, clock=time.monotonic, stop=stop)
+        try:
+            await drive(core, link, clock=time.monotonic, stop=stop)
+        finally:  # an error, too, ends the connection in good order: no last will follows
+            with contextlib.suppress(TransportError):
+                await link.send(core.goodbye())
         if not stop.is_set() and core.problem is not None:
             raise AgentError(core.problem)
-        with contextlib.suppress(TransportError):  # the last will says it otherwise
-            await link.send(core.goodbye())

@@ -1,10 +1,10 @@
 """``splitfleet bench server``: batches one after the other, batched by cut, or in a cascade.
 
 Eight devices at four cuts send a batch each, and the coordinator's engine trains on them: *in turn*
-(strategy ``sequential``), *equal cuts* (the two batches of a cut in one step) or *cascade* (as
-many in one step as the strategy takes). Compared are the engine's samples per second, measured in turn in the same
-minutes, and the accuracy after equally many samples, with the same first weights, split and batches
-for every way of one seed.
+(strategy ``sequential``), *equal cuts* (the two batches of a cut in one step) or *cascade* (as many
+in one step as that strategy takes). Compared are the engine's samples per second, the ways by turns
+in the same minutes, and the accuracy after equally many samples, with the same first weights, split
+and batches for every way of one seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -95,8 +95,12 @@ def run_bench(
         raise SettingsWrong(
             f"--train-images {setup.train_images}: {least} are a batch for every device"
         )
-    if setup.rate_rule not in RATE_RULES:
-        raise SettingsWrong(f"--rate-rule {setup.rate_rule}: choose one of {', '.join(RATE_RULES)}")
+    for key, value, allowed in (
+        ("rate-rule", setup.rate_rule, RATE_RULES),
+        ("precision", setup.precision, get_args(Precision)),
+    ):
+        if value not in allowed:
+            raise SettingsWrong(f"--{key} {value}: choose one of {', '.join(allowed)}")
     console = Console(stderr=True, quiet=quiet)
     images = rate_accuracy.load_images(
         rate_accuracy.Setup(setup.dataset, setup.train_images), data_root

@@ -72,7 +72,7 @@ DROPPED = (
     "stale_join",
     "unexpected_topic",
 )
-LATE = ("folded", "not_kept", "run_over", "too_late")
+LATE = ("folded", "not_brought", "not_kept", "run_over", "too_late")
 REFUSED = ("bad_tensor", "not_finite", "untrained", "version", "wrong_shape")
 OTHER = "other"
 

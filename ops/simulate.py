@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +88,8 @@ def simulate(plan: Plan) -> dict[str, Any]:
             server=SERVER,
             coordinator_link=COORDINATOR_LINK,
         )
-        fleet.run(until=lambda: fleet.coordinator.over, limit_s=plan.limit_s)
+        with _rarely_collecting():
+            fleet.run(until=lambda: fleet.coordinator.over, limit_s=plan.limit_s)
         return {"profile": plan.profile, "learning": plan.learning, **summary(fleet)}
 
 
@@ -145,6 +148,17 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(cuts)
     for problem in result["problems"]:
         console.print(f"[red]problem:[/red] {problem}")
+
+
+@contextlib.contextmanager
+def _rarely_collecting() -> Iterator[None]:
+    """A fleet is millions of objects that live on; to look for rubbish among them takes long."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(500_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def _settings(plan: Plan, folder: Path) -> CoordinatorSettings:

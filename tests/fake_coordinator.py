@@ -117,6 +117,10 @@ class Harness:
             assert due is None or due > self.clock.now, "it would be called again and again"
         raise AssertionError("too many ticks")
 
+    def reconnect(self) -> list[Envelope]:
+        """The broker is back, maybe without its memory."""
+        return self._note(self.core.connected())
+
     # -- what devices do --------------------------------------------------------------------------
 
     def online(self, device: str, connection: str = "c1") -> list[Envelope]:

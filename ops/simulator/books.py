@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from broker.messages import Report
 from coordinator.observer import Observer
+from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from ops.simulator.stub import APPLIED
 from ops.simulator.stub_server import Witness
@@ -76,9 +77,12 @@ class Witnesses(Observer):
         del device, cut, share
         self.work_changes += 1
 
-    def of(self, attempt: Attempt, device: str) -> int:
-        """How many batches of a device were applied in an attempt."""
-        return sum(n for (name, _), n in self.applied.get(attempt, {}).items() if name == device)
+    def by_device(self, attempt: Attempt) -> Counter[str]:
+        """How many batches of each device were applied in an attempt."""
+        count: Counter[str] = Counter()
+        for (device, _), times in self.applied.get(attempt, {}).items():
+            count[device] += times
+        return count
 
 
 @dataclass(slots=True)
@@ -122,52 +126,74 @@ def audit(
     reports: Mapping[tuple[str, Attempt], Report],
     witnesses: Witnesses,
     *,
-    stub: bool,
+    stub: CoordinatorSettings | None,
 ) -> Books:
-    """Compare what everybody says."""
-    state = checkpoint.model.state
+    """Compare what everybody says; ``stub`` are the settings of a fleet that only counts."""
     accounts = {
         (int(record["round"]), int(record["attempt"])): {
             name: entry["account"] for name, entry in record["devices"].items()
         }
         for record in checkpoint.history
     }
+    state = checkpoint.model.state
     books = Books(
         rounds=checkpoint.round,
         coordinator=accounts,
         devices=dict(reports),
         applied=sum(sum(seen.values()) for seen in witnesses.applied.values()),
-        in_model=int(state[APPLIED]) if stub else 0,
+        in_model=int(state[APPLIED]) if stub is not None else 0,
     )
-    problems = books.problems
-    for name, values in state.items():
-        if not np.isfinite(values).all():
-            problems.append(f"the model is not finite: {name}")
+    books.problems = [
+        *(f"not finite: {name}" for name, values in state.items() if not np.isfinite(values).all()),
+        *_twice(witnesses),
+        *_of_devices(books),
+        *_of_coordinator(books, witnesses if stub is not None else None),
+    ]
+    if stub is not None:
+        expected = folded_batches(checkpoint, witnesses, stub)
+        if books.in_model != expected:
+            books.problems.append(f"the model counts {books.in_model} batches, not {expected}")
+    return books
+
+
+def _twice(witnesses: Witnesses) -> Iterator[str]:
     for attempt, seen in witnesses.applied.items():
-        problems += [
-            f"round {attempt}: batch at position {position} of {device} was applied {times} times"
-            for (device, position), times in seen.items()
-            if times > 1
-        ]
-    for (device, attempt), report in reports.items():
+        for (device, position), times in seen.items():
+            if times > 1:
+                yield f"round {attempt}: {position} of {device} was applied {times} times"
+
+
+def _of_devices(books: Books) -> Iterator[str]:
+    for (device, attempt), report in books.devices.items():
         account = report.model_dump()
         if not balanced(account):
-            problems.append(f"round {attempt}: {device} does not balance: {account}")
-        known = accounts.get(attempt, {}).get(device)
+            yield f"round {attempt}: {device} does not balance: {account}"
+        known = books.coordinator.get(attempt, {}).get(device)
         if known is not None and report.applied > known["applied"]:
-            problems.append(
+            yield (
                 f"round {attempt}: {device} says {report.applied} applied, "
                 f"the coordinator {known['applied']}"
             )
-    for attempt, devices in accounts.items():
+
+
+def _of_coordinator(books: Books, witnesses: Witnesses | None) -> Iterator[str]:
+    for attempt, devices in books.coordinator.items():
+        seen = witnesses.by_device(attempt) if witnesses is not None else None
         for device, account in devices.items():
             if not balanced(account):
-                problems.append(f"round {attempt}: {device} at the coordinator: {account}")
-            if stub and witnesses.of(attempt, device) != account["applied"]:
-                problems.append(
+                yield f"round {attempt}: {device} does not balance at the coordinator: {account}"
+            if seen is not None and seen[device] != account["applied"]:
+                yield (
                     f"round {attempt}: {device} has {account['applied']} applied in the books, "
-                    f"{witnesses.of(attempt, device)} in the engine"
+                    f"{seen[device]} in the engine"
                 )
-    if stub and books.in_model > books.applied:
-        problems.append(f"the model counts {books.in_model} batches, {books.applied} were applied")
-    return books
+
+
+def folded_batches(
+    checkpoint: Checkpoint, witnesses: Witnesses, settings: CoordinatorSettings
+) -> int:
+    """How many batches the model must contain: all whose work was folded in, each once."""
+    if settings.strategy == "averaging":
+        return int(sum(device["samples"] for device in checkpoint.registry)) // settings.batch_size
+    closed = [(int(record["round"]), int(record["attempt"])) for record in checkpoint.history]
+    return sum(sum(witnesses.applied[attempt].values()) for attempt in closed)

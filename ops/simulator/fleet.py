@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from broker.drive import Machine
 from broker.envelopes import Envelope
@@ -40,8 +40,8 @@ class SimulatedFleet:
     ``settings`` are the coordinator's, and say where it keeps its checkpoints and, where learning
     is real, on what and how the devices compute. Learning is stubbed unless ``learning="real"``;
     then every device has data, and precision and memory format must not be ``auto``, which is
-    chosen by timing. With ``sizes="real"`` messages of stubs take as long as those of the network
-    in the settings would.
+    chosen by timing. With ``sizes="real"`` messages of stubs take as long as those of network and
+    codecs in the settings would; what is sent is in fp32 then, unless the codec follows a budget.
 
     What dies of an error (a full disk, say) is started again after ``restart_s`` seconds, if that
     is given; else :meth:`run` raises. Nothing happens before :meth:`run`.
@@ -73,11 +73,15 @@ class SimulatedFleet:
         self.poisoned: Callable[[str, int], bool] = _sound
         """Whether the features of this device's batch are not finite."""
         wire: Wire | None = None
-        if sizes == "real" and learning == "stub":
-            wire = real_sizes(settings, self._cut_of)
         if learning == "stub":
-            network = settings.network.model_copy(update={"classes": DIGITS})
-            settings = settings.model_copy(update={"network": network})
+            stand_in: dict[str, Any] = {
+                "network": settings.network.model_copy(update={"classes": DIGITS})
+            }
+            if sizes == "real":
+                wire = real_sizes(settings, self._cut_of)
+                if settings.bytes_per_sample is None and not settings.follow_link:
+                    stand_in |= {"codec": "fp32", "gradient_codec": None}
+            settings = settings.model_copy(update=stand_in)
         self.settings = settings
         self._server = server
         self._restart_s = restart_s
@@ -179,7 +183,8 @@ class SimulatedFleet:
 
     def books(self) -> Books:
         """Everybody's accounts, compared; see ``Books.check``."""
-        return audit(self.checkpoint(), self.reports, self.witnesses, stub=self.learning == "stub")
+        stub = self.settings if self.learning == "stub" else None
+        return audit(self.checkpoint(), self.reports, self.witnesses, stub=stub)
 
     def digest(self) -> str:
         """SHA-256 of the last model, names and momentum included."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from broker.config import BrokerConfig
-from broker.drive import HOUSEKEEPING_S, INBOX, Effect, Event, Machine, Subscribe
+from broker.drive import FAREWELL_S, HOUSEKEEPING_S, INBOX, Effect, Event, Machine, Subscribe
 from broker.envelopes import Envelope
 from broker.link import Arrival, Framing
 from broker.transport import MAX_WAITING_QOS0, Backoff, Capabilities, Connected, Disconnected
@@ -65,6 +65,8 @@ class Process:
         self._sender: Sender | None = None
         self._backoff: Backoff | None = None
         self._resumes = False
+        self._unsaid = False
+        self._leaves_at: float | None = None
         self._filters: tuple[str, ...] = ()
         self._arrived: deque[tuple[Packet, Connection]] = deque()
         self._arrived_qos0 = 0
@@ -95,6 +97,7 @@ class Process:
         )
         self._life = Life(number, self.clock, self.meter, self._uplink)
         self._resumes, self._filters = False, ()
+        self._unsaid, self._leaves_at = False, None
         try:
             self.machine = self.program.build(self._life)
         except Killed:
@@ -248,6 +251,7 @@ class Process:
 
     def _leave(self) -> None:
         if self._sender is not None:
+            self._unsaid = self._unsaid or not self._sender.idle
             self.tally.received_bytes += self._sender.connection.down.bytes
             self._sender = None
 
@@ -321,10 +325,13 @@ class Process:
         if machine is None or self.frozen or self._busy or self._step_due or self._outbox:
             return
         if machine.finished:
-            self._finish(machine)
+            self._take_leave(machine)
+            return
+        if self._inbox:
+            self._step_due = self._world.after(0.0, self._step)
             return
         due = machine.next_tick
-        if self._inbox or machine.has_work or (due is not None and self.clock() >= due):
+        if machine.has_work or (due is not None and self.clock() >= due):
             self._step_due = self._world.after(0.0, self._step)
         elif due is not None:
             # A sum of floats may be a little less than its parts were.
@@ -372,6 +379,7 @@ class Process:
                 self._read()
             match event:
                 case Connected():
+                    self._unsaid = False
                     return machine.connected()
                 case Disconnected():
                     return machine.disconnected()
@@ -410,11 +418,31 @@ class Process:
                 self._watch(envelope)
             if sender is None:
                 self.tally.unsent += 1
+                self._unsaid = True
             else:
                 sender.send(envelope)
         self._look()
 
     # -- the end ----------------------------------------------------------------------------------
+
+    def _take_leave(self, machine: Machine) -> None:
+        """As ``broker.drive``: what was lost with a connection is said again on the next."""
+        now = self._world.now
+        if self._leaves_at is None:
+            self._leaves_at = now + FAREWELL_S
+        while self._inbox:
+            if isinstance(self._inbox.popleft(), Connected):
+                self._unsaid = False
+                self._done(machine.connected())
+                return
+        sender = self._sender
+        if now < self._leaves_at and (self._unsaid or not (sender is None or sender.idle)):
+            if self._alarm is None:
+                self._alarm = self._leaves_at, self._world.at(self._leaves_at, self._ring)
+            if sender is not None:
+                sender.wait()
+            return
+        self._finish(machine)
 
     def _finish(self, machine: Machine) -> None:
         try:

@@ -47,6 +47,12 @@ class Sender:
         self.settle()
         return len(self._waiting) < SENDING
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything has been acknowledged."""
+        self.settle()
+        return not self._waiting
+
     def send(self, envelope: Envelope) -> None:
         """Put a message on its way."""
         topic, qos, frames = self._framing.close(envelope)

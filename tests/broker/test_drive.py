@@ -259,9 +259,7 @@ async def test_a_broker_that_refuses_this_client_ends_it() -> None:
 async def test_what_is_never_answered_is_given_up(effects: list[Effect], cancel: bool) -> None:
     async with driven(Puppet({"connected": effects}), is_open=False, flush_s=0.01) as stage:
         await stage.wire.called(1)
-        stage.stop.set()
-        if cancel:
-            stage.driving.cancel()
+        (stage.driving.cancel if cancel else stage.stop.set)()
         await asyncio.wait([stage.driving])
         assert stage.driving.cancelled() == cancel
 
@@ -282,9 +280,10 @@ async def test_a_subscription_is_made_before_what_follows_and_replaces_only_the_
     machine = Puppet({"connected": [*wanted, *say(0)]})
     async with driven(machine) as stage:
         stage.wire.latency_s = 0.001
-        assert await stage.said(1) == [0]
+        await stage.wire.called(len(wanted))
         news = [Parameters(run="r", version=n, cut=2, state=b"") for n in range(len(cut))]
         await stage.send([*map(to_cut, range(len(cut)), news), *ask(99)])
+        assert await stage.said(1) == [0]
         assert await machine.heard(3) == ["connected", 2, 99]
 
 
@@ -295,7 +294,7 @@ async def test_the_machine_and_the_link_go_on_while_messages_are_made() -> None:
         machine._step("making")
         pause(heard)
 
-    machine = Puppet({7: say_later(make, 0, 1, 2), 8: heard.set})
+    machine = Puppet({7: [*say_later(make, 0), *say_later(int, 1, 2)], 8: heard.set})
     async with driven(machine) as stage:
         await stage.send(ask(7))
         assert await machine.heard(3) == ["connected", 7, "making"]

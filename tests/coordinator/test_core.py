@@ -152,7 +152,7 @@ def test_parameters_are_those_of_the_devices_half_and_match_the_manifest() -> No
     server = Harness()
     server.join("a", 3)
     said = server.hear("a", Request(what="parameters"))
-    parameters, manifest = only(Parameters, said, "a"), only(Manifest, said)
+    parameters, manifest = only(Parameters, said, "a"), only(Manifest, server.said)
     assert manifest.sha256 == hashlib.sha256(parameters.state).hexdigest()
     assert manifest.size == len(parameters.state)
     assert (manifest.version, manifest.trained) == (0, False)

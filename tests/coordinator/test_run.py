@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from broker.messages import Assignment, Gradients, Receipt, Request, Round
+from broker.messages import Assignment, Gradients, Manifest, Receipt, Request, Round
 from coordinator.contribution import discount
 from tests.fake_coordinator import Harness, every, only
 from tests.fake_device import make_measurement
@@ -118,6 +118,19 @@ def test_beyond_the_bound_it_is_dropped_and_counted(max_staleness: int, outcome:
     assert upload_late(server, first).final
     expected = [(outcome, 8)] if max_staleness else [("not_kept", 8)]
     assert server.observer.late == expected
+
+
+def test_what_a_device_never_comes_back_for_is_counted() -> None:
+    server, _ = missed(max_staleness=1)
+    assert server.observer.late == [], "it may still come"
+    close_round(server)
+    assert server.observer.late == [("not_brought", 8)]
+
+
+def test_at_the_end_of_the_run_too() -> None:
+    server, _ = missed(rounds=2)
+    close_round(server)
+    assert server.observer.late == [("not_brought", 8)]
 
 
 def test_a_round_that_nobody_remembers_is_answered_with_a_refusal() -> None:
@@ -390,3 +403,29 @@ def test_a_cascade_and_its_rounds_come_to_an_end() -> None:
         for name in "abc":
             server.upload(name)
     assert server.checkpoint().round == 3
+
+
+# -- the coordinator's own connection -------------------------------------------------------------
+
+
+def test_while_the_coordinator_hears_nobody_no_deadline_passes() -> None:
+    server = Harness(min_devices=2, round_deadline_s=100, quorum=1.0)
+    server.join("a", 2)
+    server.join("b", 2)
+    server.wait(60)
+    server.core.disconnected()
+    server.wait(500)
+    assert server.observer.outcomes == []
+    server.reconnect()
+    server.wait(39)
+    assert server.observer.outcomes == []
+    server.wait(2)
+    assert server.observer.outcomes == [(1, "extended")]
+
+
+def test_a_manifest_is_said_once_and_again_on_a_new_connection() -> None:
+    server = Harness(min_devices=9)
+    for name in "abc":
+        server.join(name, 2)
+    assert len(every(Manifest, server.said)) == 1
+    assert len(every(Manifest, server.reconnect())) == 1

@@ -135,9 +135,11 @@ def test_settings_that_cannot_be_measured_are_refused(changes: dict[str, Any]) -
         bench(**changes)
 
 
-def test_an_unknown_rate_rule_is_refused_by_name() -> None:
+def test_an_unknown_name_is_refused_with_those_allowed() -> None:
     with pytest.raises(SettingsWrong, match=r"cubic.*linear, sqrt, none, momentum"):
         bench(rate_rule="cubic")
+    with pytest.raises(SettingsWrong, match=r"fp99.*auto, fp32, bf16"):
+        bench(precision="fp99")
 
 
 def test_too_few_images_and_a_full_disk_are_told() -> None:

@@ -46,7 +46,8 @@ def test_real_learning_learns() -> None:
 
 def test_the_command_prints_json() -> None:
     arguments = ["simulate", "--devices", "4", "--profile", "lan", "--rounds", "1", "--json"]
-    done = CliRunner().invoke(app, [*arguments, "--set", "batches_per_round=2"])
+    settings = ["--set", "batches_per_round=2", "--set", "min_devices=4"]
+    done = CliRunner().invoke(app, [*arguments, *settings])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert (result["devices"], result["batches"]["applied"]) == (4, 8)

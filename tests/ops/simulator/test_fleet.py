@@ -56,7 +56,7 @@ def test_without_faults_every_batch_is_in_the_model(
 def test_the_same_seed_gives_the_same_model_events_and_time(tmp_path: Path) -> None:
     def run(folder: str, seed: int) -> tuple[str, int, float]:
         fleet = make_fleet(tmp_path / folder, seed=seed)
-        fleet.faults.add(Fault("lose", share=0.05))
+        fleet.faults.add(Fault("lose", share=0.05, end=20.0))
         fleet.run()
         return fleet.digest(), fleet.world.events, fleet.world.now
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
@@ -14,8 +15,12 @@ from ops.simulator.tree import Tree
 
 def test_events_happen_in_the_order_of_their_times_then_of_their_making() -> None:
     world, seen = World(), list[tuple[float, str]]()
+
+    def note(name: str) -> None:
+        seen.append((world.now, name))
+
     for delay, name in [(2.0, "c"), (1.0, "a"), (1.0, "b"), (0.0, "now")]:
-        world.after(delay, lambda name=name: seen.append((world.now, name)))
+        world.after(delay, partial(note, name))
     assert not world.run()
     assert seen == [(0.0, "now"), (1.0, "a"), (1.0, "b"), (2.0, "c")]
 
@@ -39,7 +44,8 @@ def test_a_run_ends_at_its_limit_and_goes_on_from_there() -> None:
 
 def test_what_is_due_in_the_past_happens_now() -> None:
     world, seen = World(), list[float]()
-    world.after(3.0, lambda: world.at(1.0, lambda: seen.append(world.now)) and None)
+    world.wait(3.0)
+    world.at(1.0, lambda: seen.append(world.now))
     world.run()
     assert seen == [3.0]
 

@@ -1,0 +1,159 @@
+"""``splitfleet bench``: every benchmark but the simulator's."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(help="Measure, side by side with something plain.", no_args_is_help=True)
+
+
+@bench.command("training")
+def bench_training(
+    *,
+    widths: Annotated[str, typer.Option(help="e.g. 16,64")] = "16,64",
+    windows: Annotated[str, typer.Option(help="e.g. 1,2")] = "1,2",
+    seconds: Annotated[float, typer.Option(help="per measurement")] = 10.0,
+    pairs: Annotated[int, typer.Option(help="interleaved pairs of measurements")] = 3,
+    broker: Annotated[
+        str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")
+    ] = None,
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Compare a fleet of one agent with plain PyTorch in one process."""
+    from ops.bench_training import run_bench
+
+    rows = run_bench(
+        [int(width) for width in widths.split(",")],
+        [int(window) for window in windows.split(",")],
+        seconds=seconds,
+        pairs=pairs,
+        broker=broker,
+        append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+
+
+@bench.command("codec")
+def bench_codec(
+    *,
+    codecs: Annotated[str | None, typer.Option(help="e.g. int8,int4+zstd; default: all")] = None,
+    cuts: Annotated[str, typer.Option(help="where the tensors are taken")] = "1,2,3,4,5,6,7",
+    dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "fashion-mnist-small",
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
+    train_batches: Annotated[int, typer.Option(help="of 32 images, before measuring")] = 3000,
+    batch_size: Annotated[int, typer.Option(help="test images in the measured tensors")] = 32,
+    repetitions: Annotated[int, typer.Option(help="of every timing; medians count")] = 15,
+    append: Annotated[Path | None, typer.Option(help="append dated tables to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw error against bits: an SVG")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Bits, error and speed of every codec on tensors of a trained network, beside a plain one."""
+    from ops.bench_codec import parse_cuts, run_bench
+
+    result = run_bench(
+        codecs.split(",") if codecs else None,
+        cuts=parse_cuts(cuts),
+        dataset=dataset,
+        data_root=data_root,
+        width=width,
+        train_batches=train_batches,
+        batch_size=batch_size,
+        repetitions=repetitions,
+        seed=seed,
+        append=append,
+        plot=plot,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+@bench.command("rate-accuracy")
+def bench_rate_accuracy(
+    *,
+    codecs: Annotated[
+        str, typer.Option(help="ACTIVATION or ACTIVATION/GRADIENT, separated by commas")
+    ] = "int8+zstd,int4+zstd,int3+zstd,int2+zstd",
+    seeds: Annotated[int, typer.Option(help="paired runs of every codec")] = 5,
+    dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "fashion-mnist-small",
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    train_images: Annotated[int | None, typer.Option(help="as many of each class")] = None,
+    rounds: Annotated[int, typer.Option(help="passes over the training images")] = 4,
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
+    device: Annotated[str, typer.Option(help="where it is computed")] = "cpu",
+    jobs: Annotated[int | None, typer.Option(help="runs at once; default: one per core")] = None,
+    out: Annotated[Path, typer.Option(help="finished runs are kept here, and not made again")] = (
+        Path("runs/rate-accuracy")
+    ),
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw accuracy against bytes: an SVG")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Train a small fleet with each codec: what do fewer bytes cost in accuracy?"""
+    from ops.bench_rate_accuracy import run_bench
+    from ops.rate_accuracy import Setup
+
+    rows = run_bench(
+        codecs.split(","),
+        Setup(dataset, train_images, rounds, width, device),
+        seeds=seeds,
+        jobs=jobs or os.cpu_count() or 1,
+        data_root=data_root,
+        out=out,
+        append=append,
+        plot=plot,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+
+
+@bench.command("server")
+def bench_server(
+    *,
+    widths: Annotated[str, typer.Option(help="e.g. 16,64")] = "16,64",
+    pairs: Annotated[int, typer.Option(help="interleaved measurements of every way")] = 7,
+    seconds: Annotated[float, typer.Option(help="per measurement")] = 2.0,
+    seeds: Annotated[int, typer.Option(help="paired trainings of every way; 0: only speed")] = 3,
+    train_images: Annotated[int, typer.Option(help="as many of each class")] = 4000,
+    rounds: Annotated[int, typer.Option(help="passes over the training images")] = 4,
+    together: Annotated[int, typer.Option(help="the most batches in one step of a cascade")] = 4,
+    rate_rule: Annotated[str, typer.Option(help="linear, sqrt, none or momentum")] = "momentum",
+    device: Annotated[str, typer.Option(help="where it is computed")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or auto")] = "auto",
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Train on batches of several devices in turn, batched by cut, and in a cascade."""
+    from ops.bench_server import Setup, run_bench
+
+    rows = run_bench(
+        [int(width) for width in widths.split(",")],
+        Setup(
+            train_images,
+            rounds,
+            together=together,
+            rate_rule=rate_rule,  # type: ignore[arg-type]
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+        ),
+        pairs=pairs,
+        seconds=seconds,
+        seeds=seeds,
+        data_root=data_root,
+        append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))
