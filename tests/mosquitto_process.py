@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -71,7 +72,20 @@ class Mosquitto:
         self.stop()
         raise AssertionError(f"Mosquitto did not start: {self.log.read_text()}")
 
+    def signal(self, number: int) -> None:
+        """Send the running broker a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def end(self) -> None:
+        """Ask it to end, and wait: what it keeps on disk is written."""
+        self.signal(signal.SIGTERM)
+        assert self._process is not None
+        self._process.wait(START_TIMEOUT_S)
+        self._process = None
+
     def stop(self) -> None:
+        """Kill it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(START_TIMEOUT_S)
