@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from broker.envelopes import DeferredEnvelope, Envelope
-from broker.errors import PacketTooLarge, PublishRefused, TransportError
+from broker.errors import PacketTooLarge, PublishRefused, SubscribeRefused, TransportError
 from broker.link import Arrival, Link
 from broker.transport import Connected, Disconnected
 
@@ -244,7 +244,12 @@ class _Loop:
         if obsolete:
             await self._link.unsubscribe(*obsolete)
         self._filters = filters
-        await self._link.subscribe(*filters)
+        try:
+            await self._link.subscribe(*filters)
+        except SubscribeRefused:
+            raise
+        except TransportError as exc:  # they are made again on the next connection
+            log.debug("not subscribed yet: %s", exc)
 
     async def _send(self, envelope: Envelope) -> None:
         try:

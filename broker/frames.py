@@ -14,6 +14,7 @@ so a receiver knows from any one frame where its bytes belong and how much memor
 
 from __future__ import annotations
 
+import mmap
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ OVERHEAD = 1024
 MAX_CHUNKS = 65_536
 SLOWEST = 30
 """How many time limits a message may take in all, as long as new chunks keep coming."""
+LAZY_BYTES = 1 << 20
 _U32 = 2**32
 _FIELDS = ("id", "i", "n", "size", "crc")
 
@@ -69,7 +71,7 @@ class Limits:
 
 @dataclass(slots=True)
 class _Partial:
-    buffer: bytearray
+    buffer: memoryview
     arrived: bytearray
     """One byte a chunk: 1 once it is there."""
     missing: int
@@ -80,6 +82,11 @@ class _Partial:
     @property
     def cost(self) -> int:
         return len(self.buffer) + len(self.arrived)
+
+
+def _room(size: int) -> memoryview:
+    """Memory for a message; much of it is not taken before something is written there."""
+    return memoryview(bytearray(size) if size < LAZY_BYTES else mmap.mmap(-1, size))
 
 
 class Reassembler:
@@ -111,8 +118,7 @@ class Reassembler:
             partial = self._start(sender, key, size, count, now)
         if not partial.arrived[index]:
             length = -(-size // count)
-            # A bytearray would copy the chunk once more before it takes it in.
-            memoryview(partial.buffer)[index * length : index * length + len(chunk)] = chunk
+            partial.buffer[index * length : index * length + len(chunk)] = chunk
             partial.arrived[index] = 1
             partial.missing -= 1
             partial.touched = now
@@ -173,7 +179,7 @@ class Reassembler:
             self._forget(sender, next(iter(mine)))
         if cost > limits.sender_bytes or self.held_bytes + cost > limits.total_bytes:
             raise MessageError("reassembly_full", f"no memory left for a message of {size} bytes")
-        partial = _Partial(bytearray(size), bytearray(count), count, now, now)
+        partial = _Partial(_room(size), bytearray(count), count, now, now)
         self._partials.setdefault(sender, OrderedDict())[key] = partial
         self.held_bytes += cost
         return partial

@@ -28,6 +28,12 @@ class History:
             _enter(record, device, report)
         self.records.append(record)
 
+    @property
+    def unreported(self) -> bool:
+        """Whether a device that finished the last round has not given its account of it."""
+        devices = self.records[-1]["devices"].values() if self.records else ()
+        return any(entry["finished"] and "reported" not in entry for entry in devices)
+
     def report(self, device: str, report: Report, *, open_round: bool) -> None:
         """A device's own account of an attempt; ``open_round``: of the one that is running."""
         if open_round:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from broker.messages import Hello, Inference, Status
 from coordinator.rounds import Load
+
+log = logging.getLogger("splitfleet.coordinator")
 
 
 @dataclass(slots=True)
@@ -66,6 +69,8 @@ class Registry:
         self._enter(device, status)
         self._states[before] -= 1
         self._states[device.state] += 1
+        if (before == "offline") != (device.state == "offline"):
+            log.info("%s is %s", name, "online" if device.online else "offline")
 
     def _enter(self, device: Device, status: Status) -> None:
         if status.state == "offline":

@@ -39,6 +39,9 @@ from tensors.codecs import parse_codec
 
 log = logging.getLogger("splitfleet.coordinator")
 
+REPORTS_S = 2.0
+"""How long the result of a run without inference waits for the devices' last accounts."""
+
 
 class Keeper(Protocol):
     """Where checkpoints go; ``coordinator.store.Store`` is the one on disk."""
@@ -116,7 +119,7 @@ class Run:
             return [self.announcement()]
         if not self._barrier and device.cut is not None:
             ready = self._registry.ready
-            active = sum(r.active for r in (current, *self._earlier))
+            active = sum(len(r.unfinished) for r in (current, *self._earlier))
             if active < self._placement.room(d.cut or 1 for d in ready):
                 current.admit(device.name, self._work(device), devices=len(ready))
         return [current.join(device.name)]
@@ -321,6 +324,8 @@ class Run:
             log.warning("round %d stayed below quorum: abandoned", self._number)
             self._set_phase("gathering")
             return self.advance() or [self.announcement()]
+        if missing := current.unfinished:
+            log.warning("round %d closes without %s", self._number, some_of(missing))
         self.published.replace(current.merge(), current.trained_cuts, self._cuts())
         self._remember(current)
         record = self._record(current)
@@ -373,7 +378,9 @@ class Run:
     def _begin_inference(self) -> list[Envelope]:
         self._forget_all()
         if not self._settings.inference:
-            return self._finish()
+            if self._due is None:
+                self._due = self._clock() + REPORTS_S
+            return [] if self._history.unreported and not self._overdue else self._finish()
         self._set_phase("inference")
         self._due = self._clock() + self._settings.inference_deadline_s
         return [self.announcement()]
@@ -401,7 +408,7 @@ class Run:
     def _remember(self, closed: RoundInProgress) -> None:
         """Keep a round as long as somebody may still bring something for it."""
         bound = self._settings.staleness
-        kept = [r for r in self._earlier if r.active and self._staleness(r) <= bound]
+        kept = [r for r in self._earlier if r.unfinished and self._staleness(r) <= bound]
         for forgotten in self._earlier:
             if forgotten not in kept:
                 forgotten.forget()
@@ -468,3 +475,9 @@ class Run:
         if phase != self._phase:
             self._phase = phase
             self._observer.phase(phase)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """A few names for a line of the log."""
+    few = ", ".join(names[:5])
+    return few if len(names) <= 5 else f"{few} and {len(names) - 5} more"

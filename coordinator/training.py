@@ -132,9 +132,9 @@ class RoundInProgress:
             ledger.extend(work.quota)
 
     @property
-    def active(self) -> int:
-        """Devices that have not finished."""
-        return sum(not ledger.finished for ledger in self._ledgers.values())
+    def unfinished(self) -> list[str]:
+        """Devices that have not uploaded their parameters."""
+        return [name for name, ledger in self._ledgers.items() if not ledger.finished]
 
     @property
     def trained_cuts(self) -> set[int]:
@@ -256,8 +256,7 @@ class RoundInProgress:
         merged, self._aggregation = self._aggregation.result(), None
         if self._barrier:
             self._training = False
-            unfinished = [n for n, ledger in self._ledgers.items() if not ledger.finished]
-            for name in unfinished:
+            for name in self.unfinished:
                 half = self._engine.finish(name)
                 if len(self._halves) < self._kept and self._ledgers[name].samples:
                     self._halves[name] = half
