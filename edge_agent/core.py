@@ -167,6 +167,9 @@ class AgentCore:
             self._inference.tick()
         if now >= self._next_heartbeat:
             out.append(self._status())
+            if self.phase in (Phase.JOINING, Phase.WAITING):
+                # A coordinator without memory may know of this device by nothing else.
+                out.append(up(self._device, self._hello))
         return out + self._question.tick()
 
     @property

@@ -47,7 +47,10 @@ def test_a_device_introduces_itself_until_it_has_an_assignment() -> None:
     assert waits == sorted(waits)
     assert waits[-1] == LAST_RETRY_S
     device.hear(make_assignment())
-    assert not every(Hello, device.wait(300))
+    said = device.wait(300)
+    assert len(every(Hello, said)) == len(every(Status, said)), "with its heartbeats while it waits"
+    device.hear(make_round(), make_parameters(0), receipt_of(make_round(), complete=True))
+    assert not every(Hello, device.wait(300)), "not while it trains"
 
 
 def test_heartbeats_go_on() -> None:
