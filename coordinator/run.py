@@ -15,10 +15,10 @@ from broker.envelopes import Envelope
 from broker.messages import Activations, DeviceParameters, Report, RunPhase
 from coordinator import orders
 from coordinator.aggregation import Model
-from coordinator.contribution import Contribution
 from coordinator.evaluation import Evaluator, Responder
 from coordinator.history import History
 from coordinator.observer import Observer
+from coordinator.open_rounds import OpenRounds
 from coordinator.placement import Placement
 from coordinator.published import Published
 from coordinator.registry import Device, Registry
@@ -91,9 +91,7 @@ class Run:
         self._history = History(name, checkpoint.history, recent=max(1, settings.staleness) + 1)
         self._traffic = TrafficLog(checkpoint.traffic, traffic)
         self._workload = Workload(settings, checkpoint.scheduler)
-        self._round: RoundInProgress | None = None
-        self._earlier: list[RoundInProgress] = []
-        self._late: list[Contribution] = []
+        self._rounds = OpenRounds(settings, observer)
         self._phase: RunPhase = "gathering"
         self._due: float | None = None
         self._away_since: float | None = None
@@ -113,24 +111,22 @@ class Run:
 
     def join(self, device: Device, stamp: tuple[str, int, int]) -> list[Envelope]:
         """A device wants to take part in a round."""
-        current = self._round
+        current = self._rounds.current
         if current is None or stamp != current.stamp:
             self._observer.message_dropped("stale_join")
             return [self.announcement()]
         if not self._barrier and device.cut is not None:
             ready = self._registry.ready
-            active = sum(len(r.unfinished) for r in (current, *self._earlier))
-            if active < self._placement.room(d.cut or 1 for d in ready):
+            if self._rounds.active < self._placement.room(d.cut or 1 for d in ready):
                 current.admit(device.name, self._work(device), devices=len(ready))
         return [current.join(device.name)]
 
     def activations(self, device: Device, message: Activations) -> list[Envelope]:
         """A batch of this run, or of one that nobody knows any more."""
-        found = self._find(message.stamp)
-        if found is not None and (found is self._round or not self._barrier):
+        found = self._rounds.find(message.stamp)
+        if found is not None and self._rounds.trains(found):
             out = found.activations(device.name, message)
-            if found is not self._round and device.name in found.participants:
-                self._history.update(message.stamp, device.name, found.entry(device.name))
+            self._note(found, device)
             return out
         ours = message.run == self.name
         self._observer.batch_discarded("stale_attempt" if ours else "foreign_run")
@@ -139,20 +135,20 @@ class Run:
 
     def parameters(self, device: Device, message: DeviceParameters) -> list[Envelope]:
         """What a device has learnt, in this round or in an earlier one."""
-        found = self._find(message.stamp)
+        found = self._rounds.find(message.stamp)
         if found is None:
             self._observer.message_dropped("stale_attempt")
             return [refusal(device.name, message.stamp)] if message.run == self.name else []
         brought, out = found.parameters(device.name, message)
         if brought is not None:
-            self._take(brought)
-        if found is not self._round:
-            self._history.update(message.stamp, device.name, found.entry(device.name))
+            self._rounds.take(brought, self.published.version)
+        self._note(found, device)
         return out
 
     def report(self, device: Device, report: Report) -> None:
         """A device's own account of an attempt."""
-        running = self._round is not None and self._round.stamp == report.stamp
+        current = self._rounds.current
+        running = current is not None and current.stamp == report.stamp
         self._history.report(device.name, report, open_round=running)
 
     # -- time -------------------------------------------------------------------------------------
@@ -165,25 +161,25 @@ class Run:
     @property
     def has_work(self) -> bool:
         """Whether batches wait to be trained on together."""
-        return self._round is not None and self._round.gathered
+        return self._rounds.current is not None and self._rounds.current.gathered
 
     def work(self) -> list[Envelope]:
         """Train on batches that have waited for each other."""
-        return [] if self._round is None else self._round.train_gathered()
+        current = self._rounds.current
+        return [] if current is None else current.train_gathered()
 
     def tick(self) -> list[Envelope]:
         """Receipts that have waited for company, and the end of waiting after a restart."""
         if self._returning_until is not None and self._clock() >= self._returning_until:
             self._returning_until = None
-        rounds = [*self._earlier, self._round] if not self._barrier else [self._round]
-        return [receipt for r in rounds if r is not None for receipt in r.receipts()]
+        return self._rounds.receipts()
 
     @property
     def next_tick(self) -> float | None:
         """When something is due, on the clock."""
-        due = [None if self._away_since is not None else self._due, self._returning_until]
-        rounds = [*self._earlier, self._round] if not self._barrier else [self._round]
-        due += [r.receipts_due for r in rounds if r is not None]
+        due = [self._returning_until, self._rounds.receipts_due]
+        if self._away_since is None:
+            due.append(self._due)
         return min((time for time in due if time is not None), default=None)
 
     def advance(self) -> list[Envelope]:
@@ -192,7 +188,7 @@ class Run:
             return self._gather()
         if self._phase == "inference":
             return self._await_answers()
-        current = self._round
+        current = self._rounds.current
         if self._phase != "training" or current is None:
             return []
         verdict = self._verdict(current)
@@ -294,9 +290,7 @@ class Run:
             )
             work = {name: self._work(self._registry.devices[name]) for name in chosen}
         self._deadline_s = self._workload.deadline(work.values())
-        current = self._round = self._new_round(
-            self.published.model, orders.rate(settings, self._number)
-        )
+        current = self._new_round(self.published.model, orders.rate(settings, self._number))
         current.open(
             (self.name, self._number, self._attempt),
             self.published.version,
@@ -309,13 +303,11 @@ class Run:
         self._observer.round_opened(
             self._number, settings.rounds, self._attempt, sum(w.quota for w in work.values())
         )
-        waiting, self._late = self._late, []
-        for brought in waiting:
-            self._take(brought)
+        self._rounds.begin(current)
         return [self.announcement()]
 
     def _end_round(self, current: RoundInProgress, *, closed: bool) -> list[Envelope]:
-        self._round, self._due = None, None
+        self._rounds.current = self._due = None
         changed = self._workload.note(current, self._registry, self._deadline_s, closed=closed)
         for device in changed:
             self._observer.work_changed(device.name, device.cut or 0, device.load.share)
@@ -327,7 +319,7 @@ class Run:
         if missing := current.unfinished:
             log.warning("round %d closes without %s", self._number, some_of(missing))
         self.published.replace(current.merge(), current.trained_cuts, self._cuts())
-        self._remember(current)
+        self._rounds.remember(current, self.published.version)
         record = self._record(current)
         for folded in current.added:
             device = self._registry.devices[folded.device]
@@ -344,31 +336,6 @@ class Run:
         out += [self.assignment(device) for device in changed]
         return out + (self.advance() or [self.announcement()])
 
-    def _take(self, brought: Contribution) -> None:
-        """Fold a contribution into the current round, or the next; drop one that is too late."""
-        staleness = self._staleness(brought)
-        if self._phase in ("inference", "finished"):
-            outcome = "run_over"
-        elif staleness > self._settings.staleness:
-            outcome = "too_late"
-        elif self._round is not None:
-            self._round.add(brought)
-            outcome = "folded"
-        elif len(self._late) < self._settings.late_devices:
-            self._late.append(brought)
-            return
-        else:
-            outcome = "not_kept"
-        if staleness:
-            self._observer.late_work(outcome, brought.samples)
-            log.info(
-                "%s brought %d samples %d versions late: %s",
-                brought.device,
-                brought.samples,
-                staleness,
-                outcome,
-            )
-
     def _work(self, device: Device) -> Work:
         assert device.cut is not None
         return Work(device.cut, orders.quota(self._settings, device))
@@ -376,7 +343,7 @@ class Run:
     # -- the end ----------------------------------------------------------------------------------
 
     def _begin_inference(self) -> list[Envelope]:
-        self._forget_all()
+        self._rounds.end()
         if not self._settings.inference:
             if self._due is None:
                 self._due = self._clock() + REPORTS_S
@@ -400,34 +367,15 @@ class Run:
 
     # -- small parts ------------------------------------------------------------------------------
 
-    def _forget_all(self) -> None:
-        for earlier in self._earlier:
-            earlier.forget()
-        self._earlier = []
-
-    def _remember(self, closed: RoundInProgress) -> None:
-        """Keep a round as long as somebody may still bring something for it."""
-        bound = self._settings.staleness
-        kept = [r for r in self._earlier if r.unfinished and self._staleness(r) <= bound]
-        for forgotten in self._earlier:
-            if forgotten not in kept:
-                forgotten.forget()
-        self._earlier = [*kept, closed]
-
-    def _staleness(self, begun: RoundInProgress | Contribution) -> int:
-        """How many versions there have been since."""
-        return self.published.version - begun.version
-
     @property
     def _overdue(self) -> bool:
         away = self._away_since is not None
         return self._due is not None and not away and self._clock() >= self._due
 
-    def _find(self, stamp: tuple[str, int, int]) -> RoundInProgress | None:
-        for candidate in (self._round, *self._earlier):
-            if candidate is not None and candidate.stamp == stamp:
-                return candidate
-        return None
+    def _note(self, found: RoundInProgress, device: Device) -> None:
+        """The record of a round that has closed keeps up with what its devices still do."""
+        if found is not self._rounds.current and device.name in found.participants:
+            self._history.update(found.stamp, device.name, found.entry(device.name))
 
     def _record(self, current: RoundInProgress) -> dict[str, Any]:
         record = current.record(self._clock())

@@ -429,3 +429,11 @@ def test_a_manifest_is_said_once_and_again_on_a_new_connection() -> None:
         server.join(name, 2)
     assert len(every(Manifest, server.said)) == 1
     assert len(every(Manifest, server.reconnect())) == 1
+
+
+def test_a_stranger_to_a_round_that_has_closed_changes_nothing() -> None:
+    server, first = missed()
+    server.join("c", 2)
+    upload = make_upload(first.stamp, cut=2, version=0, produced=3)
+    assert not only(Receipt, server.hear("c", upload)).participant
+    assert "c" not in server.checkpoint().history[0]["devices"]
