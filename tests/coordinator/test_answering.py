@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from broker.messages import Features, Prediction, Round
+from broker.messages import Features, Prediction, Report, Round
+from coordinator.run import REPORTS_S
 from tensors.codecs import encode_exact
 from tensors.decoding import decode
 from tensors.networks import build_network, write_state
@@ -149,7 +150,19 @@ def test_a_report_about_other_parameters_does_not_count() -> None:
 def test_without_inference_the_run_ends_with_its_last_round() -> None:
     server = Harness(rounds=1, inference=False)
     server.join("a", 2)
-    said = server.train("a")
+    server.train("a")
+    assert not server.core.finished, "the device has not given its account"
+    said = server.wait(REPORTS_S)
     assert only(Round, said).phase == "finished"
     assert server.core.finished
     assert server.core.next_tick is None
+
+
+def test_a_run_without_inference_ends_with_the_last_account() -> None:
+    server = Harness(rounds=1, inference=False)
+    server.join("a", 2)
+    run, number, attempt = server.round.stamp
+    server.train("a")
+    said = server.hear("a", Report(run=run, round=number, attempt=attempt, produced=3, applied=3))
+    assert only(Round, said).phase == "finished"
+    assert server.checkpoint().history[0]["devices"]["a"]["finished"]
