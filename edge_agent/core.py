@@ -118,10 +118,12 @@ class AgentCore:
     # -- events -----------------------------------------------------------------------------------
 
     def connected(self) -> list[Effect]:
-        """The broker is there (again): introduce ourselves and say again what may be lost."""
+        """The broker is there (again): introduce ourselves.
+
+        What may be lost is said again when the coordinator is known to be there.
+        """
         self._connected = True
         out: list[Effect] = [self._status(), up(self._device, self._hello)]
-        out += self._unanswered()
         if not self._question.open and self._assignment is None:
             self._question.ask(up(self._device, self._hello))
         return out
