@@ -38,18 +38,18 @@ class Contribution:
     def fold(self, aggregation: Aggregation, model: Model, version: int) -> None:
         """Enter it into a round that began with ``model`` as ``version``.
 
-        In its own round it counts as it is. In a later one its difference from where it started is
-        added to ``model``, and it weighs ``samples / √(1 + staleness)`` (as in FedBuff,
-        arXiv 2106.06639, whose buffer this is with ``aggregation = "buffered"``).
+        In its own round it counts as it is. In a later one its difference from where it started,
+        times 1/√(1 + staleness), is added to ``model``; it weighs its samples either way (as in
+        FedBuff, arXiv 2106.06639, whose buffer this is with ``aggregation = "buffered"``).
 
         A half that cannot be averaged is left out.
         """
         staleness = version - self.version
-        weight = self.samples * discount(staleness)
+        scale, weight = discount(staleness), self.samples
         half, server, momentum = self.half, self.server, self.momentum
         if staleness:
-            half = _moved(half, self.start.state, model.state)
-            server, momentum = _moved(server, self.start.state, model.state), {}
+            half = _moved(half, self.start.state, model.state, scale)
+            server, momentum = _moved(server, self.start.state, model.state, scale), {}
         with self._leaving_out("own half"):
             aggregation.add_device(half, weight)
         with self._leaving_out("server-side copy"):
@@ -84,11 +84,15 @@ def discount(staleness: int) -> float:
     return 1 / math.sqrt(1 + staleness)
 
 
-def _moved(state: State, start: State, now: State) -> State:
-    """``now`` moved by as much as ``state`` differs from ``start``, for the names in ``state``."""
+def _moved(state: State, start: State, now: State, scale: float) -> State:
+    """``now`` moved by ``scale`` · (``state`` − ``start``), for the names in ``state``.
+
+    What is counted in whole numbers is not scaled.
+    """
     moved = {}
     for name, values in state.items():
-        value = now[name] + (values - start[name])
+        difference = values - start[name]
+        value = now[name] + (difference if difference.dtype.kind in "iu" else scale * difference)
         if name.endswith("running_var"):
             value = np.maximum(value, now[name] / 2)  # a difference can exceed a variance
         moved[name] = value.astype(now[name].dtype)

@@ -42,9 +42,13 @@ class OpenRounds:
         return found is self.current or not self._barrier
 
     @property
-    def active(self) -> int:
-        """Devices that are at work in some round."""
-        return sum(len(each.unfinished) for each in self)
+    def at_work(self) -> set[str]:
+        """Devices that have not finished some round that they entered."""
+        return {name for each in self for name in each.unfinished}
+
+    def credits(self, device: str) -> int:
+        """Batches that a device may have out, in all rounds that it has not finished."""
+        return sum(each.credits(device) for each in self)
 
     def receipts(self) -> list[Envelope]:
         """Receipts that have waited for company long enough."""
@@ -79,6 +83,14 @@ class OpenRounds:
         self._earlier.clear()
         self._over = True
 
+    def give_up(self, abandoned: RoundInProgress) -> None:
+        """A round is not closed; what came late to it waits for the next."""
+        self._late += abandoned.late
+        abandoned.late.clear()
+
+    def _has_room(self, current: RoundInProgress, staleness: int) -> bool:
+        return not staleness or len(current.late) < self._settings.late_devices
+
     def take(self, brought: Contribution, version: int) -> None:
         """Fold a contribution into the current round, or the next; drop one that is too late."""
         staleness = version - brought.version
@@ -86,16 +98,17 @@ class OpenRounds:
             outcome = "run_over"
         elif staleness > self._settings.staleness:
             outcome = "too_late"
-        elif self.current is not None:
+        elif self.current is not None and self._has_room(self.current, staleness):
             self.current.add(brought)
-            outcome = "folded"
-        elif len(self._late) < self._settings.late_devices:
+            outcome = "taken"
+        elif self.current is None and len(self._late) < self._settings.late_devices:
             self._late.append(brought)
             return
         else:
             outcome = "not_kept"
         if staleness:
-            self._observer.late_work(outcome, brought.samples)
+            if outcome != "taken":
+                self._observer.late_work(outcome, brought.samples)
             log.info(
                 "%s brought %d samples %d versions late: %s",
                 brought.device,

@@ -8,6 +8,7 @@ Decisions are pure functions in ``coordinator.rounds``; what they are asked with
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -39,6 +40,8 @@ from tensors.codecs import parse_codec
 
 log = logging.getLogger("splitfleet.coordinator")
 
+SAY_AGAIN_S = 1.0
+"""The announcement is not said again to devices that ask for an old round more often than that."""
 REPORTS_S = 2.0
 """How long the result of a run without inference waits for the devices' last accounts."""
 
@@ -95,6 +98,9 @@ class Run:
         self._phase: RunPhase = "gathering"
         self._due: float | None = None
         self._away_since: float | None = None
+        self._said_again = -math.inf
+        self._turned_away: dict[str, None] = {}
+        """Without a barrier: devices that wait for room, in order."""
         self._deadline_s = settings.round_deadline_s
         self.name = name
         self.published = Published(
@@ -114,12 +120,40 @@ class Run:
         current = self._rounds.current
         if current is None or stamp != current.stamp:
             self._observer.message_dropped("stale_join")
+            if self._clock() < self._said_again + SAY_AGAIN_S:
+                return []  # many ask at once when a round begins; one answer reaches them all
+            self._said_again = self._clock()
             return [self.announcement()]
-        if not self._barrier and device.cut is not None:
-            ready = self._registry.ready
-            if self._rounds.active < self._placement.room(d.cut or 1 for d in ready):
-                current.admit(device.name, self._work(device), devices=len(ready))
+        if not self._barrier and not self._admit(device, current):
+            self._turned_away[device.name] = None
         return [current.join(device.name)]
+
+    def _admit(self, device: Device, current: RoundInProgress) -> bool:
+        """Without a barrier: let a device in if the broker's queue has room for its batches."""
+        if device.cut is None:
+            return False
+        devices = self._registry.devices
+        ready = self._registry.ready
+        room = self._placement.room(d.cut or 1 for d in ready)
+        others = self._rounds.at_work - {device.name}
+        taken = sum(self._rounds.credits(name) for name in others if devices[name].online)
+        if taken >= room:
+            return False
+        current.admit(device.name, self._work(device), devices=len(ready), most=room - taken)
+        return True
+
+    def _call_in(self) -> list[Envelope]:
+        """Tell devices that were turned away when there is room."""
+        current, out = self._rounds.current, list[Envelope]()
+        while self._turned_away and current is not None:
+            name = next(iter(self._turned_away))
+            device = self._registry.devices[name]
+            if device.online and not self._admit(device, current):
+                break
+            del self._turned_away[name]
+            if device.online:
+                out.append(current.join(name))
+        return out
 
     def activations(self, device: Device, message: Activations) -> list[Envelope]:
         """A batch of this run, or of one that nobody knows any more."""
@@ -193,7 +227,7 @@ class Run:
             return []
         verdict = self._verdict(current)
         if verdict is Verdict.WAIT:
-            return []
+            return self._call_in()
         if verdict is Verdict.EXTEND:
             current.extended = True
             self._due = self._clock() + self._deadline_s
@@ -308,10 +342,12 @@ class Run:
 
     def _end_round(self, current: RoundInProgress, *, closed: bool) -> list[Envelope]:
         self._rounds.current = self._due = None
+        self._turned_away.clear()
         changed = self._workload.note(current, self._registry, self._deadline_s, closed=closed)
         for device in changed:
             self._observer.work_changed(device.name, device.cut or 0, device.load.share)
         if not closed:
+            self._rounds.give_up(current)
             self._observer.round_ended(self._number, "abandoned", {})
             log.warning("round %d stayed below quorum: abandoned", self._number)
             self._set_phase("gathering")

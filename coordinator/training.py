@@ -94,6 +94,8 @@ class RoundInProgress:
         self.finished = 0
         """Participants that have uploaded their parameters."""
         self.added: list[Folded] = []
+        self.late: list[Contribution] = []
+        """Brought to earlier rounds, to be folded in when this one closes."""
         self.durations: dict[str, float] = {}
         """Seconds from the opening to each device's first upload."""
         self.stamp: Stamp = ("", 0, 0)
@@ -121,15 +123,26 @@ class RoundInProgress:
         self._engine.begin(self._model, self._learning_rate)
         self._training = True
 
-    def admit(self, device: str, work: Work, *, devices: int) -> None:
-        """A device takes part, in a fleet of ``devices``; one that has finished, once more."""
+    def admit(self, device: str, work: Work, *, devices: int, most: int | None = None) -> None:
+        """A device takes part, in a fleet of ``devices``; one that has finished, once more.
+
+        It may have at most ``most`` batches out.
+        """
         ledger = self._ledgers.get(device)
+        granted = self._grant(work.cut, devices)
+        if most is not None:
+            granted = max(1, min(granted, most))
         if ledger is None:
             self.participants[device] = work.cut
-            granted = self._grant(work.cut, devices)
             self._ledgers[device] = Ledger(work.quota, keep_answers=granted + 2, credits=granted)
         elif ledger.finished or ledger.next_batch >= ledger.quota:
             ledger.extend(work.quota)
+            ledger.credits = granted
+
+    def credits(self, device: str) -> int:
+        """Batches that a device may have out here; none if it has finished."""
+        ledger = self._ledgers.get(device)
+        return 0 if ledger is None or ledger.finished else ledger.credits
 
     @property
     def unfinished(self) -> list[str]:
@@ -242,16 +255,30 @@ class RoundInProgress:
     # -- the end ----------------------------------------------------------------------------------
 
     def add(self, brought: Contribution) -> None:
-        """Fold in what a device brought, to this round or an earlier one."""
+        """Take in what a device brought, to this round or an earlier one.
+
+        What is of an earlier round is folded in at the end, so that it is not lost if this one is
+        given up.
+        """
+        if self._barrier and brought.version != self.version:
+            self.late.append(brought)
+        else:
+            self._fold(brought)
+
+    def _fold(self, brought: Contribution) -> None:
         assert self._aggregation is not None
         brought.fold(self._aggregation, self._model, self.version)
         self.added.append(brought.folded())
+        if brought.version != self.version:
+            self._observer.late_work("folded", brought.samples)
 
     def merge(self) -> Model:
         """The aggregated model; what comes from now on is for a later round."""
         assert self._aggregation is not None
         while self._waiting:
             self.train_gathered()
+        while self.late:
+            self._fold(self.late.pop(0))
         self._engine.close(self._aggregation)
         merged, self._aggregation = self._aggregation.result(), None
         if self._barrier:
@@ -304,8 +331,9 @@ class RoundInProgress:
 
     def forget(self) -> None:
         """Nobody will bring anything for this round any more."""
-        for name in self._halves:
-            self._observer.late_work("not_brought", self._ledgers[name].fresh)
+        for ledger in self._ledgers.values():
+            if not ledger.finished and ledger.fresh:
+                self._observer.late_work("not_brought", ledger.fresh)
         self._halves.clear()
 
     # -- small parts ------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,34 +13,36 @@ from coordinator.training import RoundInProgress, Work
 
 log = logging.getLogger("splitfleet.coordinator")
 
-PACES = 64
-"""Observations kept for each cut layer."""
-
 
 class Workload:
-    """Keeps the seconds per batch of each cut layer, and moves devices' shares of the work.
+    """Keeps the seconds per batch of every device, and moves devices' shares of the work.
 
     ``dumped`` is what :meth:`dump` gave for a checkpoint.
     """
 
     def __init__(self, settings: CoordinatorSettings, dumped: Mapping[str, Any]) -> None:
         self._settings = settings
-        self._paces: dict[int, deque[float]] = {
-            int(cut): deque(paces, PACES) for cut, paces in dumped.get("paces", {}).items()
+        self._paces: dict[str, tuple[int, float]] = {
+            name: (int(cut), float(pace)) for name, (cut, pace) in dumped.get("paces", {}).items()
         }
+        """Device → the cut layer and the seconds per batch of its last round; of no more devices
+        than the registry holds."""
 
     def dump(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"paces": {str(cut): list(paces) for cut, paces in sorted(self._paces.items())}}
+        return {"paces": {name: list(pace) for name, pace in sorted(self._paces.items())}}
 
     def deadline(self, work: Iterable[Work]) -> float:
         """Seconds for a round in which devices have this to do."""
         most: dict[int, int] = {}
         for one in work:
             most[one.cut] = max(one.quota, most.get(one.cut, 0))
+        by_cut: dict[int, list[float]] = {}
+        for cut, pace in self._paces.values():
+            by_cut.setdefault(cut, []).append(pace)
         by_count = most and self._settings.round_seconds is None
         return deadline(
-            self._paces,
+            by_cut,
             most,
             mads=self._settings.deadline_mads if by_count else None,
             ceiling_s=self._settings.round_deadline_s,
@@ -62,7 +63,7 @@ class Workload:
             batches, finished, seconds = ended.progress(name)
             if not batches:
                 continue  # it was away; that says nothing about how fast it is
-            self._paces.setdefault(cut, deque(maxlen=PACES)).append(seconds / batches)
+            self._paces[name] = cut, seconds / batches
             if self._settings.adapt_work and self._settings.aggregation == "rounds":
                 device = registry.devices[name]
                 spare = finished and seconds < deadline_s / 2

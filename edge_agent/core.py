@@ -140,8 +140,9 @@ class AgentCore:
             case Assignment():
                 return self._assigned(message)
             case Round():
-                self._round = message
-                return self._advance()
+                known, self._round = self._round == message, message
+                # What it asks because of this one it says again by itself: no more is due to that.
+                return [] if known and self._question.open else self._advance()
             case Gradients() if self.attempt is not None and message.stamp == self.attempt.stamp:
                 self.attempt.gradient(message)
             case Receipt():

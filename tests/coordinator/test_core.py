@@ -19,6 +19,7 @@ from broker.messages import (
     Round,
 )
 from coordinator.aggregation import half_of
+from coordinator.run import SAY_AGAIN_S
 from tensors.deltas import apply_delta, fingerprint, whole_pack
 from tensors.parameters import pack_parameters, unpack_parameters
 from tests.fake_coordinator import Harness, every, only
@@ -214,6 +215,7 @@ def test_joining_the_round_is_answered_with_a_receipt_and_another_with_the_annou
         join.model_copy(update={"run": "other"}),
     ):
         assert only(Round, server.hear("a", stale)) == server.round
+        server.wait(SAY_AGAIN_S)
     assert server.observer.dropped == {"stale_join": 3}
 
 

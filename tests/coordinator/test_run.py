@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from broker.messages import Assignment, Gradients, Manifest, Receipt, Request, Round
 from coordinator.contribution import discount
+from coordinator.training import Work
+from coordinator.workload import Workload
 from tests.fake_coordinator import Harness, every, only
 from tests.fake_device import make_measurement
 from tests.server_side import (
@@ -20,7 +22,7 @@ from tests.server_side import (
     poisoned_features,
     trained_half,
 )
-from tests.tiny import assert_same, make_hello
+from tests.tiny import assert_same, make_hello, make_settings
 
 HEAD = "heads.5.0.fc.weight"
 """Held by devices at cut 5 only."""
@@ -66,7 +68,10 @@ def test_late_work_is_folded_into_the_running_round_as_a_difference() -> None:
     checkpoint = server.checkpoint()
     difference = trained_half(5)[HEAD] - START.state[HEAD]
     np.testing.assert_allclose(
-        checkpoint.model.state[HEAD], START.state[HEAD] + difference, rtol=1e-5
+        checkpoint.model.state[HEAD],
+        START.state[HEAD] + discount(1) * difference,
+        rtol=1e-5,
+        err_msg="also where nobody else holds it",
     )
     assert checkpoint.trained_cuts == [2, 5]
     assert server.observer.late == [("folded", 8)]
@@ -78,7 +83,7 @@ def test_late_work_is_folded_into_the_running_round_as_a_difference() -> None:
 
 
 def test_late_work_counts_less_than_work_of_the_round() -> None:
-    """Both halves weigh 8 / √2 against 8 of ``a``, where both hold a block."""
+    """Its difference is divided by √2; it weighs its 8 samples against 8 of ``a``."""
     server, first = missed()
     before = server.checkpoint().model.state
     upload_late(server, first)
@@ -86,10 +91,9 @@ def test_late_work_counts_less_than_work_of_the_round() -> None:
     server.upload("a")
     server.wait(101)
     name = "blocks.1.conv1.weight"
-    weight = 8 * discount(1)
     assert discount(1) == pytest.approx(1 / math.sqrt(2))
-    late = before[name] + (trained_half(5)[name] - START.state[name])
-    expected = (8 * trained_half(2)[name] + weight * late) / (8 + weight)
+    late = before[name] + discount(1) * (trained_half(5)[name] - START.state[name])
+    expected = (trained_half(2)[name] + late) / 2
     np.testing.assert_allclose(server.checkpoint().model.state[name], expected, rtol=1e-5)
 
 
@@ -109,6 +113,7 @@ def test_late_work_comes_at_most_once() -> None:
     server, first = missed()
     for _ in range(3):
         assert upload_late(server, first).final
+    close_round(server)
     assert server.observer.late == [("folded", 8)]
 
 
@@ -116,6 +121,7 @@ def test_late_work_comes_at_most_once() -> None:
 def test_beyond_the_bound_it_is_dropped_and_counted(max_staleness: int, outcome: str) -> None:
     server, first = missed(max_staleness=max_staleness)
     assert upload_late(server, first).final
+    close_round(server)
     expected = [(outcome, 8)] if max_staleness else [("not_kept", 8)]
     assert server.observer.late == expected
 
@@ -437,3 +443,61 @@ def test_a_stranger_to_a_round_that_has_closed_changes_nothing() -> None:
     upload = make_upload(first.stamp, cut=2, version=0, produced=3)
     assert not only(Receipt, server.hear("c", upload)).participant
     assert "c" not in server.checkpoint().history[0]["devices"]
+
+
+# -- what the hostile tried -----------------------------------------------------------------------
+
+
+def test_late_work_outlives_a_round_that_is_given_up() -> None:
+    server, first = missed(max_staleness=5)
+    assert upload_late(server, first).final
+    server.wait(201)
+    assert server.observer.outcomes[-1] == (2, "abandoned")
+    assert server.observer.late == []
+    server.send("a", 0)
+    server.send("b", 0)
+    server.upload("a")
+    server.upload("b")
+    assert server.observer.late == [("folded", 8)]
+    assert [late["device"] for late in server.checkpoint().history[-1]["late"]] == ["b"]
+
+
+def test_the_deadline_is_of_all_devices_not_of_the_last_by_name() -> None:
+    paces = {f"a{i:03}": (2, 10.0) for i in range(70)} | {f"z{i:03}": (2, 1.0) for i in range(64)}
+    renamed = {f"x{index}": pace for index, pace in enumerate(reversed(paces.values()))}
+    deadlines = [
+        Workload(make_settings(), {"paces": dict(each)}).deadline([Work(2, 1)])
+        for each in (paces, renamed)
+    ]
+    assert deadlines[0] == deadlines[1] > 10
+
+
+def test_without_a_barrier_the_dead_take_nobodys_place() -> None:
+    server = buffered(queue_chunks=3, buffer_size=1)
+    assert enter(server, "a").participant
+    assert enter(server, "b").participant
+    assert not enter(server, "c").participant, "no room in the broker's queue"
+    said = server.offline("a")
+    assert only(Receipt, said, "c").participant, "it is called in"
+    server.send("c", 0)
+    server.upload("c")
+    assert server.observer.outcomes == [(1, "closed")]
+
+
+def test_a_device_that_never_comes_back_is_counted_without_a_barrier_too() -> None:
+    server = buffered(buffer_size=1, max_staleness=1)
+    enter(server, "c")
+    server.send("c", 0)
+    for _ in range(3):
+        enter(server, "a")
+        server.send("a", 0)
+        server.upload("a")
+    assert ("not_brought", 8) in server.observer.late
+
+
+def test_stale_joins_are_answered_together() -> None:
+    server, first = missed()
+    run, number, attempt = first.stamp
+    ask = Request(what="join", run=run, round=number, attempt=attempt)
+    answers = [every(Round, server.hear(name, ask)) for name in "abab"]
+    assert [len(answer) for answer in answers] == [1, 0, 0, 0]
