@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from ops import run
+from ops.errors import SettingsWrong
+
+MAX_WINDOW = 1024
 
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
@@ -52,8 +55,11 @@ def bench_pipelining(
     """How busy a device is with so many batches under way, on virtual time."""
     from ops.bench_pipelining import run_bench
 
+    chosen = [int(window) if window.isdecimal() else 0 for window in windows.split(",")]
+    if not all(1 <= window <= MAX_WINDOW for window in chosen):
+        raise SettingsWrong(f"--windows {windows}: numbers from 1 to {MAX_WINDOW}, e.g. 1,4")
     rows = run_bench(
-        [int(window) for window in windows.split(",")],
+        chosen,
         batches=batches,
         append=append,
         quiet=as_json,

@@ -163,9 +163,11 @@ def _rarely_collecting() -> Iterator[None]:
 
 def _settings(plan: Plan, folder: Path) -> CoordinatorSettings:
     given = {key: value for key, value in plan.settings.items() if value is not None}
-    fixed = {"state_dir", "dataset"} & given.keys()
+    fixed = {"state_dir", "dataset", "seed"} & given.keys()
     if fixed:
         raise SettingsWrong(f"--set {min(fixed)}: a simulation has its own")
+    if plan.settings.get("stay"):
+        raise SettingsWrong("--set stay: a simulation ends when its run does")
     flags = {
         "min_devices": max(1, plan.devices * 3 // 4),
         "max_devices": plan.devices,
@@ -178,11 +180,14 @@ def _settings(plan: Plan, folder: Path) -> CoordinatorSettings:
     if plan.learning == "real":
         flags["dataset"] = DATASET
     try:
-        return load_settings(
+        settings = load_settings(
             CoordinatorSettings, section="coordinator", file=None, environ={}, flags=flags
         )
     except ConfigError as exc:
         raise SettingsWrong(str(exc)) from exc
+    if (least := settings.min_devices) > plan.devices:
+        raise SettingsWrong(f"min_devices = {least}: with {plan.devices} no round would begin")
+    return settings
 
 
 def _with_data(devices: Sequence[Device], seed: int) -> list[Device]:

@@ -40,6 +40,11 @@ class Constant(_Spread):
 
     constant: float | Literal["auto"]
 
+    @property
+    def values(self) -> list[float | str]:
+        """What has to be allowed."""
+        return [self.constant]
+
     def draw(self, rng: random.Random) -> float | str:
         """The one value."""
         del rng
@@ -50,6 +55,11 @@ class Uniform(_Spread):
     """Evenly between two values."""
 
     uniform: tuple[float, float]
+
+    @property
+    def values(self) -> list[float]:
+        """What has to be allowed."""
+        return [*self.uniform]
 
     @model_validator(mode="after")
     def _check(self) -> Uniform:
@@ -69,6 +79,11 @@ class LogNormal(_Spread):
     sigma: float = Field(ge=0)
     at_most: float = Field(default=math.inf, gt=0)
 
+    @property
+    def values(self) -> list[float]:
+        """What has to be allowed; what is drawn beyond that is cut off."""
+        return [self.lognormal]
+
     def draw(self, rng: random.Random) -> float:
         """Above 0 and at most ``at_most``."""
         return min(self.at_most, self.lognormal * math.exp(rng.gauss(0, self.sigma)))
@@ -79,6 +94,11 @@ class Choice(_Spread):
 
     choice: list[float | Literal["auto"]] = Field(min_length=1)
     weights: list[Annotated[float, Field(ge=0)]] | None = None
+
+    @property
+    def values(self) -> list[float | Literal["auto"]]:
+        """What has to be allowed."""
+        return self.choice
 
     @model_validator(mode="after")
     def _check(self) -> Choice:
@@ -122,6 +142,27 @@ def _kind(value: Any) -> Any:
 Spread = Annotated[Constant | Uniform | LogNormal | Choice, BeforeValidator(_kind)]
 
 
+LIMITS: dict[str, tuple[float, float]] = {
+    "cut": (1, 1024),
+    "forward_s": (0, 3600),
+    "backward_ratio": (0, 1000),
+    "memory_mb": (0, math.inf),
+    "samples": (1, 1e9),
+    "test_samples": (0, 1e6),
+    "up_bytes_per_s": (1, math.inf),
+    "down_bytes_per_s": (1, math.inf),
+    "latency_s": (0, 60),
+    "jitter_s": (0, 60),
+    "loss": (0, 0.9),
+    "start_s": (0, 1e8),
+    "on_s": (1, 1e8),
+    "off_s": (0, 1e8),
+    "failure_s": (0, 1e8),
+    "repair_s": (1, 1e8),
+}
+"""The least and the most that a value may be."""
+
+
 class Group(BaseModel):
     """Devices of one kind. Times in seconds; of a step, for each block of the device's half."""
 
@@ -153,11 +194,25 @@ class Group(BaseModel):
     """Mean time between failures (0: it never fails), and until it is repaired."""
     repair_s: Spread = Constant(constant=60.0)
 
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        for key, (least, most) in LIMITS.items():
+            for value in getattr(self, key).values:
+                if key == "cut" and (value == "auto" or float(value).is_integer()):
+                    value = 1 if value == "auto" else value  # noqa: PLW2901
+                elif key == "cut" or isinstance(value, str):
+                    kind = 'a whole number or "auto"' if key == "cut" else "a number"
+                    raise ValueError(f"{key} = {value}: it must be {kind}")
+                if not least <= value <= most:
+                    raise ValueError(f"{key} = {value}: allowed is {least:g} to {most:g}")
+        return self
+
     def device(self, name: str, rng: random.Random) -> Device:
         """A device of this kind."""
 
         def draw(key: str) -> float:
-            return max(0.0, float(getattr(self, key).draw(rng)))
+            least, most = LIMITS[key]
+            return min(most, max(least, float(getattr(self, key).draw(rng))))
 
         cut = self.cut.draw(rng)
         forward_s = draw("forward_s")
@@ -166,20 +221,20 @@ class Group(BaseModel):
             cut="auto" if isinstance(cut, str) else int(cut),
             cost=DeviceCost(forward_s, forward_s * draw("backward_ratio")),
             memory_mb=draw("memory_mb"),
-            samples=max(1, round(draw("samples"))),
+            samples=round(draw("samples")),
             test_samples=round(draw("test_samples")),
             link=LinkProfile(
-                up_bytes_per_s=max(1.0, draw("up_bytes_per_s")),
-                down_bytes_per_s=max(1.0, draw("down_bytes_per_s")),
+                up_bytes_per_s=draw("up_bytes_per_s"),
+                down_bytes_per_s=draw("down_bytes_per_s"),
                 latency_s=draw("latency_s"),
                 jitter_s=draw("jitter_s"),
-                loss=min(0.9, draw("loss")),
+                loss=draw("loss"),
             ),
             start_s=draw("start_s"),
-            on_s=max(1.0, draw("on_s")),
+            on_s=draw("on_s"),
             off_s=draw("off_s"),
             failure_s=draw("failure_s"),
-            repair_s=max(1.0, draw("repair_s")),
+            repair_s=draw("repair_s"),
         )
 
 

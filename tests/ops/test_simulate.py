@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -53,8 +54,18 @@ def test_the_command_prints_json() -> None:
     assert (result["devices"], result["batches"]["applied"]) == (4, 8)
 
 
-@pytest.mark.parametrize("settings", [{"state_dir": "x"}, {"dataset": "x"}, {"codec": "int9"}])
-def test_settings_that_cannot_be(settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"state_dir": "x"},
+        {"dataset": "x"},
+        {"codec": "int9"},
+        {"seed": 3},
+        {"stay": True},
+        {"min_devices": 3},
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingsWrong, match=next(iter(settings))):
         simulate(Plan(2, "lan", 1, "stub", settings))
 
