@@ -88,7 +88,8 @@ class CoordinatorSettings(BaseModel):
     late_devices: int = Field(default=64, ge=0, le=100_000)
     """For how many devices that missed a round's end their server-side copy is kept."""
     adapt_work: bool = True
-    """Whether a device that is always late gets less work, then a shallower cut."""
+    """Whether a device that is always late gets less work, then a shallower cut; where a round is
+    a number of batches, with a barrier."""
     return_wait_s: Positive = 15.0
     """After a restart, how long to wait for the devices known before."""
     gradient_timeout_s: Positive = 30.0

@@ -64,12 +64,19 @@ class Workload:
             if not batches:
                 continue  # it was away; that says nothing about how fast it is
             self._paces[name] = cut, seconds / batches
-            if self._settings.adapt_work and self._settings.aggregation == "rounds":
+            if self._adapts:
                 device = registry.devices[name]
                 spare = finished and seconds < deadline_s / 2
                 if self._adapt(device, finished=finished, spare=spare):
                     changed.append(device)
         return changed
+
+    @property
+    def _adapts(self) -> bool:
+        """Only where a round ends for all at once, after a number of batches."""
+        settings = self._settings
+        by_count = settings.aggregation == "rounds" and settings.round_seconds is None
+        return settings.adapt_work and by_count
 
     def _adapt(self, device: Device, *, finished: bool, spare: bool) -> bool:
         before = device.load.share

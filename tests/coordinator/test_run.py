@@ -253,6 +253,18 @@ def test_a_device_that_is_always_late_gets_less_work_and_then_a_shallower_cut() 
     assert ("b", 8, 0.5) in server.observer.changed
 
 
+def test_by_time_nobody_has_too_much_to_do() -> None:
+    server = Harness(min_devices=2, rounds=9, round_deadline_s=100, round_seconds=20.0)
+    server.join("a", 2)
+    server.online("b")
+    server.hear("b", make_hello(cut=None, measurement=make_measurement()))
+    server.cuts["b"] = 9
+    for _ in range(8):
+        server.send("b", 0)
+        close_round(server)
+    assert server.observer.changed == []
+
+
 # -- without a barrier ----------------------------------------------------------------------------
 
 
