@@ -354,6 +354,9 @@ class Run:
             return self.advance() or [self.announcement()]
         if missing := current.unfinished:
             log.warning("round %d closes without %s", self._number, some_of(missing))
+        out: list[Envelope] = []
+        while current.gathered:
+            out += current.train_gathered()
         self.published.replace(current.merge(), current.trained_cuts, self._cuts())
         self._rounds.remember(current, self.published.version)
         record = self._record(current)
@@ -365,7 +368,7 @@ class Run:
         self._responder.load(self.published.version, self.published.model.state)
         self._observer.round_ended(self._number, "closed", record)
         self._set_phase("gathering")
-        out = self._manifests()
+        out += self._manifests()
         if self._barrier:  # without one devices ask when they have finished what they are at
             out += [self.published.broadcast(cut) for cut in self._cuts()]
         # Another cut layer ends what a late device is at, which the broadcast lets it bring first.

@@ -129,23 +129,20 @@ class ServerCopy:
         """Parameters and buffers, and the momentum."""
         return read_state(self.network), read_momentum(self.network, self.optimizer)
 
-    def fold(self, aggregation: Aggregation, samples: int, blocks: range | None = None) -> None:
-        """One holder of all blocks, or of these, that weighs ``samples``."""
-        state, momentum = self.read()
-        if blocks is not None:
-            state = {name: v for name, v in state.items() if block_of(name) in blocks}
-            momentum = {name: v for name, v in momentum.items() if block_of(name) in blocks}
-        try:
-            aggregation.add_server(state, momentum, samples)
-        except AveragingError as exc:
-            log.warning("a server copy is left out of the average: %s", exc)
-
     def fold_by_cut(self, aggregation: Aggregation, samples: Mapping[int, int]) -> None:
         """Fold in block by block: each weighs the ``samples`` (by cut) that went through it."""
+        state, momentum = self.read()
         cuts = sorted(samples)
         for cut, following in pairwise([*cuts, self.network.stop]):
-            entered = sum(samples[c] for c in cuts if c <= cut)
-            self.fold(aggregation, entered, range(cut, following))
+            blocks = range(cut, following)
+            try:
+                aggregation.add_server(
+                    {name: v for name, v in state.items() if block_of(name) in blocks},
+                    {name: v for name, v in momentum.items() if block_of(name) in blocks},
+                    sum(samples[c] for c in cuts if c <= cut),
+                )
+            except AveragingError as exc:
+                log.warning("a server copy is left out of the average: %s", exc)
 
     # -- the pass ---------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class Work:
     quota: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
     message: Activations
     entry: Entry
@@ -232,8 +232,9 @@ class RoundInProgress:
         if ledger is None:
             self._observer.message_dropped("not_a_participant")
             return None, [refusal(device, self.stamp)]
+        out: list[Envelope] = []
         while any(waiting.entry.device == device for waiting in self._waiting):
-            self.train_gathered()
+            out += self.train_gathered()
         brought = None
         if not ledger.finished:
             self.finished += 1
@@ -243,7 +244,7 @@ class RoundInProgress:
                 brought = self._brought(device, message, samples)
             else:
                 self._observer.late_work("not_kept", samples)
-        return brought, [self._receipt(device, complete=True, final=True)]
+        return brought, [*out, self._receipt(device, complete=True, final=True)]
 
     def receipts(self) -> list[Envelope]:
         """Receipts that have waited for company long enough."""
@@ -273,10 +274,12 @@ class RoundInProgress:
             self._observer.late_work("folded", brought.samples)
 
     def merge(self) -> Model:
-        """The aggregated model; what comes from now on is for a later round."""
+        """The aggregated model; what comes from now on is for a later round.
+
+        What has been gathered must have been trained on.
+        """
         assert self._aggregation is not None
-        while self._waiting:
-            self.train_gathered()
+        assert not self._waiting
         while self.late:
             self._fold(self.late.pop(0))
         self._engine.close(self._aggregation)

@@ -402,6 +402,17 @@ def test_what_waits_is_trained_on_before_its_device_finishes_and_before_the_merg
     assert accounts["a"]["applied"] == accounts["b"]["applied"] == 1
 
 
+def test_answers_to_what_waited_reach_everybody_when_another_device_finishes() -> None:
+    server = cascade(quorum=0.3)
+    server.send("a", 0)
+    server.send("b", 0)
+    assert every(Gradients, server.upload("b"), "a")
+    server.send("a", 1)
+    server.send("c", 0)
+    said = server.wait(101)
+    assert every(Gradients, said, "a"), "and when the round closes"
+
+
 def test_one_bad_batch_in_a_cascade_is_discarded_alone() -> None:
     server = cascade()
     server.send("a", 0)
