@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 import statistics
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,9 +18,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ops import bench_rows
+from ops import bench_rows, workers
 from ops.charts import Interval, interval_chart, standalone
 from ops.errors import DiskTrouble, FleetFailed, SettingsWrong
+from ops.files import write_whole
 from ops.paired import difference
 from ops.rate_accuracy import CUTS, Case, Result, Setup, load_images, pair_name, run_case
 from ops.units import MISSING, byte_size, seconds, short_size
@@ -81,7 +79,7 @@ def run_bench(
             [[*origin, row["commit"], data, *line] for row, line in zip(rows, cells, strict=True)],
         )
     if plot is not None:
-        _write(plot, draw(rows))
+        write_whole(plot, draw(rows))
     return rows
 
 
@@ -112,7 +110,7 @@ def _results(
             yield case, _run_and_keep(case, data_root, out)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(todo) or 1), context, _begin_worker)
+    pool = ProcessPoolExecutor(min(jobs, len(todo) or 1), context, workers.begin)
     try:
         running = {pool.submit(_run_and_keep, case, data_root, out): case for case in todo}
         for done in as_completed(running):
@@ -126,22 +124,9 @@ def _results(
         pool.shutdown(cancel_futures=True)  # what is running is kept
 
 
-def _begin_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to speak about
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _run_and_keep(case: Case, data_root: Path | None, out: Path) -> Result:
     result = run_case(case, data_root)
-    _write(out / case.file, json.dumps(result, indent=1) + "\n")
+    write_whole(out / case.file, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -153,17 +138,6 @@ def _kept(path: Path) -> Result | None:
     except (OSError, ValueError) as exc:
         raise DiskTrouble(f"{path} cannot be read ({exc}); remove it to run it again") from exc
     return result
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as exc:
-        raise DiskTrouble(f"cannot write {path}: {exc.strerror}; choose another place") from exc
 
 
 # -- rows -----------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ _STANDALONE = (
     "--c7:#7d8a17;--c8:#8a5a35;background:var(--card);font-family:system-ui,sans-serif}"
     ".chart text{fill:var(--soft);font-size:11px}.grid{stroke:var(--faint)}"
     ".axis{stroke:var(--soft)}.band{fill:var(--faint);opacity:.5}"
-    ".line{stroke-width:2;fill:none}.dot{stroke:var(--card);stroke-width:1.5}"
+    ".line{stroke-width:2;fill:none}.dashed{stroke-dasharray:6 4}"
+    ".dot{stroke:var(--card);stroke-width:1.5}"
     + "".join(f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}" for i in range(9))
 )
 """What a chart needs of the page's style sheet when it stands alone."""
@@ -157,6 +158,24 @@ def interval_chart(
             f"{index + 1} {escape(point.label)}, {escape(value)}</text>"
         )
     return _svg(name, parts, HEIGHT + LINE * len(points) + 12)
+
+
+def legend_below(chart: str, series: Sequence[Series], columns: int = 3) -> str:
+    """The chart with a legend under it, for where no page can hold one."""
+    rows = math.ceil(len(series) / columns)
+    parts = []
+    for index, line in enumerate(series):
+        left = LEFT + (index % columns) * (RIGHT - LEFT) / columns
+        y = HEIGHT + 12 + LINE * (index // columns)
+        parts.append(
+            f'<line class="line {line.style}" x1="{left:.0f}" x2="{left + 16:.0f}" '
+            f'y1="{y - 4}" y2="{y - 4}"/>'
+            f'<text class="note" x="{left + 22:.0f}" y="{y}">{escape(line.label)}</text>'
+        )
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
+    assert box in chart, "a chart of another height"
+    taller = f'viewBox="0 0 {WIDTH} {HEIGHT + LINE * rows + 12}"'
+    return chart.replace(box, taller).replace("</svg>", "".join(parts) + "</svg>")
 
 
 def standalone(chart: str) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from broker.envelopes import Envelope
 from broker.messages import Activations, Gradients, Network
@@ -22,10 +21,10 @@ from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data import DeviceData
 from ops import bench_rows
+from ops.experiments.images import balanced
 from ops.simulator.fleet import SimulatedFleet
 from ops.simulator.programs import Device
 from tensors.datasets import Dataset, load_dataset
-from tensors.errors import DataError
 from tensors.networks import NetworkSpec, State, build_network
 from tensors.partition import partition
 from tensors.training import MemoryFormat, choose_compute
@@ -137,7 +136,7 @@ def load_images(setup: Setup, data_root: Path | None) -> tuple[Dataset, Dataset]
     test = load_dataset(setup.dataset, "test", root=data_root)
     if setup.train_images is None:
         return train, test
-    rows = balanced(train.labels, setup.train_images)
+    rows = balanced(train.labels, setup.train_images, "--train-images")
     others = np.setdiff1d(np.arange(len(train)), rows)
     missing = max(0, WANTED_TEST_IMAGES - len(test))
     held_out = np.sort(np.random.default_rng(1).permutation(others)[:missing])
@@ -147,26 +146,6 @@ def load_images(setup: Setup, data_root: Path | None) -> tuple[Dataset, Dataset]
         labels=np.concatenate([test.labels, train.labels[held_out]]),
     )
     return replace(train, images=train.images[rows], labels=train.labels[rows]), test
-
-
-def balanced(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Which ``count`` of the samples with these labels (N,) to take: the same ones every time.
-
-    Classes differ by at most one sample. Raises ``DataError`` if one has too few.
-    """
-    order = np.random.default_rng(0).permutation(len(labels))
-    classes = np.unique(labels)
-    share, more = divmod(count, len(classes))
-    chosen = []
-    for index, label in enumerate(classes):
-        rows, wanted = order[labels[order] == label], share + (index < more)
-        if not 1 <= wanted <= len(rows):
-            raise DataError(
-                f"{count} training images cannot be taken evenly: class {label} would have "
-                f"{wanted} of its {len(rows)}; choose another --train-images"
-            )
-        chosen.append(rows[:wanted])
-    return np.sort(np.concatenate(chosen))
 
 
 def _settings(case: Case, train: Dataset, folder: Path) -> CoordinatorSettings:

@@ -24,6 +24,7 @@ from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
+from edge_agent.holding import SnapshotStore
 from edge_agent.learner import LearnerFactory
 from edge_agent.service import Silent, build_agent, introduce, last_will
 from edge_agent.settings import AgentSettings
@@ -56,6 +57,8 @@ class Device:
     samples: int = 64
     test_samples: int = 0
     data: DeviceData | None = None
+    snapshots: SnapshotStore | None = None
+    """Where it keeps its own learning; without it on a disk that is simulated too."""
     start_s: float = 0.0
     on_s: float = 3600.0
     off_s: float = 0.0
@@ -200,7 +203,7 @@ class AgentProgram:
             settings,
             hello,
             data or self._stub,
-            self.disk,
+            self.device.snapshots or self.disk,
             uplink=life.uplink,
             clock=life.clock,
             learners=_Learners(self, life.meter),

@@ -15,8 +15,9 @@ from ops import bench_rate_accuracy, rate_accuracy
 from ops.bench_rate_accuracy import make_rows, parse_pair, run_bench
 from ops.cli import main
 from ops.errors import DiskTrouble, SettingsWrong
+from ops.experiments.images import balanced
 from ops.paired import NOT_RESOLVED, Difference, difference
-from ops.rate_accuracy import Case, Setup, balanced, load_images, run_case
+from ops.rate_accuracy import Case, Setup, load_images, run_case
 from tensors.datasets import Dataset, load_dataset
 from tensors.decoding import decode
 from tensors.errors import CodecError, DataError
@@ -86,13 +87,13 @@ class TestOneRun:
 
     def test_images_are_taken_evenly_and_always_the_same(self) -> None:
         labels = np.repeat(np.arange(4), [30, 20, 10, 5]).astype(np.int64)
-        rows = balanced(labels, 18)
+        rows = balanced(labels, 18, "key")
         assert np.bincount(labels[rows]).tolist() == [5, 5, 4, 4]
         assert len(set(rows.tolist())) == 18
-        np.testing.assert_array_equal(rows, balanced(labels, 18))
+        np.testing.assert_array_equal(rows, balanced(labels, 18, "key"))
         for count in (24, 3, 0, -4):
             with pytest.raises(DataError, match="train-images"):
-                balanced(labels, count)
+                balanced(labels, count, "key")
 
 
 class TestAllRuns:

@@ -1,0 +1,142 @@
+"""``splitfleet experiment``: run it, and keep what came out beside what it was made from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from ops import bench_rows
+from ops.errors import SettingsWrong
+from ops.experiments import tables
+from ops.experiments.images import load_images
+from ops.experiments.one_run import read_json, to_json
+from ops.experiments.plots import all_plots
+from ops.experiments.runner import folder_of, run_all
+from ops.experiments.spec import Experiment, Training, read_experiment, trainings
+from ops.files import write_whole
+
+PACKAGES = ("torch", "numpy", "msgpack", "zstandard")
+
+
+def run_experiment(
+    file: str,
+    *,
+    out: Path | None,
+    arms: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    jobs: int,
+    minutes: float | None,
+    data_root: Path | None,
+    device: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> bool:
+    """Train what is left of an experiment and write its tables; whether all is finished.
+
+    Raises:
+        SettingsWrong: the file or a flag is wrong, or ``out`` holds another experiment.
+        DataError: images are missing.
+        DiskTrouble, FleetFailed: see ``runner.run_all``.
+    """
+    if jobs < 1 or (minutes is not None and minutes <= 0):
+        raise SettingsWrong("--jobs must be at least 1 and --minutes above 0")
+    until = None if minutes is None else time.time() + 60 * minutes
+    experiment = _part(read_experiment(file), arms, seeds)
+    out = out or Path("runs") / "experiments" / experiment.name
+    console = Console(stderr=True, quiet=quiet)
+    todo = trainings(experiment, data_root=data_root, device=device)
+    images = load_images(experiment.data, data_root)
+    _describe(experiment, out, device)
+
+    def write() -> None:
+        write_tables(experiment, todo, out)
+
+    complete = run_all(
+        todo,
+        out,
+        data_root=data_root,
+        jobs=jobs,
+        batches=lambda training: sum(training.quotas(images)),
+        until=until,
+        say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        finished=write,
+    )
+    write()
+    if as_json:
+        print(json.dumps(results_of(todo, out), indent=1))
+    else:
+        print((out / "table.md").read_text("utf-8"), end="")
+    if not complete:
+        console.print(f"not finished: the same command goes on in {out}", highlight=False)
+    return complete
+
+
+def results_of(todo: Sequence[Training], out: Path) -> tables.Results:
+    """What is finished so far, in the order of the file."""
+    results: tables.Results = {}
+    for training in todo:
+        by_seed = results.setdefault(training.arm, {})
+        result = read_json(folder_of(out, training) / "result.json")
+        if result is not None:
+            by_seed[training.seed] = result
+    return results
+
+
+def write_tables(experiment: Experiment, todo: Sequence[Training], out: Path) -> None:
+    """``results.csv``, ``curves.csv``, ``table.md`` and ``plots/`` of what is finished so far."""
+    results = results_of(todo, out)
+    write_whole(out / "results.csv", tables.results_csv(results))
+    write_whole(out / "curves.csv", tables.curves_csv(results))
+    text = tables.table(experiment, results)
+    if "distributed" in results:
+        fleets = [name for name in ("averaging", "sequential", "cascade") if name in results]
+        text += "\n" + tables.claims(fleets, "distributed", results)
+    write_whole(out / "table.md", text)
+    for name, chart in all_plots(results).items():
+        write_whole(out / "plots" / name, chart)
+
+
+def _part(
+    experiment: Experiment, arms: Sequence[str] | None, seeds: Sequence[int] | None
+) -> Experiment:
+    names = [arm.name for arm in experiment.arms]
+    if unknown := [name for name in arms or () if name not in names]:
+        raise SettingsWrong(f"--arms {unknown[0]}: the file has {', '.join(names)}")
+    chosen = [arm for arm in experiment.arms if arms is None or arm.name in arms]
+    return experiment.model_copy(
+        update={"arms": tuple(chosen), "seeds": tuple(seeds or experiment.seeds)}
+    )
+
+
+def _describe(experiment: Experiment, out: Path, device: str | None) -> None:
+    """Beside the results, what they were made with; one entry for each call."""
+    path = out / "environment.json"
+    calls = (read_json(path) or {"calls": []})["calls"]
+    calls.append(
+        {
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "machine": _machine(device),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "commit": bench_rows.commit(),
+            "command": sys.argv[1:],
+        }
+    )
+    write_whole(path, to_json({"calls": calls}))
+    write_whole(out / "experiment.json", to_json(experiment.model_dump(mode="json")))
+
+
+def _machine(device: str | None) -> str:
+    if device is not None and device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return f"{bench_rows.machine()}, {torch.cuda.get_device_name(device)}"
+    return bench_rows.machine()

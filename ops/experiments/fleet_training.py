@@ -1,0 +1,107 @@
+"""An arm that is a fleet: the production coordinator and agents, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordinator.observer import Observer
+from edge_agent.data import DeviceData
+from edge_agent.snapshots import DiskSnapshots, Snapshot
+from ops.errors import FleetFailed
+from ops.experiments.images import ImageSets
+from ops.experiments.spec import Training
+from ops.simulator.fleet import SimulatedFleet
+from ops.simulator.programs import Device
+from tensors.networks import State
+
+
+class FleetTraining:
+    """A simulated fleet on links that take no time, whose state lies in ``folder``.
+
+    What lies there already is gone on with.
+    """
+
+    def __init__(self, training: Training, images: ImageSets, folder: Path) -> None:
+        self._training = training
+        self._closed = _Closed()
+        self._kept: list[_Snapshots] = []
+        nothing = np.zeros(0, np.int64)
+        devices = []
+        shares = training.shares(images)
+        for name, cut, rows in zip(training.devices, training.cuts, shares, strict=True):
+            self._kept.append(_Snapshots(folder / "devices" / name))
+            data = DeviceData(images.train, rows, None, nothing)
+            devices.append(Device(name, cut=cut, data=data, snapshots=self._kept[-1]))
+        settings = training.settings.model_copy(
+            update={"state_dir": folder / "coordinator", "dataset": None}
+        )
+        self._fleet = SimulatedFleet(
+            settings, devices, seed=training.seed, learning="real", observer=self._closed
+        )
+        self._fleet.run(until=lambda: self._fleet.coordinator.machine is not None)
+        self.round = self._fleet.checkpoint().round
+
+    def advance(self) -> None:
+        """Train the next round. Raises ``FleetFailed`` if it does not close."""
+        wanted = self.round + 1
+        self._fleet.run(until=lambda: self._is_kept(wanted) or self._fleet.done)
+        checkpoint = self._fleet.checkpoint()
+        if checkpoint.round < wanted:
+            raise FleetFailed(
+                f"round {wanted} of {self._training.arm} was abandoned {self._closed.abandoned} "
+                "times: too few devices finish it"
+            )
+        self.round = checkpoint.round
+
+    def models(self) -> dict[str, State]:
+        """One for all devices."""
+        return {"": self._fleet.checkpoint().model.state}
+
+    def record(self) -> dict[str, Any]:
+        """Of the round that was closed last: samples applied, batches discarded, bytes."""
+        record = self._fleet.checkpoint().history[-1]
+        devices = record["devices"].values()
+        sent = record["bytes"]
+        return {
+            "samples": sum(device["samples"] for device in devices),
+            "discarded": sum(sum(device["account"]["discarded"].values()) for device in devices),
+            "bytes_up": sum(size for role, size in sent.items() if role.startswith("up/")),
+            "bytes_down": sum(size for role, size in sent.items() if role.startswith("down/")),
+            "train_loss": record["train_loss"],
+        }
+
+    def _is_kept(self, number: int) -> bool:
+        """Whether the round has closed, and every device can go on from there after a crash."""
+        if self._closed.round != number or number == self._training.settings.rounds:
+            return self._closed.round > number
+        return all(kept.version >= self._closed.version for kept in self._kept)
+
+
+class _Closed(Observer):
+    def __init__(self) -> None:
+        self.round = self.version = self.abandoned = 0
+
+    def round_ended(self, number: int, outcome: str, record: dict[str, Any]) -> None:
+        if outcome == "closed":
+            self.round, self.version = number, record["version"]
+        elif outcome == "abandoned":
+            self.abandoned += 1
+
+
+class _Snapshots(DiskSnapshots):
+    """Knows which version it keeps."""
+
+    version = -1
+
+    def load(self, run: str, cut: int) -> tuple[int, Snapshot] | None:
+        kept = super().load(run, cut)
+        if kept is not None:
+            self.version = kept[0]
+        return kept
+
+    def save(self, run: str, cut: int, version: int, snapshot: Snapshot) -> None:
+        super().save(run, cut, version, snapshot)
+        self.version = version

@@ -1,0 +1,174 @@
+"""One training from its folder: started, or gone on with, round by round.
+
+{folder}/training.json   all that its result depends on
+{folder}/history.json    a line for each closed round
+{folder}/state/          what training goes on from
+{folder}/result.json     after the last round
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from coordinator.evaluation import Evaluator
+from ops.errors import DiskTrouble, SettingsWrong
+from ops.experiments.fleet_training import FleetTraining
+from ops.experiments.images import ImageSets, load_images
+from ops.experiments.local_training import LocalTraining
+from ops.experiments.spec import Training
+from ops.files import write_whole
+from tensors.datasets import Dataset
+from tensors.networks import NetworkSpec, State, build_network
+from tensors.training import choose_compute
+
+Record = dict[str, Any]
+
+
+class UnderWay(Protocol):
+    """A training; ``round`` rounds are closed and on disk."""
+
+    @property
+    def round(self) -> int: ...
+
+    def advance(self) -> None: ...
+
+    def models(self) -> dict[str, State]: ...
+
+    def record(self) -> Record: ...
+
+
+def begin(training: Training, images: ImageSets, folder: Path) -> UnderWay:
+    """Build a training on what ``folder`` holds."""
+    if training.kind == "fleet":
+        return FleetTraining(training, images, folder)
+    return LocalTraining(training, images, folder)
+
+
+def run_training(
+    training: Training,
+    folder: Path,
+    *,
+    data_root: Path | None,
+    told: Callable[[Record], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> Record | None:
+    """Train to the end and test; the result, or None if ``stop()`` after some round.
+
+    ``told`` hears of every round.
+
+    Raises:
+        SettingsWrong: the folder holds another training.
+        DiskTrouble, StoreError, StateError: it cannot be read or written.
+        FleetFailed: training does not come to its end.
+    """
+    _claim(training, folder)
+    if (result := read_json(folder / "result.json")) is not None:
+        return result
+    torch.set_num_threads(1)
+    images = load_images(training.data, data_root)
+    under_way = begin(training, images, folder / "state")
+    judge = Judge(training, images)
+    history: list[Record] = (read_json(folder / "history.json") or {"rounds": []})["rounds"]
+    history = history[: under_way.round]
+    started = time.process_time()
+    while True:
+        if len(history) < under_way.round:
+            record = {"round": under_way.round, **under_way.record()}
+            if training.scores(under_way.round):
+                record |= judge.score(under_way.models(), images.curve)
+            history.append(record | {"seconds": time.process_time() - started})
+            write_whole(folder / "history.json", to_json({"rounds": history}))
+            told(history[-1])
+        if under_way.round == training.settings.rounds:
+            break
+        if stop():
+            return None
+        started = time.process_time()
+        under_way.advance()
+    result = {
+        "training": training.identity(),
+        "seed": training.seed,
+        "final": judge.score(under_way.models(), images.test),
+        "history": history,
+    }
+    write_whole(folder / "result.json", to_json(result))
+    return result
+
+
+class Judge:
+    """Scores models as the arm's devices would see them: by cut, without a codec."""
+
+    def __init__(self, training: Training, images: ImageSets) -> None:
+        self._training = training
+        settings = training.settings
+        self._spec = NetworkSpec(**settings.network.model_dump())
+        self._compute = choose_compute(
+            lambda: build_network(self._spec),
+            (settings.batch_size, self._spec.channels, self._spec.size, self._spec.size),
+            device=settings.device,
+            precision=settings.precision,
+            memory_format=settings.memory_format,
+        )
+        self._evaluators = {
+            id(dataset): Evaluator(build_network(self._spec), self._compute, dataset)
+            for dataset in (images.curve, images.test)
+        }
+
+    def score(self, models: Mapping[str, State], dataset: Dataset) -> Record:
+        """Accuracies (0 to 1): ``full``, ``full_by_cut`` and ``exits``, means over devices."""
+        evaluator = self._evaluators[id(dataset)]
+        full: dict[int, list[float]] = {}
+        exits: dict[int, list[float]] = {}
+        losses = []
+        for name, state in models.items():
+            cuts = sorted(set(self._training.cuts))
+            if name:
+                cuts = [self._training.cuts[self._training.devices.index(name)]]
+            scores = evaluator.scores(state, cuts)
+            losses.append(scores.server_loss)
+            for cut in cuts:
+                full.setdefault(cut, []).append(scores.server_accuracy)
+                exits.setdefault(cut, []).append(scores.exit_accuracy[cut])
+        return {
+            "full": statistics.fmean(value for values in full.values() for value in values),
+            "loss": statistics.fmean(losses),
+            "full_by_cut": {str(cut): statistics.fmean(full[cut]) for cut in sorted(full)},
+            "exits": {str(cut): statistics.fmean(exits[cut]) for cut in sorted(exits)},
+        }
+
+
+def to_json(data: object) -> str:
+    """For people and programs."""
+    return json.dumps(data, indent=1) + "\n"
+
+
+def read_json(path: Path) -> Record | None:
+    """What is in a file; None if there is none. Raises ``DiskTrouble``."""
+    try:
+        data: Record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as exc:
+        raise DiskTrouble(
+            f"{path} cannot be read ({exc}); remove its folder to run it again"
+        ) from exc
+    return data
+
+
+def _claim(training: Training, folder: Path) -> None:
+    identity = json.loads(to_json(training.identity()))
+    found = read_json(folder / "training.json")
+    if found is None:
+        write_whole(folder / "training.json", to_json(identity))
+    elif found != identity:
+        odd = next(key for key in identity if found.get(key) != identity[key])
+        raise SettingsWrong(
+            f"{folder} holds a training with another {odd}: choose another --out, or remove it"
+        )
