@@ -56,7 +56,7 @@ BY_REASON = BeforeValidator(_not_many)
 def _blob(limit: int, *, lazy: bool = False) -> PlainValidator:
     def check(value: Any) -> Any:
         if not (isinstance(value, Buffer) or (lazy and isinstance(value, LazyBytes))):
-            raise ValueError("Input should be bytes")  # noqa: TRY004 pydantic's way
+            raise ValueError("Input should be bytes")
         if len(value) > limit:
             raise ValueError(f"Data should have at most {limit} bytes")
         return value
