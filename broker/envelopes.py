@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from broker.errors import MessageError
-from broker.maps import Buffer, Pieces, pack_map, unpack_map
+from broker.maps import Buffer, Pieces, pack_map, packed_size, unpack_map
 from broker.messages import KINDS, Message
 from broker.topics import Address
 
@@ -95,6 +95,11 @@ def _kind(where: str, kind: type[Message]) -> str:
 def encode_message(message: Message) -> Pieces:
     """The MessagePack map of a message; its blobs are not copied."""
     return pack_map(message.model_dump(exclude_none=True))
+
+
+def message_size(message: Message) -> int:
+    """Bytes of :func:`encode_message`; a blob that is not made is not made for it."""
+    return packed_size(message.model_dump(exclude_none=True))
 
 
 def decode_message(address: Address, data: Buffer) -> Message:

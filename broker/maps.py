@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import msgpack
 
@@ -18,6 +18,16 @@ from broker.errors import MessageError
 
 Buffer = bytes | bytearray | memoryview
 """What a blob may be."""
+
+
+@runtime_checkable
+class LazyBytes(Protocol):
+    """A blob that is made when somebody wants its bytes; how many is known before."""
+
+    def __len__(self) -> int: ...
+
+    def __bytes__(self) -> bytes: ...
+
 
 MAX_DEPTH = 8
 """Maps and arrays inside one another, the outermost included."""
@@ -61,10 +71,21 @@ def pack_map(fields: dict[str, Any]) -> Pieces:
             blob = last
         case bytes() | bytearray() | memoryview():
             blob = Pieces((last,))
+        case LazyBytes():
+            blob = Pieces((bytes(last),))
         case _:
             return Pieces((msgpack.packb(fields),))
     plain = msgpack.packb({**fields, name: b""})
     return Pieces((plain[:-2] + _blob_header(blob.size), *blob))
+
+
+def packed_size(fields: dict[str, Any]) -> int:
+    """Bytes of ``pack_map(fields)``; a blob that is not made is not made for it."""
+    name = next(reversed(fields))
+    last = fields[name]
+    if isinstance(last, LazyBytes):
+        return len(msgpack.packb({**fields, name: b""})) - blob_bytes(0) + blob_bytes(len(last))
+    return pack_map(fields).size
 
 
 def unpack_map(data: Buffer) -> dict[str, Any]:
@@ -185,6 +206,11 @@ def _open(view: memoryview, at: int) -> tuple[int, int, int]:
     kind, field = _LONG[marker]
     (length,) = field.unpack_from(view, at + 1)
     return kind, length, at + 1 + field.size
+
+
+def blob_bytes(length: int) -> int:
+    """Bytes that a blob of this length takes in a map, its header included."""
+    return len(_blob_header(length)) + length
 
 
 def _blob_header(length: int) -> bytes:

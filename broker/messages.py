@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from broker.errors import MessageError
-from broker.maps import Buffer
+from broker.maps import Buffer, LazyBytes
 
 PROTOCOL = 1
 MAX_BATCH = 4096
@@ -53,10 +53,10 @@ BY_REASON = BeforeValidator(_not_many)
 """Bounds a map from reasons before its entries are looked at: each could cost an error."""
 
 
-def _blob(limit: int) -> PlainValidator:
-    def check(value: object) -> Buffer:
-        if not isinstance(value, Buffer):
-            raise ValueError("Input should be bytes")  # noqa: TRY004 pydantic's way
+def _blob(limit: int, *, lazy: bool = False) -> PlainValidator:
+    def check(value: Any) -> Any:
+        if not (isinstance(value, Buffer) or (lazy and isinstance(value, LazyBytes))):
+            raise ValueError("Input should be bytes")
         if len(value) > limit:
             raise ValueError(f"Data should have at most {limit} bytes")
         return value
@@ -66,6 +66,8 @@ def _blob(limit: int) -> PlainValidator:
 
 Blob = Annotated[Buffer, _blob(1 << 30)]
 """Bytes that are not looked into here; of a message that arrived, a view of what arrived."""
+Tensor = Annotated[Buffer | LazyBytes, _blob(1 << 30, lazy=True)]
+"""A blob that need not be made as long as nobody sends it anywhere."""
 
 
 class Message(BaseModel):
@@ -136,7 +138,7 @@ class Activations(Stamp):
     batch: Count
     version: Count
     labels: Annotated[list[Label], FailFast(), Field(min_length=1, max_length=MAX_BATCH)]
-    tensor: Blob
+    tensor: Tensor
 
 
 class DeviceParameters(Stamp):
@@ -158,7 +160,7 @@ class Features(Message):
     request: Count
     version: Count
     deadline_ms: Annotated[int, Field(ge=1, le=600_000)]
-    tensor: Blob
+    tensor: Tensor
 
 
 class Histogram(Message):
@@ -268,7 +270,7 @@ class Gradients(Stamp):
     batch: Count
     loss: float
     correct: Count
-    tensor: Blob
+    tensor: Tensor
 
 
 class Receipt(Stamp):
@@ -296,7 +298,7 @@ class Prediction(Message):
 
     request: Count
     version: Count
-    tensor: Blob | None = None
+    tensor: Tensor | None = None
     refused: Text | None = None
 
 

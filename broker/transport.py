@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -247,7 +247,7 @@ class Inbox:
                 return
 
 
-def packet_size(topic: str, payload: bytes, qos: int) -> int:
+def packet_size(topic: str, payload: Sized, qos: int) -> int:
     """Bytes of a whole MQTT 5 PUBLISH packet without properties."""
     remaining = 2 + len(topic.encode()) + (2 if qos else 0) + 1 + len(payload)
     length_bytes = 1 + (remaining > 127) + (remaining > 16_383) + (remaining > 2_097_151)

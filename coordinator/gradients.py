@@ -9,9 +9,10 @@ from collections import defaultdict
 import torch
 
 from broker.messages import Activations
-from tensors.codecs import Codec, parse_codec
+from tensors.codecs import Codec, Encode, parse_codec
 from tensors.decoding import relu_mask
 from tensors.errors import CodecError
+from tensors.format import Encoded
 from tensors.rate import RateController
 
 
@@ -31,21 +32,23 @@ class GradientEncoder:
         masked: bool,
         bytes_per_sample: float | None = None,
         follow_link: bool = False,
+        encode: Encode = Codec.encode,
     ) -> None:
         self._codec = codec
         self._masked = masked and codec.levels is not None and not codec.per_channel
         self._bytes_per_sample = bytes_per_sample
         self._follow_link = follow_link
+        self._encode = encode
         self._rates: dict[str, RateController] = defaultdict(lambda: RateController(codec))
         self._lock = threading.Lock()
 
-    def encode(self, device: str, gradient: torch.Tensor, answered: Activations) -> bytes:
+    def encode(self, device: str, gradient: torch.Tensor, answered: Activations) -> Encoded:
         """The gradient of the loss at the activations that ``answered`` brought, of their shape."""
         keep = relu_mask(answered.tensor) if self._masked else None
         budget = self._budget(answered)
         try:
             if math.isinf(budget):
-                return self._codec.encode(gradient, keep=keep, seed=answered.batch)
+                return self._encode(self._codec, gradient, keep=keep, seed=answered.batch)
             with self._lock:
                 rated = self._rates[device].encode(gradient, budget, keep=keep, seed=answered.batch)
             return rated.data

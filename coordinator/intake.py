@@ -18,6 +18,9 @@ from tensors.format import Limits
 from tensors.networks import State
 from tensors.parameters import unpack_parameters
 
+_DTYPES = torch.float32, torch.bfloat16
+"""No bytes decode to the latter."""
+
 
 class Intake:
     """Opens batches of activations and uploads of parameters.
@@ -40,7 +43,7 @@ class Intake:
         self._channels_last = channels_last
 
     def features(self, message: Activations, cut: int, version: int) -> torch.Tensor:
-        """A batch's features: float32, finite, of the shape at ``cut``.
+        """A batch's features: finite, of the shape at ``cut``; float32, or bfloat16 by reference.
 
         Raises :class:`BatchRefused` with the reason.
         """
@@ -59,9 +62,10 @@ class Intake:
             )
         except FormatError as exc:
             raise BatchRefused(exc.reason) from exc
-        if tuple(features.shape) != shape or features.dtype is not torch.float32:
+        if tuple(features.shape) != shape or features.dtype not in _DTYPES:
             raise BatchRefused("wrong_shape")
-        if not math.isfinite(features.sum().item()):  # ten times as fast as looking at each value
+        total = features.sum(dtype=torch.float32)
+        if not math.isfinite(total.item()):  # ten times as fast as looking at each value
             raise BatchRefused("not_finite")
         return features
 

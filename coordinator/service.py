@@ -33,6 +33,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
+from tensors.codecs import Codec, Encode
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
 from tensors.errors import DataError
 from tensors.networks import NetworkSpec, build_network, feature_shapes, read_state
@@ -60,7 +61,8 @@ class Parts:
     """What a coordinator computes with; :func:`torch_parts` is what a real one has.
 
     ``shapes[c-1]`` is the shape of one image's features at cut ``c``. ``first`` makes version 0 of
-    a new run, ``new_engine`` the engine of a round.
+    a new run, ``new_engine`` the engine of a round,
+    ``encode`` encodes gradients.
     """
 
     shapes: list[tuple[int, ...]]
@@ -69,6 +71,7 @@ class Parts:
     responder: Responder
     evaluator: Evaluator | None = None
     channels_last: bool = False
+    encode: Encode = Codec.encode
 
 
 def torch_parts(settings: CoordinatorSettings) -> Parts:
@@ -184,6 +187,7 @@ def build_core(
             masked=settings.mask_gradients,
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,
+            encode=parts.encode,
         )
 
     intake = Intake(

@@ -20,9 +20,10 @@ from edge_agent.ledger import Ledger
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
+from tensors.codecs import Encode
 from tensors.decoding import nonzero
 from tensors.errors import CodecError, FormatError
-from tensors.format import Buffer, read_header
+from tensors.format import Encoded, read_header
 
 ROUND_TRIP_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 MAX_QUOTA = 1 << 20
@@ -71,7 +72,12 @@ class Learner(Protocol):
 
     def backward(self, batch: int, gradient: Any | None) -> Result: ...
 
-    def decode(self, data: Buffer, keep: np.ndarray | None) -> Any:
+    @property
+    def encode(self) -> Encode:
+        """How features are encoded."""
+        ...
+
+    def decode(self, data: Encoded, keep: np.ndarray | None) -> Any:
         """An encoded gradient as :meth:`backward` takes it; ``keep`` if it is masked."""
         ...
 
@@ -351,7 +357,7 @@ class Attempt:
     def _keep(self, made: Kept) -> None:
         self._ledger.discarded(self._kept.keep(made), "superseded")
 
-    def _decode(self, gradient: Buffer, sent: Activations) -> Any:
+    def _decode(self, gradient: Encoded, sent: Activations) -> Any:
         keep = nonzero(sent.tensor) if read_header(gradient).masked else None
         return self._learner.decode(gradient, keep)
 

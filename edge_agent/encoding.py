@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from broker.messages import Assignment
-from tensors.codecs import parse_codec
+from tensors.codecs import Codec, Encode, parse_codec
 from tensors.rate import RateController, Rated
 
 LINK_SHARE = 0.8
@@ -28,11 +28,18 @@ class ActivationEncoder:
     Raises CodecError if the codec is unknown, or has no levels to choose from but a budget.
     """
 
-    def __init__(self, assignment: Assignment, *, uplink: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        *,
+        uplink: Callable[[], float],
+        encode: Encode = Codec.encode,
+    ) -> None:
         self._codec = parse_codec(assignment.activation_codec)
         self._bytes_per_sample = assignment.bytes_per_sample
         self._follow_link = assignment.follow_link
         self._uplink = uplink
+        self._encode = encode
         self._rate: RateController | None = None
         if self._follow_link or self._bytes_per_sample is not None:
             self._rate = RateController(self._codec)
@@ -47,7 +54,7 @@ class ActivationEncoder:
         """Encode the features of a batch. Raises CodecError as ``Codec.encode`` does."""
         budget = self._budget(images)
         if self._rate is None or budget is None:
-            return Rated(self._codec.encode(features, seed=seed), self._codec.levels)
+            return Rated(self._encode(self._codec, features, seed=seed), self._codec.levels)
         beside = MESSAGE_BYTES + LABEL_BYTES * images
         return self._rate.encode(features, budget - beside, seed=seed)
 

@@ -14,9 +14,10 @@ from broker.messages import Assignment, Measurement
 from edge_agent.errors import AssignmentError
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import DeviceTrainer, Outcome
+from tensors.codecs import Codec, Encode
 from tensors.decoding import decode_torch
 from tensors.exit_rules import softmax
-from tensors.format import Buffer
+from tensors.format import Encoded
 from tensors.networks import CutNetwork, NetworkSpec, build_network, write_state
 from tensors.training import Compute, MemoryFormat, Precision, choose_compute
 
@@ -79,7 +80,12 @@ class TorchLearner:
         """See :meth:`DeviceTrainer.backward`."""
         return self._trainer.backward(batch, gradient)
 
-    def decode(self, data: Buffer, keep: np.ndarray | None) -> Tensor:
+    @property
+    def encode(self) -> Encode:
+        """See :meth:`tensors.codecs.Codec.encode`."""
+        return Codec.encode
+
+    def decode(self, data: Encoded, keep: np.ndarray | None) -> Tensor:
         """See :func:`tensors.codecs.decode_torch`; laid out as the features are."""
         return decode_torch(data, keep=keep, channels_last=self._compute.channels_last)
 

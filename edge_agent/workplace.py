@@ -61,7 +61,7 @@ class Workplace:
         self._stream = data.stream(assignment, device)
         self._clock = clock
         self._offline = offline
-        self._encoder = ActivationEncoder(assignment, uplink=uplink)
+        self._encoder = ActivationEncoder(assignment, uplink=uplink, encode=learner.encode)
         self._settled: tuple[str, int, int] | None = None
 
     # -- rounds -----------------------------------------------------------------------------------

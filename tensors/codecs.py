@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,7 @@ from tensors.format import (
     DTYPES,
     MAX_NDIM,
     CodecId,
+    Encoded,
     Header,
     Lossless,
     channels,
@@ -275,6 +276,20 @@ class Codec:
                 shorter = replace(header, lossless=Lossless.ZSTD, body_bytes=len(frame))
                 return shorter.pack(side, frame)
         return header.pack(side, body.data)
+
+
+class Encode(Protocol):
+    """How a tensor is encoded with a codec: `Codec.encode`, or what stands for that."""
+
+    def __call__(
+        self,
+        codec: Codec,
+        x: npt.NDArray[Any] | torch.Tensor,
+        /,
+        *,
+        keep: npt.NDArray[np.bool_] | None = None,
+        seed: int = 0,
+    ) -> Encoded: ...
 
 
 def parse_codec(name: str) -> Codec:

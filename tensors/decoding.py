@@ -16,8 +16,10 @@ from tensors.format import (
     DEFAULT_LIMITS,
     Buffer,
     CodecId,
+    Encoded,
     Header,
     Limits,
+    in_bytes,
     read_body,
     read_header,
 )
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def decode(
-    data: Buffer,
+    data: Encoded,
     *,
     limits: Limits = DEFAULT_LIMITS,
     keep: npt.NDArray[np.bool_] | None = None,
@@ -40,6 +42,7 @@ def decode(
     tensor or exceed `limits`; reasons as in `read_header`, `bad_body`, `bad_side_data` and
     `wrong_mask`.
     """
+    data = in_bytes(data)
     header = read_header(data, limits=limits)
     if header.codec is CodecId.AFFINE:
         affine = _read_affine(data, header)
@@ -50,7 +53,7 @@ def decode(
 
 
 def decode_torch(
-    data: Buffer,
+    data: Encoded,
     *,
     limits: Limits = DEFAULT_LIMITS,
     keep: npt.NDArray[np.bool_] | None = None,
@@ -58,11 +61,18 @@ def decode_torch(
 ) -> torch.Tensor:
     """`decode` to a CPU tensor of the same values.
 
-    Contiguous, or, if wanted and 4-d, contiguous in torch's channels_last order.
+    Contiguous, or, if wanted and 4-d, contiguous in torch's channels_last order. What a
+    `TensorReference` refers to comes as it is: in its own dtype, on its own device, not copied
+    unless it is laid out otherwise.
     """
     import torch
 
+    from tensors.by_reference import TensorReference
+
     header = read_header(data, limits=limits)
+    if isinstance(data, TensorReference):
+        return _laid_out(data.values, channels_last=channels_last)
+    data = in_bytes(data)
     if header.codec is CodecId.AFFINE:
         from tensors import affine_torch
 
@@ -80,16 +90,23 @@ def decode_torch(
         values = torch.from_numpy(narrow).to(torch.float32).view(header.shape)
     else:
         values = torch.from_numpy(_decode_floats(data, header))
+    return _laid_out(values, channels_last=channels_last)
+
+
+def _laid_out(values: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
+    import torch
+
     if channels_last and values.dim() == 4:
         return values.contiguous(memory_format=torch.channels_last)
-    return values
+    return values.contiguous()
 
 
-def nonzero(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.bool_]:
+def nonzero(data: Encoded, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.bool_]:
     """Which entries of an encoded, unmasked tensor decode to something else than zero.
 
     bool, the tensor's shape. Raises FormatError as `decode` does.
     """
+    data = in_bytes(data)
     header = read_header(data, limits=limits)
     if header.codec is CodecId.AFFINE:
         return _nonzero_levels(data, header, _read_affine(data, header))
@@ -97,12 +114,13 @@ def nonzero(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.
     return differs
 
 
-def relu_mask(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.bool_] | None:
+def relu_mask(data: Encoded, *, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.bool_] | None:
     """`nonzero`; None where a value may lie below zero.
 
     What a ReLU has made has such a mask: behind it the gradient of what is zero changes nothing, so
     it need not be sent.
     """
+    data = in_bytes(data)
     header = read_header(data, limits=limits)
     if header.codec is CodecId.AFFINE:
         affine = _read_affine(data, header)

@@ -36,7 +36,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,18 @@ from tensors.lossless import decompress
 
 Buffer = bytes | bytearray | memoryview
 """What encoded tensors may arrive in."""
+
+
+class LazyBytes(Protocol):
+    """Bytes that are made when they are asked for; how many is known before."""
+
+    def __len__(self) -> int: ...
+
+    def __bytes__(self) -> bytes: ...
+
+
+Encoded = Buffer | LazyBytes
+"""An encoded tensor, or what stands for one inside a process (`tensors.by_reference`)."""
 
 MAGIC = b"SFT"
 VERSION = 2
@@ -173,7 +185,7 @@ def header_bytes(ndim: int) -> int:
     return _PREFIX.size + 4 * ndim + 8
 
 
-def read_header(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Header:
+def read_header(data: Encoded, *, limits: Limits = DEFAULT_LIMITS) -> Header:
     """Read and check the header of an encoded tensor, which must fill `data` exactly.
 
     Takes no memory for the tensor. Raises FormatError with reason `truncated`, `trailing_bytes`,
@@ -181,8 +193,9 @@ def read_header(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Header:
     `bad_flags`, `bad_top`, `too_many_dims`, `too_large`, `bad_count`, `bad_length` or
     `bad_checksum`.
     """
-    if len(data) < _PREFIX.size:
-        raise _truncated(len(data), _PREFIX.size)
+    if not isinstance(data, Buffer):
+        return _read_lazy_header(data, limits)
+    _require(data, _PREFIX.size)
     magic, version, codec_id, lossless_id, dtype_id, flags, top, ndim, crc = _PREFIX.unpack_from(
         data
     )
@@ -205,9 +218,8 @@ def read_header(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Header:
     if (top == 0) is (codec is CodecId.AFFINE):
         raise FormatError("bad_top", f"highest level {top} does not go with codec {codec.name}")
     if ndim > min(MAX_NDIM, limits.max_ndim):
-        raise FormatError("too_many_dims", f"{ndim} dimensions, at most {limits.max_ndim} taken")
-    if len(data) < header_bytes(ndim):
-        raise _truncated(len(data), header_bytes(ndim))
+        raise _too_many_dims(ndim, limits)
+    _require(data, header_bytes(ndim))
     *dims, values, body_bytes = struct.unpack_from(f"<{ndim}III", data, _PREFIX.size)
     header = Header(
         codec=codec,
@@ -227,6 +239,11 @@ def read_header(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Header:
     return header
 
 
+def in_bytes(data: Encoded) -> Buffer:
+    """The bytes themselves."""
+    return data if isinstance(data, Buffer) else bytes(data)
+
+
 def read_body(data: Buffer, header: Header) -> npt.NDArray[np.uint8]:
     """The body's bytes before the lossless stage, shape (raw_bytes,), read-only.
 
@@ -239,6 +256,18 @@ def read_body(data: Buffer, header: Header) -> npt.NDArray[np.uint8]:
     if header.codec is CodecId.AFFINE or header.element_bytes == 1:
         return raw
     return np.ascontiguousarray(raw.reshape(header.element_bytes, -1).T).ravel()
+
+
+def _read_lazy_header(data: LazyBytes, limits: Limits) -> Header:
+    from tensors.by_reference import TensorReference
+
+    if not isinstance(data, TensorReference):
+        return read_header(bytes(data), limits=limits)
+    header = data.header
+    if len(header.shape) > limits.max_ndim:
+        raise _too_many_dims(len(header.shape), limits)
+    _check_sizes(header, len(data), limits)
+    return header
 
 
 def _check_sizes(header: Header, length: int, limits: Limits) -> None:
@@ -270,6 +299,15 @@ def _check_sizes(header: Header, length: int, limits: Limits) -> None:
             "bad_length",
             f"a body of {header.body_bytes} bytes for shape {shape}: {header.raw_bytes} due",
         )
+
+
+def _require(data: Buffer, need: int) -> None:
+    if len(data) < need:
+        raise _truncated(len(data), need)
+
+
+def _too_many_dims(ndim: int, limits: Limits) -> FormatError:
+    return FormatError("too_many_dims", f"{ndim} dimensions, at most {limits.max_ndim} taken")
 
 
 def _truncated(have: int, need: int) -> FormatError:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tensors.codecs import Codec
 from tensors.errors import CodecError
+from tensors.format import Encoded
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ _FORGET = 1 / 32
 class Rated:
     """An encoded tensor, and the number of levels that it was encoded with; None for floats."""
 
-    data: bytes
+    data: Encoded
     levels: int | None
 
 

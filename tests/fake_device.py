@@ -33,10 +33,10 @@ from edge_agent.offline import OfflineLimits
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import Outcome
-from tensors.codecs import parse_codec
+from tensors.codecs import Codec, Encode, parse_codec
 from tensors.decoding import decode
 from tensors.errors import NetworkError
-from tensors.format import Buffer
+from tensors.format import Encoded
 from tensors.parameters import pack_parameters
 from tests.tiny import CLASSES, RUN, SIZE, Array, Clock, make_assignment, make_hello, make_round
 
@@ -87,7 +87,11 @@ class FakeLearner:
         self.weight = self.weight + 1
         return Outcome(loss=0.5, correct=3, images=8)
 
-    def decode(self, data: Buffer, keep: Array | None) -> Array:
+    @property
+    def encode(self) -> Encode:
+        return Codec.encode
+
+    def decode(self, data: Encoded, keep: Array | None) -> Array:
         return decode(data, keep=keep)
 
     def discard(self, batch: int) -> None:

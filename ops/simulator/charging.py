@@ -15,7 +15,8 @@ from edge_agent.attempt import Learner, Result
 from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from ops.simulator.program import Meter
-from tensors.format import Buffer
+from tensors.codecs import Encode
+from tensors.format import Encoded
 from tensors.networks import State
 
 
@@ -50,10 +51,18 @@ class _ChargedPredictor:
 
 
 class ChargedLearner:
-    """A learner at cut ``cut`` whose steps take time."""
+    """A learner at cut ``cut`` whose steps take time; ``encode`` if not as the learner does."""
 
-    def __init__(self, learner: Learner, cut: int, meter: Meter, cost: DeviceCost) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        cut: int,
+        meter: Meter,
+        cost: DeviceCost,
+        encode: Encode | None = None,
+    ) -> None:
         self._learner = learner
+        self._encode = encode or learner.encode
         self._meter = meter
         self._forward_s = cost.forward_s * cut
         self._backward_s = cost.backward_s * cut
@@ -89,7 +98,12 @@ class ChargedLearner:
         self._meter.spend(self._backward_s)
         return self._learner.backward(batch, gradient)
 
-    def decode(self, data: Buffer, keep: np.ndarray | None) -> Any:
+    @property
+    def encode(self) -> Encode:
+        """Free of charge."""
+        return self._encode
+
+    def decode(self, data: Encoded, keep: np.ndarray | None) -> Any:
         """Free of charge."""
         return self._learner.decode(data, keep)
 

@@ -56,11 +56,14 @@ class Faults:
     """All that are in force; ``counts`` by (action, way, kind)."""
 
     rng: random.Random
+    by_reference: bool = False
+    """Whether messages are not in frames that something could happen to."""
     active: list[Fault] = field(default_factory=list)
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def add(self, fault: Fault) -> Fault:
         """Put a fault in force; the same object, to read its ``hits``."""
+        assert not self.by_reference, "messages that pass by reference have no faults"
         self.active.append(fault)
         return fault
 
@@ -82,6 +85,8 @@ class Faults:
         return copies
 
     def _hit(self, fault: Fault, delay: float, packet: Packet) -> list[tuple[float, Packet]]:
+        payload = packet.payload
+        assert isinstance(payload, bytes)
         match fault.action:
             case "lose":
                 return []
@@ -92,10 +97,10 @@ class Faults:
             case "late":
                 return [(delay + fault.delay_s, packet)]
             case "truncate":
-                kept = self.rng.randrange(len(packet.payload)) if packet.payload else 0
-                return [(delay, self._damaged(packet, packet.payload[:kept]))]
+                kept = self.rng.randrange(len(payload)) if payload else 0
+                return [(delay, self._damaged(packet, payload[:kept]))]
             case "flip":
-                damaged = bytearray(packet.payload)
+                damaged = bytearray(payload)
                 if damaged:
                     damaged[self.rng.randrange(len(damaged))] ^= 1 << self.rng.randrange(8)
                 return [(delay, self._damaged(packet, bytes(damaged)))]

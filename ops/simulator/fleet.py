@@ -30,6 +30,7 @@ from ops.simulator.stub import DIGITS
 from ops.simulator.stub_server import real_sizes, stub_parts
 from ops.simulator.watch import Stretch
 from ops.simulator.world import LIMIT_S, World
+from tensors.by_reference import encode_by_reference
 
 Watch = Callable[[Envelope], None]
 
@@ -43,6 +44,10 @@ class SimulatedFleet:
     chosen by timing. With ``sizes="real"`` messages of stubs take as long as those of network and
     codecs in the settings would; what is sent is in fp32 then, unless the codec follows a budget.
 
+    With ``by_reference`` messages are neither serialised nor tensors copied where the codec loses
+    nothing, and everything else is as without: model, books, sizes and times. It is for fleets in
+    which nothing happens to messages, or to processes that have some under way.
+
     What dies of an error (a full disk, say) is started again after ``restart_s`` seconds, if that
     is given; else :meth:`run` raises. Nothing happens before :meth:`run`.
     """
@@ -55,6 +60,7 @@ class SimulatedFleet:
         seed: int = 0,
         learning: Literal["stub", "real"] = "stub",
         sizes: Literal["stub", "real"] = "stub",
+        by_reference: bool = False,
         server: ServerCost = FREE,
         coordinator_link: LinkProfile = IDEAL,
         restart_s: float | None = None,
@@ -66,6 +72,8 @@ class SimulatedFleet:
         self.world = World(seed)
         self.broker = Broker(self.world, Topics(settings.fleet), max_queued=settings.queue_chunks)
         self.faults = self.broker.faults
+        self.faults.by_reference = by_reference
+        self._by_reference = by_reference
         self.reports: dict[tuple[str, Attempt], Report] = {}
         self.stretches = {device.name: Stretch() for device in devices}
         self.on_store: Callable[[str], None] = _nothing
@@ -104,6 +112,7 @@ class SimulatedFleet:
             program,
             coordinator_link,
             wire=wire,
+            by_reference=by_reference,
             watch=self._see,
             ended=self._ended,
         )
@@ -117,6 +126,7 @@ class SimulatedFleet:
                 self.programs[device.name],
                 device.link,
                 wire=wire,
+                by_reference=by_reference,
                 watch=self._see,
                 ended=self._ended,
             )
@@ -218,6 +228,7 @@ class SimulatedFleet:
             parts.responder,
             parts.evaluator,
             parts.channels_last,
+            encode_by_reference if self._by_reference else parts.encode,
         )
 
     def _program(self, device: Device, number: int) -> AgentProgram:
@@ -235,6 +246,7 @@ class SimulatedFleet:
                 "networks": (settings.network.name,),
             },
             stay=settings.stay,
+            encode=encode_by_reference if self._by_reference else None,
             poisoned=self._is_poisoned,
             stepped=self._stepped,
         )

@@ -40,13 +40,24 @@ class LinkProfile:
 IDEAL = LinkProfile()
 
 
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Stands for a frame of ``size`` bytes; ``message`` in the last one of a message."""
+
+    size: int
+    message: Message | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+
 @dataclass(slots=True)
 class Packet:
     """One MQTT publish. ``size`` is what it takes on the wire, in bytes."""
 
     address: Address
     topic: str
-    payload: bytes
+    payload: bytes | Parcel
     qos: int
     size: int
     last: bool = True

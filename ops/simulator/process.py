@@ -14,6 +14,7 @@ from broker.transport import MAX_WAITING_QOS0, Backoff, Capabilities, Connected,
 from coordinator.errors import CoordinatorError
 from edge_agent.errors import AgentError
 from ops.simulator.broker import Broker
+from ops.simulator.by_reference import ReferenceFraming
 from ops.simulator.connection import Connection
 from ops.simulator.link import IDEAL, LinkProfile, Packet
 from ops.simulator.program import Killed, Life, Meter, Program, Tally
@@ -32,7 +33,8 @@ class Process:
 
     A step takes the virtual time that is charged to ``meter``; what it wants sent leaves at its
     end, and no other begins before that is on its way. ``over`` says that the machine has finished,
-    ``failure`` of which error the process died; ``ended`` is called for both.
+    ``failure`` of which error the process died; ``ended`` is called for both. With
+    ``by_reference`` it sends messages as they are; see ``by_reference``.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Process:
         profile: LinkProfile = IDEAL,
         *,
         wire: Wire | None = None,
+        by_reference: bool = False,
         watch: Callable[[Envelope], None] | None = None,
         ended: Callable[[Process], None] | None = None,
     ) -> None:
@@ -57,6 +60,7 @@ class Process:
         self._world = world
         self._broker = broker
         self._wire = wire
+        self._new_framing = ReferenceFraming if by_reference else Framing
         self._watch = watch
         self._ended = ended
         self._offset = 0.0
@@ -89,7 +93,7 @@ class Process:
         self.alive, self.over, self.failure = True, False, None
         rng = self._world.rng(f"{self.name}/{number}")
         self._backoff = Backoff(CONFIG.backoff_initial_s, CONFIG.backoff_max_s, rng)
-        self._framing = Framing(
+        self._framing = self._new_framing(
             self._broker.topics,
             observer=self.program.observer(),
             clock=self.clock,
@@ -299,7 +303,11 @@ class Process:
         # What goes to many is the same for all of them, and decoded for the first.
         if packet.opened is not None:
             return Envelope(packet.address, packet.opened)
-        envelope = framing.open(packet.topic, packet.payload)
+        if isinstance(packet.payload, bytes):
+            envelope = framing.open(packet.topic, packet.payload)
+        else:
+            assert isinstance(framing, ReferenceFraming)
+            envelope = framing.unwrap(packet.address, packet.payload)
         if envelope is not None and packet.whole:
             packet.opened = envelope.message
         return envelope

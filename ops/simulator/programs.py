@@ -32,6 +32,7 @@ from ops.simulator.charging import FREE_STEP, ChargedLearner, DeviceCost
 from ops.simulator.link import IDEAL, LinkProfile
 from ops.simulator.program import Life, Meter
 from ops.simulator.stub import Disk, StubData, StubLearner, measurement
+from tensors.codecs import Encode
 
 RUN = "simulated"
 StoreEvent = Callable[[str], None]
@@ -156,7 +157,10 @@ class CoordinatorProgram:
 
 
 class AgentProgram:
-    """One device's agent. ``disk`` outlives it; ``poisoned`` says which batches are not finite."""
+    """One device's agent. ``disk`` outlives it; ``poisoned`` says which batches are not finite.
+
+    ``encode`` is how it encodes features, if not as its learner does.
+    """
 
     def __init__(
         self,
@@ -169,7 +173,9 @@ class AgentProgram:
         stay: bool,
         poisoned: Callable[[str, int], bool],
         stepped: Stepped,
+        encode: Encode | None = None,
     ) -> None:
+        self.encode = encode
         self.name = device.name
         self.device = device
         self.filters = Topics(fleet).device_filters(device.name)
@@ -253,8 +259,10 @@ class _Learners:
 
     def build(self, assignment: Assignment) -> Learner:
         assert assignment.cut is not None
-        learner = self._program.learner(assignment)
-        return ChargedLearner(learner, assignment.cut, self._meter, self._program.device.cost)
+        program = self._program
+        learner = program.learner(assignment)
+        cost = program.device.cost
+        return ChargedLearner(learner, assignment.cut, self._meter, cost, program.encode)
 
     def measure(self, assignment: Assignment) -> Measurement:
         device = self._program.device

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from broker.drive import SENDING
 from broker.envelopes import Envelope
 from broker.link import MEASURED_BYTES, Framing
 from broker.topics import Address
 from broker.transport import packet_size
+from ops.simulator.by_reference import ReferenceFraming
 from ops.simulator.connection import Connection, Subscription
-from ops.simulator.link import Packet
+from ops.simulator.link import Packet, Parcel
 from ops.simulator.world import Event, World
 
 Wire = Callable[[Envelope], int]
@@ -55,7 +56,7 @@ class Sender:
 
     def send(self, envelope: Envelope) -> None:
         """Put a message on its way."""
-        topic, qos, frames = self._framing.close(envelope)
+        topic, qos, frames = self._close(envelope)
         extra = self._wire(envelope) if self._wire is not None else 0
         size = extra
         to_many = len(frames) == 1 and envelope.address.scope != "device"
@@ -98,6 +99,12 @@ class Sender:
             self.connection.on_ack = self._acknowledged
         elif acks[0] <= self.connection.cut_off:
             self._due = self._world.at(acks[0], self._free)
+
+    def _close(self, envelope: Envelope) -> tuple[str, int, Sequence[bytes | Parcel]]:
+        framing = self._framing
+        if isinstance(framing, ReferenceFraming):
+            return framing.wrap(envelope)
+        return framing.close(envelope)
 
     def _acknowledged(self) -> None:
         self.connection.on_ack = None

@@ -18,9 +18,10 @@ from broker.messages import Assignment, Hello, Measurement
 from coordinator.aggregation import half_of
 from edge_agent.errors import StateError
 from edge_agent.snapshots import Snapshot
+from tensors.codecs import Codec, Encode
 from tensors.decoding import decode
 from tensors.errors import NetworkError
-from tensors.format import Buffer
+from tensors.format import Encoded
 
 Array = np.ndarray
 State = dict[str, Array]
@@ -185,7 +186,12 @@ class StubLearner:
             self._state[name] = value + value.dtype.type(1)
         return StubResult(1.0, 0, images)
 
-    def decode(self, data: Buffer, keep: Array | None) -> Array:
+    @property
+    def encode(self) -> Encode:
+        """As it is."""
+        return Codec.encode
+
+    def decode(self, data: Encoded, keep: Array | None) -> Array:
         """An encoded gradient."""
         return decode(data, keep=keep)
 

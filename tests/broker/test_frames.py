@@ -395,3 +395,23 @@ def test_a_slow_message_arrives_as_long_as_chunks_keep_coming() -> None:
         stuck.add("d", "t", frames[number % 2], 50.0 * number)
     assert stuck.expire(50.0 * 40) == ["d"]
     assert stuck.held_bytes == 0
+
+
+@given(
+    st.integers(0, 3000), st.integers(0, 2**33), st.sampled_from([1, 7, 100, 128, 255, 257, 1000])
+)
+def test_sizes_are_known_without_frames(size: int, message_id: int, chunk_bytes: int) -> None:
+    message = random.Random(size).randbytes(size)
+    made = list(split(message, message_id, chunk_bytes))
+    expected = [len(each) for each in made]
+    checksums = [msgpack.unpackb(each)["crc"] for each in made]
+    for known, length, crc in zip(
+        frames.frame_sizes(size, message_id, chunk_bytes), expected, checksums, strict=True
+    ):
+        assert known == length or (crc < 2**16 and 0 < known - length <= 4)
+
+
+def test_sizes_are_known_of_large_chunks() -> None:
+    message = bytes(300_000)
+    made = [len(each) for each in split(message, 3, 96 << 10)]
+    assert frames.frame_sizes(len(message), 3, 96 << 10) == made

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import MessageError
-from broker.maps import MAX_DEPTH, MAX_ITEMS, MAX_PLAIN_BYTES, Pieces, pack_map, unpack_map
+from broker.maps import (
+    MAX_DEPTH,
+    MAX_ITEMS,
+    MAX_PLAIN_BYTES,
+    Pieces,
+    pack_map,
+    packed_size,
+    unpack_map,
+)
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(), st.binary()
@@ -169,3 +177,33 @@ def test_a_key_that_is_not_text_is_malformed() -> None:
     with pytest.raises(MessageError, match="text") as error:
         unpack_map(msgpack.packb({b"a": 1}))
     assert error.value.reason == "malformed"
+
+
+class Later:
+    """Bytes that count how often they are made."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.made = 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __bytes__(self) -> bytes:
+        self.made += 1
+        return self.data
+
+
+@given(st.binary(max_size=300) | st.integers(0, 70_000).map(bytes))
+def test_a_blob_may_be_made_when_it_is_packed(data: bytes) -> None:
+    later = Later(data)
+    packed = pack_map({"name": "x", "blob": data})
+    assert packed_size({"name": "x", "blob": later}) == packed.size
+    assert later.made == 0
+    assert pack_map({"name": "x", "blob": later}) == packed
+    assert later.made == 1
+
+
+@given(MAPS)
+def test_the_size_of_any_map_is_known(fields: dict[str, Any]) -> None:
+    assert packed_size(fields) == pack_map(fields).size

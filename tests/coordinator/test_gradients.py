@@ -38,7 +38,7 @@ def gradient(seed: int = 0) -> torch.Tensor:
 def answer(
     encoder: GradientEncoder, device: str, gradient: torch.Tensor, message: Activations
 ) -> bytes:
-    return encoder.encode(device, gradient, message)
+    return bytes(encoder.encode(device, gradient, message))
 
 
 def top(data: bytes) -> int:
