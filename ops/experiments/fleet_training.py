@@ -39,7 +39,12 @@ class FleetTraining:
             update={"state_dir": folder / "coordinator", "dataset": None}
         )
         self._fleet = SimulatedFleet(
-            settings, devices, seed=training.seed, learning="real", observer=self._closed
+            settings,
+            devices,
+            seed=training.seed,
+            learning="real",
+            by_reference=True,
+            observer=self._closed,
         )
         self._fleet.run(until=lambda: self._fleet.coordinator.machine is not None)
         self.round = self._fleet.checkpoint().round
