@@ -30,6 +30,9 @@ def experiment(
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
     device: Annotated[str | None, typer.Option(help="instead of the file's, e.g. cuda")] = None,
+    rehearse: Annotated[
+        bool, typer.Option(help="two tiny rounds of every arm, on the CPU unless --device is given")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print all results")] = False,
     quiet: Annotated[bool, typer.Option(help="no progress")] = False,
 ) -> None:
@@ -45,6 +48,7 @@ def experiment(
         minutes=minutes,
         data_root=data_root,
         device=device,
+        rehearse=rehearse,
         quiet=quiet,
         as_json=as_json,
     )

@@ -19,7 +19,7 @@ from ops.experiments.images import load_images
 from ops.experiments.one_run import read_json, to_json
 from ops.experiments.plots import all_plots
 from ops.experiments.runner import folder_of, run_all
-from ops.experiments.spec import Experiment, Training, read_experiment, trainings
+from ops.experiments.spec import Experiment, Training, read_experiment, rehearsal, trainings
 from ops.files import write_whole
 
 PACKAGES = ("torch", "numpy", "msgpack", "zstandard")
@@ -35,6 +35,7 @@ def run_experiment(
     minutes: float | None,
     data_root: Path | None,
     device: str | None,
+    rehearse: bool,
     quiet: bool,
     as_json: bool,
 ) -> bool:
@@ -49,6 +50,8 @@ def run_experiment(
         raise SettingsWrong("--jobs must be at least 1 and --minutes above 0")
     until = None if minutes is None else time.time() + 60 * minutes
     experiment = _part(read_experiment(file), arms, seeds)
+    if rehearse:
+        experiment, device = rehearsal(experiment), device or "cpu"
     out = out or Path("runs") / "experiments" / experiment.name
     console = Console(stderr=True, quiet=quiet)
     todo = trainings(experiment, data_root=data_root, device=device)

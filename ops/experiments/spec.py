@@ -151,6 +151,34 @@ def read_experiment(file: str) -> Experiment:
     return experiment
 
 
+def rehearsal(experiment: Experiment) -> Experiment:
+    """The same arms as small as they can be: two rounds of two batches, 500 images, width 16.
+
+    To see that everything goes through, on any machine.
+    """
+    tiny: dict[str, Any] = {"rounds": 2, "batches_per_round": 2, "batch_size": 16}
+
+    def smaller(training: dict[str, Any]) -> dict[str, Any]:
+        network = training.get("network", {}) | {"width": 16}
+        return training | tiny | {"network": network}
+
+    return experiment.model_copy(
+        update={
+            "name": f"{experiment.name}-rehearsal",
+            "seeds": experiment.seeds[:1],
+            "score_every": 1,
+            "data": experiment.data.model_copy(
+                update={"train_images": 500, "test_images": 200, "curve_images": 200}
+            ),
+            "training": smaller(experiment.training),
+            "arms": tuple(
+                arm.model_copy(update={"training": smaller(arm.training)})
+                for arm in experiment.arms
+            ),
+        }
+    )
+
+
 def trainings(
     experiment: Experiment, *, data_root: Path | None, device: str | None = None
 ) -> list[Training]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ops.errors import SettingsWrong
-from ops.experiments.spec import FILES, read_experiment, trainings
+from ops.experiments.spec import FILES, read_experiment, rehearsal, trainings
 from tensors.errors import DataError
 
 GOOD = """
@@ -100,3 +100,16 @@ def test_bundled_experiments_can_be_read(path: Path) -> None:
     experiment = read_experiment(path.stem)
     assert experiment.name == path.stem
     assert len(experiment.arms) <= 12
+
+
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_rehearsal_is_small_and_has_every_arm(path: Path) -> None:
+    whole = read_experiment(path.stem)
+    small = rehearsal(whole)
+    assert [(arm.name, arm.kind, arm.cuts) for arm in small.arms] == [
+        (arm.name, arm.kind, arm.cuts) for arm in whole.arms
+    ]
+    for arm in small.arms:
+        training = {**small.training, **arm.training}
+        assert (training["rounds"], training["batches_per_round"]) == (2, 2)
+        assert training["network"]["width"] == 16
