@@ -242,6 +242,9 @@ class Assignment(Message):
     feedback: Literal["gradient", "none"]
     feedback_weight: Amount
     exit_weight: Amount
+    distill_weight: Amount = 0.0
+    """Of the distance between the exit's answers and the whole network's, sent with a gradient."""
+    distill_temperature: Duration = 1.0
     activation_codec: Text
     bytes_per_sample: Duration | None = None
     """Budget of activations, in bytes for each training image; only fewer levels can keep it."""
@@ -263,11 +266,15 @@ class Assignment(Message):
 
 
 class Gradients(Stamp):
-    """The gradient of the server's loss at the cut, for one batch of activations."""
+    """The gradient of the server's loss at the cut, for one batch of activations.
+
+    ``logits``: what the whole network answered before the step, (N, K), for the exit to learn from.
+    """
 
     batch: Count
     loss: float
     correct: Count
+    logits: Blob | None = None
     tensor: Blob
 
 

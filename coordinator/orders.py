@@ -35,6 +35,8 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             feedback=settings.feedback,
             feedback_weight=settings.feedback_weight,
             exit_weight=settings.exit_weight,
+            distill_weight=settings.distill_weight,
+            distill_temperature=settings.distill_temperature,
             activation_codec=settings.codec,
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,

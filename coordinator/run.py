@@ -23,6 +23,7 @@ from coordinator.open_rounds import OpenRounds
 from coordinator.placement import Placement
 from coordinator.published import Published
 from coordinator.registry import Device, Registry
+from coordinator.replies import refusal
 from coordinator.results import device_results, round_scores
 from coordinator.rounds import (
     Verdict,
@@ -34,7 +35,7 @@ from coordinator.rounds import (
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
-from coordinator.training import RoundInProgress, Work, refusal
+from coordinator.training import RoundInProgress, Work
 from coordinator.workload import Workload
 from tensors.codecs import parse_codec
 

@@ -41,12 +41,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Of one batch at the server: mean loss, correct answers, images, gradient at the cut."""
+    """Of one batch at the server: mean loss, correct answers, images, gradient at the cut, logits.
+
+    ``logits`` (N, K), float32 or wider, are those before the step; None if nothing was computed.
+    """
 
     loss: float
     correct: int
     images: int
     gradient: Tensor | None
+    logits: Tensor | None = None
 
 
 class ServerCopy:
@@ -172,9 +176,12 @@ class ServerCopy:
         losses.sum().backward()
         gradients = self._gradients(entering, placed)
         hits = (logits.argmax(1) == targets).split(sizes)
+        answers = logits.detach().split(sizes)
         steps = [
-            Step(value, int(hit.sum().item()), size, gradient)
-            for value, hit, size, gradient in zip(values, hits, sizes, gradients, strict=True)
+            Step(value, int(hit.sum().item()), size, gradient, answer)
+            for value, hit, size, gradient, answer in zip(
+                values, hits, sizes, gradients, answers, strict=True
+            )
         ]
         return [step for _, step in sorted(zip(order, steps, strict=True), key=lambda p: p[0])]
 

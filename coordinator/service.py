@@ -184,6 +184,7 @@ def build_core(
             masked=settings.mask_gradients,
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,
+            logits=settings.distill_weight > 0,
         )
 
     intake = Intake(

@@ -34,6 +34,11 @@ class CoordinatorSettings(BaseModel):
     """Whether the gradient at the cut goes back to the device."""
     feedback_weight: NotNegative = 1.0
     exit_weight: NotNegative = 1.0
+    distill_weight: NotNegative = 0.0
+    """Above 0, every gradient brings the whole network's answers, and the exit also learns to give
+    those; needs feedback = gradient."""
+    distill_temperature: Positive = 3.0
+    """By how much both answers are softened before they are compared."""
     device_copies: bool = True
     """Whether devices count as holders of blocks that the server trains too."""
     codec: str = "int4+zstd"
@@ -144,9 +149,20 @@ class CoordinatorSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
-        if not self.exit_weight and not (self.feedback_weight and self.feedback == "gradient"):
+        if self.feedback == "none":
+            if self.distill_weight:
+                raise ValueError(
+                    f"distill_weight = {self.distill_weight:g} needs feedback = gradient: what the "
+                    "exits would learn from comes with the gradients"
+                )
+            if not self.exit_weight:
+                raise ValueError(
+                    "with exit_weight = 0 and no gradient feedback the devices would learn nothing"
+                )
+        elif not (self.exit_weight or self.feedback_weight or self.distill_weight):
             raise ValueError(
-                "with exit_weight = 0 and no gradient feedback the devices would learn nothing"
+                "with exit_weight, feedback_weight and distill_weight = 0 the devices would learn "
+                "nothing"
             )
         return self
 
@@ -203,6 +219,8 @@ class CoordinatorSettings(BaseModel):
             "feedback",
             "feedback_weight",
             "exit_weight",
+            "distill_weight",
+            "distill_temperature",
             "device_copies",
             "codec",
             "gradient_codec",

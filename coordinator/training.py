@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from broker.envelopes import Envelope, down, down_later
-from broker.messages import Activations, DeviceParameters, Gradients, Receipt
+from broker.envelopes import Envelope
+from broker.messages import Activations, DeviceParameters
+from coordinator import replies
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import TOGETHER
 from coordinator.contribution import Contribution, Folded
@@ -160,7 +161,7 @@ class RoundInProgress:
         """The answer to a device that wants to take part: where it stands."""
         if device in self._ledgers:
             return self._receipt(device, complete=True)
-        return refusal(device, self.stamp)
+        return replies.refusal(device, self.stamp)
 
     def activations(self, device: str, message: Activations) -> list[Envelope]:
         """Train on a batch; its gradient if wanted, and a receipt when one is due."""
@@ -231,7 +232,7 @@ class RoundInProgress:
         ledger = self._ledgers.get(device)
         if ledger is None:
             self._observer.message_dropped("not_a_participant")
-            return None, [refusal(device, self.stamp)]
+            return None, [replies.refusal(device, self.stamp)]
         out: list[Envelope] = []
         while any(waiting.entry.device == device for waiting in self._waiting):
             out += self.train_gathered()
@@ -358,7 +359,7 @@ class RoundInProgress:
         self._observer.batch_applied(entry.cut, step.images, step.loss, seconds)
         out = []
         if self._gradients is not None:
-            answer = self._answer(waiting, step, self._gradients)
+            answer = replies.gradients(self.stamp, entry.device, message, step, self._gradients)
             ledger.remember(message.batch, answer)
             out.append(answer)
         enough = RECEIPT_BATCHES if self._gradients else max(1, ledger.credits // 2)
@@ -367,24 +368,6 @@ class RoundInProgress:
         elif self.receipts_due is None:
             self.receipts_due = self._clock() + RECEIPT_WAIT_S
         return out
-
-    def _answer(self, waiting: _Waiting, step: Step, encoder: GradientEncoder) -> Envelope:
-        entry, message = waiting.entry, waiting.message
-        gradient, (run, number, attempt) = step.gradient, self.stamp
-        assert gradient is not None
-        return down_later(
-            entry.device,
-            Gradients,
-            lambda: Gradients(
-                run=run,
-                round=number,
-                attempt=attempt,
-                batch=message.batch,
-                loss=step.loss,
-                correct=step.correct,
-                tensor=encoder.encode(entry.device, gradient, message),
-            ),
-        )
 
     def _brought(self, device: str, message: DeviceParameters, samples: int) -> Contribution:
         """A device and its server-side copy; an unusable upload is left out."""
@@ -403,37 +386,4 @@ class RoundInProgress:
 
     def _receipt(self, device: str, *, complete: bool = False, final: bool = False) -> Envelope:
         ledger = self._ledgers[device]
-        applied, discarded = ledger.report(everything=complete)
-        run, number, attempt = self.stamp
-        return down(
-            device,
-            Receipt(
-                run=run,
-                round=number,
-                attempt=attempt,
-                applied=applied,
-                discarded=discarded,
-                credits=ledger.credits,
-                next_batch=ledger.next_batch,
-                quota=ledger.quota if complete else None,
-                complete=complete,
-                final=final,
-            ),
-        )
-
-
-def refusal(device: str, stamp: Stamp) -> Envelope:
-    """To a device without a part in this attempt: nothing of it counts, no more is wanted."""
-    run, number, attempt = stamp
-    return down(
-        device,
-        Receipt(
-            run=run,
-            round=number,
-            attempt=attempt,
-            credits=0,
-            complete=True,
-            participant=False,
-            final=True,
-        ),
-    )
+        return replies.receipt(device, self.stamp, ledger, complete=complete, final=final)

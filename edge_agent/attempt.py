@@ -69,10 +69,10 @@ class Learner(Protocol):
         """Features at the cut, to encode."""
         ...
 
-    def backward(self, batch: int, gradient: Any | None) -> Result: ...
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Result: ...
 
     def decode(self, data: Buffer, keep: np.ndarray | None) -> Any:
-        """An encoded gradient as :meth:`backward` takes it; ``keep`` if it is masked."""
+        """An encoded tensor as :meth:`backward` takes it; ``keep`` if it is masked."""
         ...
 
     def discard(self, batch: int) -> None:
@@ -239,9 +239,13 @@ class Attempt:
         """Learn from the gradient that has waited longest."""
         gradients, sent = self._to_learn.popleft()
         try:
-            self._learn(gradients.batch, self._decode(gradients.tensor, sent))
+            gradient = self._decode(gradients.tensor, sent)
+            teacher = None
+            if gradients.logits is not None and self._assignment.distill_weight:
+                teacher = self._learner.decode(gradients.logits, None)
         except FormatError:
-            self._learn(gradients.batch, None)
+            gradient = teacher = None
+        self._learn(gradients.batch, gradient, teacher)
 
     def receipt(self, receipt: Receipt) -> None:
         """Enter a receipt. A batch that was discarded is learnt from at the exit alone."""
@@ -355,10 +359,10 @@ class Attempt:
         keep = nonzero(sent.tensor) if read_header(gradient).masked else None
         return self._learner.decode(gradient, keep)
 
-    def _learn(self, batch: int, gradient: Any | None) -> None:
+    def _learn(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> None:
         started = self._clock()
         try:
-            result = self._learner.backward(batch, gradient)
+            result = self._learner.backward(batch, gradient, teacher)
         except TrainingError:
             return
         self._encoder.spent("backward", self._clock() - started)

@@ -75,9 +75,11 @@ class TorchLearner:
         """See :meth:`DeviceTrainer.forward`."""
         return self._trainer.forward(batch, images, labels)
 
-    def backward(self, batch: int, gradient: Tensor | None) -> Outcome:
+    def backward(
+        self, batch: int, gradient: Tensor | None, teacher: Tensor | None = None
+    ) -> Outcome:
         """See :meth:`DeviceTrainer.backward`."""
-        return self._trainer.backward(batch, gradient)
+        return self._trainer.backward(batch, gradient, teacher)
 
     def decode(self, data: Buffer, keep: np.ndarray | None) -> Tensor:
         """See :func:`tensors.codecs.decode_torch`; laid out as the features are."""
@@ -140,6 +142,8 @@ class LearnerFactory:
             feedback_weight=assignment.feedback_weight,
             momentum=assignment.momentum,
             weight_decay=assignment.weight_decay,
+            distill_weight=assignment.distill_weight,
+            distill_temperature=assignment.distill_temperature,
         )
         return TorchLearner(half, self.compute, trainer)
 

@@ -53,6 +53,8 @@ class FakeLearner:
         self.rate = 0.0
         self.learnt: list[tuple[int, bool]] = []
         """(batch, whether with a gradient)"""
+        self.taught: list[Array | None] = []
+        """The whole network's logits, of each batch learnt from."""
         self.in_flight: set[int] = set()
         self.poisoned: set[int] = set()
         """Batches whose features are not finite."""
@@ -79,8 +81,9 @@ class FakeLearner:
         features = images[:, :, 0, 0].astype(np.float32)
         return features * np.float32("nan") if batch in self.poisoned else features
 
-    def backward(self, batch: int, gradient: Any | None) -> Outcome:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome:
         self.in_flight.remove(batch)
+        self.taught.append(None if teacher is None else np.asarray(teacher))
         if gradient is not None and not bool(np.isfinite(np.asarray(gradient)).all()):
             raise TrainingError("not finite")
         self.learnt.append((batch, gradient is not None))

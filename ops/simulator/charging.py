@@ -84,10 +84,10 @@ class ChargedLearner:
         self._meter.spend(self._forward_s)
         return self._learner.forward(batch, images, labels)
 
-    def backward(self, batch: int, gradient: Any | None) -> Result:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Result:
         """Takes the backward part of a step."""
         self._meter.spend(self._backward_s)
-        return self._learner.backward(batch, gradient)
+        return self._learner.backward(batch, gradient, teacher)
 
     def decode(self, data: Buffer, keep: np.ndarray | None) -> Any:
         """Free of charge."""

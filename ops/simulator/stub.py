@@ -177,9 +177,9 @@ class StubLearner:
         features[0, 0] = np.nan if self._poisoned(batch) else 2.0
         return features
 
-    def backward(self, batch: int, gradient: Any | None) -> StubResult:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> StubResult:
         """Count the batch."""
-        del gradient
+        del gradient, teacher
         images = self._in_flight.pop(batch)
         for name, value in self._state.items():
             self._state[name] = value + value.dtype.type(1)

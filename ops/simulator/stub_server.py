@@ -208,6 +208,7 @@ def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None
 
     activations = batch_bytes(parse_codec(settings.codec).bits)
     gradients = batch_bytes(settings.codec_of_gradients.bits)
+    logits = 2 * images * settings.network.classes if settings.distill_weight else 0
     bits = parse_codec(settings.parameter_codec).bits
     state = read_state(network)
     halves = [
@@ -226,7 +227,7 @@ def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None
             case Activations():
                 return max(0, activations[cut - 1] - len(message.tensor))
             case Gradients():
-                return max(0, gradients[cut - 1] - len(message.tensor))
+                return max(0, gradients[cut - 1] - len(message.tensor)) + logits
             case DeviceParameters():
                 return max(0, halves[cut - 1] - len(message.state))
         return 0

@@ -175,6 +175,7 @@ def _down() -> list[tuple[str, Envelope]]:
     gradient = parse_codec("int4").encode(FEATURES / 8 - 0.125, keep=FEATURES != 0)
     answer = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]], np.float32)
     tensor = parse_codec("fp32").encode(answer)
+    logits = parse_codec("fp16").encode(8 * answer - 2)
     return [
         (what, down("cam-1", message))
         for what, message in [
@@ -185,8 +186,16 @@ def _down() -> list[tuple[str, Envelope]]:
                 Assignment(**assignment, cut=3, bytes_per_sample=250.5, follow_link=True),
             ),
             (
+                "with exits that are taught",
+                Assignment(**assignment, cut=3, distill_weight=0.5, distill_temperature=3.0),
+            ),
+            (
                 "masked",
                 Gradients(**STAMP, batch=300, loss=1.5, correct=1, tensor=gradient),
+            ),
+            (
+                "with the network's answers",
+                Gradients(**STAMP, batch=301, loss=1.5, correct=1, logits=logits, tensor=gradient),
             ),
             (
                 "news",

@@ -1,0 +1,67 @@
+"""Every switch of the learning, in every strategy that has it: a fleet that really learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from broker.envelopes import Envelope
+from broker.messages import Gradients, Message
+from coordinator.store import Checkpoint
+from ops.simulator import Device, SimulatedFleet
+from tests.tiny import CLASSES, differs, make_device_data, make_settings
+
+M = TypeVar("M", bound=Message)
+AVERAGING: dict[str, Any] = {"strategy": "averaging"}
+SEQUENTIAL: dict[str, Any] = {"strategy": "sequential"}
+CASCADE: dict[str, Any] = {"strategy": "cascade"}
+BUFFERED: dict[str, Any] = {"aggregation": "buffered", "buffer_size": 2}
+MODES = {
+    "averaging": AVERAGING,
+    "sequential": SEQUENTIAL,
+    "cascade": CASCADE,
+    "buffered": BUFFERED,
+}
+
+
+def run_fleet(folder: Path, **settings: Any) -> tuple[Checkpoint, list[Message]]:
+    said: list[Message] = []
+
+    def watch(envelope: Envelope) -> None:
+        said.append(envelope.message)
+
+    devices = [Device(f"d{cut}", cut=cut, data=make_device_data(40, seed=cut)) for cut in (2, 3, 5)]
+    fleet = SimulatedFleet(
+        make_settings(state_dir=folder, min_devices=len(devices), **settings),
+        devices,
+        learning="real",
+        watch=watch,
+    )
+    fleet.run()
+    return fleet.checkpoint(), said
+
+
+def of(kind: type[M], said: list[Message]) -> list[M]:
+    return [message for message in said if isinstance(message, kind)]
+
+
+def moved_weights(checkpoint: Checkpoint, other: Checkpoint) -> set[str]:
+    assert all(np.isfinite(values).all() for values in checkpoint.model.state.values())
+    moved = differs(checkpoint.model.state, other.model.state)
+    return {name for name in moved if name.endswith(("weight", "bias"))}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exits_that_are_taught_by_the_whole_network(tmp_path: Path, mode: str) -> None:
+    usual, said = run_fleet(tmp_path / "usual", **MODES[mode])
+    assert not any(message.logits for message in of(Gradients, said))
+    taught, said = run_fleet(tmp_path / "taught", **MODES[mode], distill_weight=1.0)
+    answers = of(Gradients, said)
+    assert answers
+    for message in answers:
+        assert message.logits is not None
+        assert len(message.logits) < 2 * 8 * CLASSES + 64
+    assert any(name.startswith("heads.") for name in moved_weights(taught, usual))
