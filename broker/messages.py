@@ -245,6 +245,7 @@ class Assignment(Message):
     distill_weight: Amount = 0.0
     """Of the distance between the exit's answers and the whole network's, sent with a gradient."""
     distill_temperature: Duration = 1.0
+    label_skew: Literal["none", "calibrated"] = "none"
     activation_codec: Text
     bytes_per_sample: Duration | None = None
     """Budget of activations, in bytes for each training image; only fewer levels can keep it."""

@@ -37,6 +37,7 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             exit_weight=settings.exit_weight,
             distill_weight=settings.distill_weight,
             distill_temperature=settings.distill_temperature,
+            label_skew=settings.label_skew,
             activation_codec=settings.codec,
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from broker.messages import Measurement
+from coordinator.label_counts import LabelCounts
 
 MAX_QUOTA = 65_536
 ENOUGH_PACES = 3
@@ -105,6 +106,18 @@ def sample_devices(
         return sorted(names)
     rng = random.Random(f"{seed}/{round_number}/{attempt}")
     return sorted(rng.sample(sorted(names), wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a device has to do in a round: its cut layer and its number of batches.
+
+    With ``labels`` its losses are calibrated by them; they count what is trained on here.
+    """
+
+    cut: int
+    quota: int
+    labels: LabelCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from coordinator import orders
 from coordinator.aggregation import Model
 from coordinator.evaluation import Evaluator, Responder
 from coordinator.history import History
+from coordinator.label_counts import LabelCounts
 from coordinator.observer import Observer
 from coordinator.open_rounds import OpenRounds
 from coordinator.placement import Placement
@@ -27,6 +28,7 @@ from coordinator.replies import refusal
 from coordinator.results import device_results, round_scores
 from coordinator.rounds import (
     Verdict,
+    Work,
     judge,
     judge_buffer,
     quorum_of,
@@ -35,7 +37,7 @@ from coordinator.rounds import (
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
-from coordinator.training import RoundInProgress, Work
+from coordinator.training import RoundInProgress
 from coordinator.workload import Workload
 from tensors.codecs import parse_codec
 
@@ -378,7 +380,9 @@ class Run:
 
     def _work(self, device: Device) -> Work:
         assert device.cut is not None
-        return Work(device.cut, orders.quota(self._settings, device))
+        if self._settings.label_skew != "none" and device.labels is None:
+            device.labels = LabelCounts([0] * self._settings.network.classes)
+        return Work(device.cut, orders.quota(self._settings, device), device.labels)
 
     # -- the end ----------------------------------------------------------------------------------
 

@@ -39,6 +39,9 @@ class CoordinatorSettings(BaseModel):
     those; needs feedback = gradient."""
     distill_temperature: Positive = 3.0
     """By how much both answers are softened before they are compared."""
+    label_skew: Literal["none", "calibrated"] = "none"
+    """calibrated: losses account for which labels a device has many of, on the device by its own
+    images, here by the labels it has sent."""
     device_copies: bool = True
     """Whether devices count as holders of blocks that the server trains too."""
     codec: str = "int4+zstd"
@@ -221,6 +224,7 @@ class CoordinatorSettings(BaseModel):
             "exit_weight",
             "distill_weight",
             "distill_temperature",
+            "label_skew",
             "device_copies",
             "codec",
             "gradient_codec",

@@ -20,23 +20,18 @@ from coordinator.engines import Engine, Entry, Step
 from coordinator.errors import BatchRefused
 from coordinator.gradients import GradientEncoder
 from coordinator.intake import Intake
+from coordinator.label_counts import LabelCounts
 from coordinator.ledger import Ledger, Stamp
 from coordinator.observer import Observer
+from coordinator.rounds import Work
 from tensors.errors import AveragingError, FormatError
+from tensors.losses import log_prior
 from tensors.networks import State
 
 log = logging.getLogger("splitfleet.coordinator")
 
 RECEIPT_WAIT_S = 0.25
 RECEIPT_BATCHES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a device has to do in a round: its cut layer and its number of batches."""
-
-    cut: int
-    quota: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +80,7 @@ class RoundInProgress:
         self._aggregation: Aggregation | None = None
         self._training = False
         self._halves: dict[str, tuple[State, State]] = {}
+        self._labels: dict[str, LabelCounts] = {}
         self._waiting: list[_Waiting] = []
         self._losses: dict[int, list[float]] = {}
         self._correct: dict[int, int] = {}
@@ -134,6 +130,8 @@ class RoundInProgress:
         if most is not None:
             granted = max(1, min(granted, most))
         if ledger is None:
+            if work.labels is not None:
+                self._labels[device] = work.labels
             self.participants[device] = work.cut
             self._ledgers[device] = Ledger(work.quota, keep_answers=granted + 2, credits=granted)
         elif ledger.finished or ledger.next_batch >= ledger.quota:
@@ -183,7 +181,10 @@ class RoundInProgress:
         try:
             cut = self.participants[device]
             features = self._intake.features(message, cut, self.version)
-            waiting = _Waiting(message, Entry(device, cut, features, torch.tensor(message.labels)))
+            counts = self._labels.get(device)
+            prior = None if counts is None else log_prior(counts.with_batch(message.labels))
+            labels = torch.tensor(message.labels)
+            waiting = _Waiting(message, Entry(device, cut, features, labels, prior))
             if self._engine.gathers:
                 ledger.wait(batch)
                 self._waiting.append(waiting)
@@ -192,8 +193,9 @@ class RoundInProgress:
                 device,
                 cut,
                 features,
-                waiting.entry.labels,
+                labels,
                 want_gradient=self._gradients is not None,
+                log_prior=prior,
             )
         except BatchRefused as exc:
             return self._refuse(device, batch, exc)
@@ -353,6 +355,8 @@ class RoundInProgress:
         entry, message = waiting.entry, waiting.message
         ledger = self._ledgers[entry.device]
         ledger.apply(message.batch, len(message.labels))
+        if entry.device in self._labels:
+            self._labels[entry.device].add(message.labels)
         self._losses.setdefault(entry.cut, []).append(step.loss)
         self._correct[entry.cut] = self._correct.get(entry.cut, 0) + step.correct
         self._images[entry.cut] = self._images.get(entry.cut, 0) + step.images

@@ -63,6 +63,10 @@ class Learner(Protocol):
         """Return to the start of the round: parameters, buffers and optimizer."""
         ...
 
+    def calibrate(self, counts: np.ndarray) -> None:
+        """Account for how many images (K,) of each class this device has."""
+        ...
+
     def set_learning_rate(self, rate: float) -> None: ...
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:

@@ -67,6 +67,10 @@ class TorchLearner:
         """Return to the start of the round."""
         self._trainer.restore(self._start)
 
+    def calibrate(self, counts: np.ndarray) -> None:
+        """See :meth:`DeviceTrainer.calibrate`."""
+        self._trainer.calibrate(counts)
+
     def set_learning_rate(self, rate: float) -> None:
         """Use ``rate`` from the next step on."""
         self._trainer.set_learning_rate(rate)

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
 from edge_agent.errors import TrainingError
 from edge_agent.snapshots import Snapshot
-from tensors.losses import distillation
+from tensors.losses import cross_entropy, distillation, log_prior
 from tensors.networks import CutNetwork, Exits, State, read_state, write_state
 from tensors.training import (
     Compute,
@@ -81,6 +80,11 @@ class DeviceTrainer:
         self._distill_temperature = distill_temperature
         self._optimizer = make_optimizer(half, momentum=momentum, weight_decay=weight_decay)
         self._in_flight: dict[int, _InFlight] = {}
+        self._log_prior: Tensor | None = None
+
+    def calibrate(self, counts: np.ndarray) -> None:
+        """Train on losses that account for how many images (K,) of each class there are."""
+        self._log_prior = log_prior(counts).to(self._compute.device)
 
     def set_learning_rate(self, rate: float) -> None:
         """Use ``rate`` from the next step on."""
@@ -102,7 +106,7 @@ class DeviceTrainer:
             features, logits = functional_call(
                 self._exits, {**parameters, **buffers}, (self._compute.tensor(images),)
             )
-        loss = F.cross_entropy(logits.float(), targets)
+        loss = cross_entropy(logits.float(), targets, self._log_prior)
         outcome = Outcome(loss.item(), int((logits.argmax(1) == targets).sum().item()), len(labels))
         if np.isfinite(outcome.loss):  # a batch that is refused must leave no trace
             with torch.no_grad():

@@ -28,6 +28,10 @@ class Data(Protocol):
         """Its training batches."""
         ...
 
+    def label_counts(self, classes: int) -> np.ndarray:
+        """How many of its training images are of each class."""
+        ...
+
     def test_batches(self, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Its test images and their labels, at most so many at a time."""
         ...
@@ -63,6 +67,8 @@ class Workplace:
         self._offline = offline
         self._encoder = ActivationEncoder(assignment, uplink=uplink)
         self._settled: tuple[str, int, int] | None = None
+        if assignment.label_skew == "calibrated":
+            learner.calibrate(data.label_counts(assignment.network.classes))
 
     # -- rounds -----------------------------------------------------------------------------------
 

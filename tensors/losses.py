@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """The mean cross entropy; with ``log_prior`` (K,) that of ``logits`` + ``log_prior``.
+
+    Trained so, the logits alone are right where all classes are as frequent, whatever the shares
+    of those that were trained on. Source: balanced softmax, Ren et al., arXiv 2007.10740; on
+    devices of unlike labels, FedLC, Zhang et al., arXiv 2209.00189.
+    """
+    return F.cross_entropy(logits if log_prior is None else logits + log_prior, labels)
+
+
+def log_prior(counts: np.ndarray) -> Tensor:
+    """ln((n_c + 1) / (n + K)) for ``counts`` n_c (K,) of n images: float32 (K,).
+
+    One image more of each class than was seen, so that none is impossible.
+    """
+    smoothed = np.asarray(counts, np.float64) + 1
+    return torch.from_numpy(np.log(smoothed / smoothed.sum()).astype(np.float32))
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -53,6 +53,7 @@ class FakeLearner:
         self.rate = 0.0
         self.learnt: list[tuple[int, bool]] = []
         """(batch, whether with a gradient)"""
+        self.counts: Array | None = None
         self.taught: list[Array | None] = []
         """The whole network's logits, of each batch learnt from."""
         self.in_flight: set[int] = set()
@@ -71,6 +72,9 @@ class FakeLearner:
 
     def rewind(self) -> None:
         self.load(self.start.state)
+
+    def calibrate(self, counts: Array) -> None:
+        self.counts = counts
 
     def set_learning_rate(self, rate: float) -> None:
         self.rate = rate
@@ -134,6 +138,9 @@ class FakeData:
 
     def stream(self, assignment: Assignment, device: str) -> PositionStream:
         return PositionStream(assignment.batch_size)
+
+    def label_counts(self, classes: int) -> Array:
+        return np.arange(classes)
 
     def test_batches(self, batch_size: int) -> list[tuple[Array, Array]]:
         return self._tests

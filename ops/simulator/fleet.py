@@ -75,7 +75,8 @@ class SimulatedFleet:
         wire: Wire | None = None
         if learning == "stub":
             stand_in: dict[str, Any] = {
-                "network": settings.network.model_copy(update={"classes": DIGITS})
+                "network": settings.network.model_copy(update={"classes": DIGITS}),
+                "label_skew": "none",  # stubs' labels are names
             }
             if sizes == "real":
                 wire = real_sizes(settings, self._cut_of)

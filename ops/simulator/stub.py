@@ -89,6 +89,10 @@ class StubData:
         del device
         return StubStream(self.number, assignment.batch_size)
 
+    def label_counts(self, classes: int) -> Array:
+        """None of any: its labels are names."""
+        return np.zeros(classes, np.int64)
+
     def test_batches(self, batch_size: int) -> list[tuple[Array, Array]]:
         """Every other image is one of which the exit is sure."""
         sizes = [
@@ -164,6 +168,9 @@ class StubLearner:
     def rewind(self) -> None:
         """Return to the start of the round."""
         self.load(self._start.state)
+
+    def calibrate(self, counts: Array) -> None:
+        """Nothing."""
 
     def set_learning_rate(self, rate: float) -> None:
         """Nothing."""

@@ -81,11 +81,18 @@ class _Counting:
         self._model = model
 
     def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+        self,
+        device: str,
+        cut: int,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        want_gradient: bool,
+        log_prior: Tensor | None = None,
     ) -> Step:
         """Count a batch. Raises ``BatchRefused`` if it is to diverge."""
         number, position = name_of(labels.tolist())
-        del number
+        del number, log_prior
         if not self._witness(device, position):
             raise BatchRefused("diverged")
         self.count(device, cut, len(labels))

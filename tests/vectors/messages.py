@@ -187,7 +187,13 @@ def _down() -> list[tuple[str, Envelope]]:
             ),
             (
                 "with exits that are taught",
-                Assignment(**assignment, cut=3, distill_weight=0.5, distill_temperature=3.0),
+                Assignment(
+                    **assignment,
+                    cut=3,
+                    distill_weight=0.5,
+                    distill_temperature=3.0,
+                    label_skew="calibrated",
+                ),
             ),
             (
                 "masked",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from broker.envelopes import Envelope
-from broker.messages import Gradients, Message
+from broker.messages import Activations, Gradients, Message
 from coordinator.store import Checkpoint
 from ops.simulator import Device, SimulatedFleet
 from tests.tiny import CLASSES, differs, make_device_data, make_settings
@@ -65,3 +66,19 @@ def test_exits_that_are_taught_by_the_whole_network(tmp_path: Path, mode: str) -
         assert message.logits is not None
         assert len(message.logits) < 2 * 8 * CLASSES + 64
     assert any(name.startswith("heads.") for name in moved_weights(taught, usual))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feedback", ["gradient", "none"])
+def test_losses_that_account_for_the_labels(tmp_path: Path, mode: str, feedback: str) -> None:
+    usual, _ = run_fleet(tmp_path / "usual", **MODES[mode], feedback=feedback)
+    assert all("labels" not in entry for entry in usual.registry)
+    calibrated, said = run_fleet(
+        tmp_path / "calibrated", **MODES[mode], feedback=feedback, label_skew="calibrated"
+    )
+    moved = moved_weights(calibrated, usual)
+    assert {name.split(".")[0] for name in moved} == {"blocks", "heads"}
+    if mode != "buffered":  # there the last checkpoint may come before the last batch
+        sent = sum((Counter(message.labels) for message in of(Activations, said)), Counter[int]())
+        counted = np.sum([entry["labels"] for entry in calibrated.registry], axis=0)
+        np.testing.assert_array_equal(counted, [sent[label] for label in range(CLASSES)])
