@@ -7,7 +7,7 @@ import math
 from broker.envelopes import Envelope, down, to_all
 from broker.messages import Assignment, Round, RunPhase
 from coordinator.registry import Device
-from coordinator.rounds import MAX_QUOTA, learning_rate, quota_of
+from coordinator.rounds import MAX_QUOTA, learning_rate, quota_of, server_share
 from coordinator.settings import CoordinatorSettings
 
 
@@ -86,3 +86,8 @@ def announcement(
 def rate(settings: CoordinatorSettings, number: int) -> float:
     """The learning rate of a round."""
     return learning_rate(settings.learning_rate, number, settings.rounds, settings.schedule)
+
+
+def server_rate(settings: CoordinatorSettings, number: int, participants: int) -> float:
+    """The learning rate of the server's side in a round with so many participants."""
+    return rate(settings, number) * server_share(settings.server_rate, participants)

@@ -160,6 +160,15 @@ def learning_rate(base: float, round_number: int, rounds: int, schedule: str) ->
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def server_share(rule: str, participants: int) -> float:
+    """By what the learning rate is multiplied in a server network that ``participants`` share.
+
+    ``same`` 1, ``sqrt`` 1/√N, ``linear`` 1/N.
+    """
+    power = {"same": 0.0, "sqrt": -0.5, "linear": -1.0}[rule]
+    return math.pow(max(1, participants), power)
+
+
 def quota_of(samples: int, batch_size: int, fixed: int | None) -> int:
     """Batches of one device in a round: a configured number, or one pass over its images.
 

@@ -327,7 +327,8 @@ class Run:
             )
             work = {name: self._work(self._registry.devices[name]) for name in chosen}
         self._deadline_s = self._workload.deadline(work.values())
-        current = self._new_round(self.published.model, orders.rate(settings, self._number))
+        rate = orders.server_rate(settings, self._number, len(work))
+        current = self._new_round(self.published.model, rate)
         current.open(
             (self.name, self._number, self._attempt),
             self.published.version,
@@ -424,6 +425,7 @@ class Run:
     def _record(self, current: RoundInProgress) -> dict[str, Any]:
         record = current.record(self._clock())
         record["round"], record["version"] = self._number, self.published.version
+        record["learning_rate"] = orders.rate(self._settings, self._number)
         record["deadline_s"] = self._deadline_s
         record["bytes"] = self._traffic.since_mark()
         record |= round_scores(self.published, self._evaluator)

@@ -63,6 +63,9 @@ class CoordinatorSettings(BaseModel):
     """Batches a device may have out while it computes the next."""
     learning_rate: Positive = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
+    server_rate: Literal["same", "sqrt", "linear"] = "same"
+    """Learning rate of a server network that a round's N participants share (sequential, cascade):
+    the round's, that divided by √N, or by N."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: NotNegative = 5e-4
     augment: Literal["none", "crop-flip"] = "none"
@@ -170,6 +173,15 @@ class CoordinatorSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_server_rate(self) -> Self:
+        if self.server_rate != "same" and self.strategy == "averaging":
+            raise ValueError(
+                f"server_rate = {self.server_rate} needs strategy = sequential or cascade: with "
+                "averaging every device has a server network of its own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_budget(self) -> Self:
         if self.bytes_per_sample is None and not self.follow_link:
             return self
@@ -230,6 +242,7 @@ class CoordinatorSettings(BaseModel):
             "gradient_codec",
             "mask_gradients",
             "batch_size",
+            "server_rate",
             "momentum",
             "weight_decay",
             "augment",

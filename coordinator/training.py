@@ -43,18 +43,18 @@ class _Waiting:
 class RoundInProgress:
     """Trains on what the participants send, each batch at most once.
 
-    ``grant(cut, devices)`` is how many batches each device may have out; without ``gradients``
-    none go back. Not opened until :meth:`open`. Its :meth:`merge` ends the aggregation; what
-    devices bring afterwards is a late contribution, for a later round to :meth:`add`. ``barrier``
-    says whether the merge also ends the training; ``kept`` how many halves of unfinished devices
-    are kept for their upload then.
+    ``server_rate`` is the server network's learning rate, ``grant(cut, devices)`` how many batches
+    each device may have out; without ``gradients`` none go back. Not opened until :meth:`open`. Its
+    :meth:`merge` ends the aggregation; what devices bring afterwards is a late contribution, for a
+    later round to :meth:`add`. ``barrier`` says whether the merge also ends the training; ``kept``
+    how many halves of unfinished devices are kept for their upload then.
     """
 
     def __init__(
         self,
         engine: Engine,
         model: Model,
-        learning_rate: float,
+        server_rate: float,
         *,
         intake: Intake,
         gradients: GradientEncoder | None,
@@ -67,7 +67,7 @@ class RoundInProgress:
     ) -> None:
         self._engine = engine
         self._model = model
-        self._learning_rate = learning_rate
+        self._server_rate = server_rate
         self._intake = intake
         self._gradients = gradients
         self._device_copies = device_copies
@@ -117,7 +117,7 @@ class RoundInProgress:
             first_server_block=first_server_block,
             device_copies=self._device_copies,
         )
-        self._engine.begin(self._model, self._learning_rate)
+        self._engine.begin(self._model, self._server_rate)
         self._training = True
 
     def admit(self, device: str, work: Work, *, devices: int, most: int | None = None) -> None:
@@ -302,7 +302,7 @@ class RoundInProgress:
             "attempt": self.stamp[2],
             "seconds": now - self.opened,
             "extended": self.extended,
-            "learning_rate": self._learning_rate,
+            "server_rate": self._server_rate,
             "train_loss": {str(cut): float(np.mean(self._losses[cut])) for cut in cuts},
             "train_accuracy": {str(cut): self._correct[cut] / self._images[cut] for cut in cuts},
             "late": [

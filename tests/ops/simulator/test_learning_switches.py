@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, Gradients, Message
+from broker.messages import Activations, Gradients, Message, Round
 from coordinator.store import Checkpoint
 from ops.simulator import Device, SimulatedFleet
-from tests.tiny import CLASSES, differs, make_device_data, make_settings
+from tensors.networks import build_network, read_state
+from tests.tiny import CLASSES, SPEC, differs, make_device_data, make_settings
 
 M = TypeVar("M", bound=Message)
 AVERAGING: dict[str, Any] = {"strategy": "averaging"}
@@ -82,3 +83,20 @@ def test_losses_that_account_for_the_labels(tmp_path: Path, mode: str, feedback:
         sent = sum((Counter(message.labels) for message in of(Activations, said)), Counter[int]())
         counted = np.sum([entry["labels"] for entry in calibrated.registry], axis=0)
         np.testing.assert_array_equal(counted, [sent[label] for label in range(CLASSES)])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "cascade"])
+def test_a_slower_server_network_where_many_enter_it(tmp_path: Path, mode: str) -> None:
+    moves = {}
+    start = read_state(build_network(SPEC))["blocks.9.fc.weight"]
+    for rule, share in (("same", 1), ("linear", 1 / 3)):
+        checkpoint, said = run_fleet(
+            tmp_path / rule, **MODES[mode], server_rate=rule, rounds=1, codec="fp32"
+        )
+        (record,) = checkpoint.history
+        assert record["learning_rate"] == 0.05
+        assert record["server_rate"] == pytest.approx(0.05 * share)
+        announced = {m.learning_rate for m in of(Round, said) if m.phase == "training"}
+        assert announced == {0.05}, "devices keep theirs"
+        moves[rule] = np.abs(checkpoint.model.state["blocks.9.fc.weight"] - start).sum()
+    assert moves["linear"] < 0.6 * moves["same"]
