@@ -34,6 +34,7 @@ from coordinator.rounds import (
     quorum_of,
     sample_devices,
 )
+from coordinator.server_momentum import carry_over
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
@@ -361,7 +362,13 @@ class Run:
         out: list[Envelope] = []
         while current.gathered:
             out += current.train_gathered()
-        self.published.replace(current.merge(), current.trained_cuts, self._cuts())
+        model = carry_over(
+            self._settings.server_momentum,
+            self.published.model,
+            current.merge(),
+            outer=self._settings.outer_momentum,
+        )
+        self.published.replace(model, current.trained_cuts, self._cuts())
         self._rounds.remember(current, self.published.version)
         record = self._record(current)
         for folded in current.added:

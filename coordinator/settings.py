@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from broker.messages import Name, Network
+from coordinator.server_momentum import MomentumRule
 from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import ExitRule
@@ -67,6 +68,11 @@ class CoordinatorSettings(BaseModel):
     """Learning rate of a server network that a round's N participants share (sequential, cascade):
     the round's, that divided by √N, or by N."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    server_momentum: MomentumRule = "averaged"
+    """What becomes of the server's momentum at a round's end. averaged: the mean of the copies', as
+    of the weights. reset: none. outer: none either, but one of the versions among themselves."""
+    outer_momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Its coefficient, with server_momentum = outer."""
     weight_decay: NotNegative = 5e-4
     augment: Literal["none", "crop-flip"] = "none"
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -244,6 +250,8 @@ class CoordinatorSettings(BaseModel):
             "batch_size",
             "server_rate",
             "momentum",
+            "server_momentum",
+            "outer_momentum",
             "weight_decay",
             "augment",
             "seed",

@@ -191,7 +191,7 @@ class SimulatedFleet:
         """SHA-256 of the last model, names and momentum included."""
         model = self.checkpoint().model
         digest = hashlib.sha256()
-        for part in (model.state, model.momentum):
+        for part in (model.state, model.momentum, model.velocity):
             for name in sorted(part):
                 digest.update(name.encode() + b"\0" + part[name].tobytes())
         return digest.hexdigest()

@@ -100,3 +100,14 @@ def test_a_slower_server_network_where_many_enter_it(tmp_path: Path, mode: str) 
         assert announced == {0.05}, "devices keep theirs"
         moves[rule] = np.abs(checkpoint.model.state["blocks.9.fc.weight"] - start).sum()
     assert moves["linear"] < 0.6 * moves["same"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", ["reset", "outer"])
+def test_the_servers_momentum_at_a_rounds_end(tmp_path: Path, mode: str, rule: str) -> None:
+    averaged, _ = run_fleet(tmp_path / "averaged", **MODES[mode])
+    other, _ = run_fleet(tmp_path / "other", **MODES[mode], server_momentum=rule)
+    assert any(values.any() for values in averaged.model.momentum.values())
+    assert not any(values.any() for values in other.model.momentum.values())
+    assert moved_weights(other, averaged)
+    assert bool(other.model.velocity) is (rule == "outer")
