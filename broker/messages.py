@@ -336,13 +336,15 @@ class Round(Stamp):
     """Retained: what the fleet is doing now, and with which version of the parameters.
 
     With ``train_s`` a device produces batches for so many seconds, at least one and at most its
-    quota. Without a ``barrier`` it finishes the round it is in before it enters this one.
+    quota. Without a ``barrier`` it finishes the round it is in before it enters this one. A
+    ``feedback_weight`` is for this round, in place of the assignment's.
     """
 
     phase: RunPhase
     version: Count
     rounds: Count
     learning_rate: Amount = 0.0
+    feedback_weight: Amount | None = None
     deadline_s: Amount = 0.0
     train_s: Amount = 0.0
     barrier: bool = True

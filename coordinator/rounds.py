@@ -160,6 +160,17 @@ def learning_rate(base: float, round_number: int, rounds: int, schedule: str) ->
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def feedback_share(schedule: str, round_number: int, rounds: int) -> float:
+    """How much of the feedback's weight a round has.
+
+    ``rising`` by the same step in every round, from 1/rounds to 1; ``falling`` the other way round.
+    """
+    if schedule == "constant":
+        return 1.0
+    number = min(max(1, round_number), rounds)
+    return (number if schedule == "rising" else rounds + 1 - number) / rounds
+
+
 def server_share(rule: str, participants: int) -> float:
     """By what the learning rate is multiplied in a server network that ``participants`` share.
 

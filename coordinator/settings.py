@@ -34,6 +34,9 @@ class CoordinatorSettings(BaseModel):
     feedback: Literal["gradient", "none"] = "gradient"
     """Whether the gradient at the cut goes back to the device."""
     feedback_weight: NotNegative = 1.0
+    feedback_schedule: Literal["constant", "rising", "falling"] = "constant"
+    """How the feedback's weight goes over the rounds: rising from feedback_weight / rounds to
+    feedback_weight, or falling the other way round; needs feedback = gradient."""
     exit_weight: NotNegative = 1.0
     distill_weight: NotNegative = 0.0
     """Above 0, every gradient brings the whole network's answers, and the exit also learns to give
@@ -162,6 +165,11 @@ class CoordinatorSettings(BaseModel):
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
         if self.feedback == "none":
+            if self.feedback_schedule != "constant":
+                raise ValueError(
+                    f"feedback_schedule = {self.feedback_schedule} needs feedback = gradient: "
+                    "without feedback there is no weight to change"
+                )
             if self.distill_weight:
                 raise ValueError(
                     f"distill_weight = {self.distill_weight:g} needs feedback = gradient: what the "
@@ -239,6 +247,7 @@ class CoordinatorSettings(BaseModel):
             "strategy",
             "feedback",
             "feedback_weight",
+            "feedback_schedule",
             "exit_weight",
             "distill_weight",
             "distill_temperature",

@@ -75,6 +75,10 @@ class TorchLearner:
         """Use ``rate`` from the next step on."""
         self._trainer.set_learning_rate(rate)
 
+    def set_feedback_weight(self, weight: float) -> None:
+        """See :meth:`DeviceTrainer.set_feedback_weight`."""
+        self._trainer.set_feedback_weight(weight)
+
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
         """See :meth:`DeviceTrainer.forward`."""
         return self._trainer.forward(batch, images, labels)

@@ -90,6 +90,10 @@ class DeviceTrainer:
         """Use ``rate`` from the next step on."""
         set_learning_rate(self._optimizer, rate)
 
+    def set_feedback_weight(self, weight: float) -> None:
+        """Scale the coordinator's gradients by ``weight`` from the next step on."""
+        self._feedback_weight = weight
+
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
         """Features at the cut for ``images`` (float32, N×C×H×W), detached.
 

@@ -11,11 +11,12 @@ import numpy as np
 from broker.envelopes import Envelope, up
 from broker.errors import MessageError
 from broker.messages import Assignment, DeviceParameters, Receipt, Report, Request, Round
-from edge_agent.attempt import Attempt, Learner, Stream, quota_of
+from edge_agent.attempt import Attempt, Learner, Stream
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.holding import Holding, SnapshotStore
 from edge_agent.offline import OfflineLimits
 from edge_agent.predictor import InferenceRun, Policy
+from edge_agent.quota import quota_of
 from tensors.codecs import parse_codec
 
 log = logging.getLogger("splitfleet.agent")

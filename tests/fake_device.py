@@ -50,7 +50,7 @@ class FakeLearner:
     def __init__(self) -> None:
         self.weight = np.zeros(1, np.float32)
         self.start = Snapshot(self.state(), {})
-        self.rate = 0.0
+        self.rate = self.feedback_weight = 0.0
         self.learnt: list[tuple[int, bool]] = []
         """(batch, whether with a gradient)"""
         self.counts: Array | None = None
@@ -78,6 +78,9 @@ class FakeLearner:
 
     def set_learning_rate(self, rate: float) -> None:
         self.rate = rate
+
+    def set_feedback_weight(self, weight: float) -> None:
+        self.feedback_weight = weight
 
     def forward(self, batch: int, images: Array, labels: Array) -> Array:
         assert batch not in self.in_flight

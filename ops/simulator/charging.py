@@ -83,6 +83,10 @@ class ChargedLearner:
         """Free of charge."""
         self._learner.set_learning_rate(rate)
 
+    def set_feedback_weight(self, weight: float) -> None:
+        """Free of charge."""
+        self._learner.set_feedback_weight(weight)
+
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:
         """Takes the forward part of a step."""
         self._meter.spend(self._forward_s)

@@ -175,6 +175,9 @@ class StubLearner:
     def set_learning_rate(self, rate: float) -> None:
         """Nothing."""
 
+    def set_feedback_weight(self, weight: float) -> None:
+        """Nothing."""
+
     def forward(self, batch: int, images: Array, labels: Array) -> Array:
         """Features; the batch is in flight until :meth:`backward` or :meth:`discard`."""
         del images

@@ -239,11 +239,13 @@ def _to_many() -> list[tuple[str, Envelope]]:
     training = Round(
         **STAMP, phase="training", version=5, rounds=20, learning_rate=0.05, deadline_s=600.0
     )
+    rising = training.model_copy(update={"feedback_weight": 0.15})
     by_time = training.model_copy(update={"train_s": 60.0, "barrier": False})
     gathering = Round(run=RUN, round=0, attempt=0, phase="gathering", version=0, rounds=20)
     manifest: dict[str, Any] = {"run": RUN, "sha256": "0123456789abcdef" * 4, "trained": True}
     return [
         ("training", to_all(training)),
+        ("training with a weight of the feedback", to_all(rising)),
         ("training by time, without a barrier", to_all(by_time)),
         ("gathering", to_all(gathering)),
         ("stop", to_all(Command(command="stop"))),

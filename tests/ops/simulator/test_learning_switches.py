@@ -111,3 +111,13 @@ def test_the_servers_momentum_at_a_rounds_end(tmp_path: Path, mode: str, rule: s
     assert not any(values.any() for values in other.model.momentum.values())
     assert moved_weights(other, averaged)
     assert bool(other.model.velocity) is (rule == "outer")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_feedback_that_weighs_more_in_every_round(tmp_path: Path, mode: str) -> None:
+    usual, said = run_fleet(tmp_path / "usual", **MODES[mode])
+    assert {m.feedback_weight for m in of(Round, said)} == {None}
+    rising, said = run_fleet(tmp_path / "rising", **MODES[mode], feedback_schedule="rising")
+    told = {m.round: m.feedback_weight for m in of(Round, said) if m.phase == "training"}
+    assert told == {1: 0.5, 2: 1.0}
+    assert "blocks.0.conv.weight" in moved_weights(rising, usual)
