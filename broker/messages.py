@@ -244,6 +244,10 @@ class Assignment(Message):
     feedback: Literal["gradient", "none"]
     feedback_weight: Amount
     exit_weight: Amount
+    distill_weight: Amount = 0.0
+    """Of the distance between the exit's answers and the whole network's, sent with a gradient."""
+    distill_temperature: Duration = 1.0
+    label_skew: Literal["none", "calibrated"] = "none"
     activation_codec: Text
     bytes_per_sample: Duration | None = None
     """Budget of activations, in bytes for each training image; only fewer levels can keep it."""
@@ -265,11 +269,15 @@ class Assignment(Message):
 
 
 class Gradients(Stamp):
-    """The gradient of the server's loss at the cut, for one batch of activations."""
+    """The gradient of the server's loss at the cut, for one batch of activations.
+
+    ``logits``: what the whole network answered before the step, (N, K), for the exit to learn from.
+    """
 
     batch: Count
     loss: float
     correct: Count
+    logits: Blob | None = None
     tensor: Tensor
 
 
@@ -330,13 +338,15 @@ class Round(Stamp):
     """Retained: what the fleet is doing now, and with which version of the parameters.
 
     With ``train_s`` a device produces batches for so many seconds, at least one and at most its
-    quota. Without a ``barrier`` it finishes the round it is in before it enters this one.
+    quota. Without a ``barrier`` it finishes the round it is in before it enters this one. A
+    ``feedback_weight`` is for this round, in place of the assignment's.
     """
 
     phase: RunPhase
     version: Count
     rounds: Count
     learning_rate: Amount = 0.0
+    feedback_weight: Amount | None = None
     deadline_s: Amount = 0.0
     train_s: Amount = 0.0
     barrier: bool = True

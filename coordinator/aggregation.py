@@ -9,7 +9,7 @@ samples as the coordinator applied for it, never what a device claims. Source: H
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,10 +19,14 @@ from tensors.networks import State
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Everything that training changes: parameters and buffers, and the server's momentum."""
+    """Everything that training changes: parameters and buffers, and the server's momentum.
+
+    ``velocity`` is the momentum of the versions among themselves (``coordinator.server_momentum``).
+    """
 
     state: State
     momentum: State
+    velocity: State = field(default_factory=dict)
 
 
 def block_of(name: str) -> int | None:

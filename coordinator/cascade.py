@@ -65,10 +65,17 @@ class Cascade:
         self._samples.clear()
 
     def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+        self,
+        device: str,
+        cut: int,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        want_gradient: bool,
+        log_prior: Tensor | None = None,
     ) -> Step:
         """See :class:`coordinator.engines.Engine`; a step of one batch."""
-        entry = Entry(device, cut, features, labels)
+        entry = Entry(device, cut, features, labels, log_prior)
         (outcome,) = self.step_together([entry], want_gradients=want_gradient)
         if isinstance(outcome, BatchRefused):
             raise outcome

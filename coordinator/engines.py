@@ -38,9 +38,18 @@ class Engine(Protocol):
         ...
 
     def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+        self,
+        device: str,
+        cut: int,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        want_gradient: bool,
+        log_prior: Tensor | None = None,
     ) -> Step:
         """Train on one batch of ``device``, entering at ``cut``.
+
+        With ``log_prior`` (K,) on the loss that it calibrates (``tensors.losses.cross_entropy``).
 
         Raises :class:`BatchRefused` and changes nothing if the loss or the gradient at the cut is
         not finite (``diverged``) or cannot be computed (``not_computable``).
@@ -85,11 +94,18 @@ class Sequential:
         self._samples.clear()
 
     def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+        self,
+        device: str,
+        cut: int,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        want_gradient: bool,
+        log_prior: Tensor | None = None,
     ) -> Step:
         """See :class:`Engine`."""
-        del device
-        step = self._shared.step(cut, features, labels, want_gradient=want_gradient)
+        entry = Entry(device, cut, features, labels, log_prior)
+        step = self._shared.step(entry, want_gradient=want_gradient)
         self._samples[cut] += step.images
         return step
 
@@ -130,11 +146,19 @@ class Averaging:
         self._replicas.clear()
 
     def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+        self,
+        device: str,
+        cut: int,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        want_gradient: bool,
+        log_prior: Tensor | None = None,
     ) -> Step:
         """See :class:`Engine`."""
         replica = self._replicas.get(device) or self._replicate(device, cut)
-        return replica.step(cut, features, labels, want_gradient=want_gradient)
+        entry = Entry(device, cut, features, labels, log_prior)
+        return replica.step(entry, want_gradient=want_gradient)
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """Never asked: it does not gather."""

@@ -21,8 +21,8 @@ class GradientEncoder:
 
     ``bytes_per_sample`` is a budget for each image; with ``follow_link`` a gradient is not larger
     than the activations that it answers, which takes a link for as fast down as it is up. Both only
-    make the levels fewer, for each device by what was learnt of its gradients before. Safe to share
-    between threads.
+    make the levels fewer, for each device by what was learnt of its gradients before. ``logits``
+    says whether the whole network's answers go with the gradient. Safe to share between threads.
     """
 
     def __init__(
@@ -33,19 +33,35 @@ class GradientEncoder:
         bytes_per_sample: float | None = None,
         follow_link: bool = False,
         encode: Encode = Codec.encode,
+        logits: bool = False,
     ) -> None:
         self._codec = codec
         self._masked = masked and codec.levels is not None and not codec.per_channel
         self._bytes_per_sample = bytes_per_sample
         self._follow_link = follow_link
         self._encode = encode
+        self._logits = logits
         self._rates: dict[str, RateController] = defaultdict(lambda: RateController(codec))
         self._lock = threading.Lock()
 
-    def encode(self, device: str, gradient: torch.Tensor, answered: Activations) -> Encoded:
-        """The gradient of the loss at the activations that ``answered`` brought, of their shape."""
+    def encode_logits(self, logits: torch.Tensor | None) -> bytes | None:
+        """Logits (N, K) as float16, as float32 if they are too large; None if none are wanted."""
+        if logits is None or not self._logits:
+            return None
+        try:
+            return parse_codec("fp16").encode(logits)
+        except CodecError:
+            return parse_codec("fp32").encode(logits)
+
+    def encode(
+        self, device: str, gradient: torch.Tensor, answered: Activations, *, spent: int = 0
+    ) -> Encoded:
+        """The gradient of the loss at the activations that ``answered`` brought, of their shape.
+
+        ``spent`` bytes of the budget are gone: what else is in the message.
+        """
         keep = relu_mask(answered.tensor) if self._masked else None
-        budget = self._budget(answered)
+        budget = max(1.0, self._budget(answered) - spent)
         try:
             if math.isinf(budget):
                 return self._encode(self._codec, gradient, keep=keep, seed=answered.batch)

@@ -7,7 +7,13 @@ import math
 from broker.envelopes import Envelope, down, to_all
 from broker.messages import Assignment, Round, RunPhase
 from coordinator.registry import Device
-from coordinator.rounds import MAX_QUOTA, learning_rate, quota_of
+from coordinator.rounds import (
+    MAX_QUOTA,
+    feedback_share,
+    learning_rate,
+    quota_of,
+    server_share,
+)
 from coordinator.settings import CoordinatorSettings
 
 
@@ -35,6 +41,9 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             feedback=settings.feedback,
             feedback_weight=settings.feedback_weight,
             exit_weight=settings.exit_weight,
+            distill_weight=settings.distill_weight,
+            distill_temperature=settings.distill_temperature,
+            label_skew=settings.label_skew,
             activation_codec=settings.codec,
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,
@@ -73,6 +82,7 @@ def announcement(
             version=version,
             rounds=settings.rounds,
             learning_rate=rate(settings, max(1, number)),
+            feedback_weight=feedback_weight(settings, max(1, number)),
             deadline_s=deadline_s,
             train_s=settings.round_seconds or 0.0,
             barrier=settings.aggregation == "rounds",
@@ -83,3 +93,16 @@ def announcement(
 def rate(settings: CoordinatorSettings, number: int) -> float:
     """The learning rate of a round."""
     return learning_rate(settings.learning_rate, number, settings.rounds, settings.schedule)
+
+
+def feedback_weight(settings: CoordinatorSettings, number: int) -> float | None:
+    """The weight of the feedback in a round, where it is not always that of the assignment."""
+    if settings.feedback_schedule == "constant":
+        return None
+    share = feedback_share(settings.feedback_schedule, number, settings.rounds)
+    return settings.feedback_weight * share
+
+
+def server_rate(settings: CoordinatorSettings, number: int, participants: int) -> float:
+    """The learning rate of the server's side in a round with so many participants."""
+    return rate(settings, number) * server_share(settings.server_rate, participants)

@@ -64,7 +64,7 @@ class Published:
             state[name] = (state[name] + self.residual[name]).astype(state[name].dtype)
         self.residual = self._delta.residual if self._delta else {}
         self.version += 1
-        self.model = Model(state, model.momentum)
+        self.model = Model(state, model.momentum, model.velocity)
         self.trained = self.trained | trained
         self._whole.clear()
         self._sums.clear()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from broker.messages import Hello, Inference, Status
+from coordinator.label_counts import LabelCounts
 from coordinator.rounds import Load
 
 log = logging.getLogger("splitfleet.coordinator")
@@ -26,6 +27,8 @@ class Device:
     rounds: int = 0
     samples: int = 0
     load: Load = field(default_factory=Load)
+    labels: LabelCounts | None = None
+    """Of its batches so far; None where nobody asks."""
     inference: Inference | None = None
 
     @property
@@ -102,6 +105,7 @@ class Registry:
                 "rounds": d.rounds,
                 "samples": d.samples,
                 "load": asdict(d.load),
+                **({"labels": d.labels.dump()} if d.labels else {}),
                 "hello": d.hello.model_dump() if d.hello else None,
             }
             for d in self.devices.values()
@@ -119,4 +123,5 @@ class Registry:
                 rounds=entry["rounds"],
                 samples=entry["samples"],
                 load=Load(**entry.get("load", {})),
+                labels=LabelCounts(entry["labels"]) if "labels" in entry else None,
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from broker.messages import Measurement
+from coordinator.label_counts import LabelCounts
 
 MAX_QUOTA = 65_536
 ENOUGH_PACES = 3
@@ -108,6 +109,18 @@ def sample_devices(
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What a device has to do in a round: its cut layer and its number of batches.
+
+    With ``labels`` its losses are calibrated by them; they count what is trained on here.
+    """
+
+    cut: int
+    quota: int
+    labels: LabelCounts | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """How much of its quota a device is given, and how it has fared since that changed.
 
@@ -145,6 +158,26 @@ def learning_rate(base: float, round_number: int, rounds: int, schedule: str) ->
         return base
     progress = min(1.0, (round_number - 1) / max(1, rounds))
     return base * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def feedback_share(schedule: str, round_number: int, rounds: int) -> float:
+    """How much of the feedback's weight a round has.
+
+    ``rising`` by the same step in every round, from 1/rounds to 1; ``falling`` the other way round.
+    """
+    if schedule == "constant":
+        return 1.0
+    number = min(max(1, round_number), rounds)
+    return (number if schedule == "rising" else rounds + 1 - number) / rounds
+
+
+def server_share(rule: str, participants: int) -> float:
+    """By what the learning rate is multiplied in a server network that ``participants`` share.
+
+    ``same`` 1, ``sqrt`` 1/√N, ``linear`` 1/N.
+    """
+    power = {"same": 0.0, "sqrt": -0.5, "linear": -1.0}[rule]
+    return math.pow(max(1, participants), power)
 
 
 def quota_of(samples: int, batch_size: int, fixed: int | None) -> int:

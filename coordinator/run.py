@@ -18,23 +18,27 @@ from coordinator import orders
 from coordinator.aggregation import Model
 from coordinator.evaluation import Evaluator, Responder
 from coordinator.history import History
+from coordinator.label_counts import LabelCounts
 from coordinator.observer import Observer
 from coordinator.open_rounds import OpenRounds
 from coordinator.placement import Placement
 from coordinator.published import Published
 from coordinator.registry import Device, Registry
+from coordinator.replies import refusal
 from coordinator.results import device_results, round_scores
 from coordinator.rounds import (
     Verdict,
+    Work,
     judge,
     judge_buffer,
     quorum_of,
     sample_devices,
 )
+from coordinator.server_momentum import carry_over
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
-from coordinator.training import RoundInProgress, Work, refusal
+from coordinator.training import RoundInProgress
 from coordinator.workload import Workload
 from tensors.codecs import parse_codec
 
@@ -324,7 +328,8 @@ class Run:
             )
             work = {name: self._work(self._registry.devices[name]) for name in chosen}
         self._deadline_s = self._workload.deadline(work.values())
-        current = self._new_round(self.published.model, orders.rate(settings, self._number))
+        rate = orders.server_rate(settings, self._number, len(work))
+        current = self._new_round(self.published.model, rate)
         current.open(
             (self.name, self._number, self._attempt),
             self.published.version,
@@ -357,7 +362,13 @@ class Run:
         out: list[Envelope] = []
         while current.gathered:
             out += current.train_gathered()
-        self.published.replace(current.merge(), current.trained_cuts, self._cuts())
+        model = carry_over(
+            self._settings.server_momentum,
+            self.published.model,
+            current.merge(),
+            outer=self._settings.outer_momentum,
+        )
+        self.published.replace(model, current.trained_cuts, self._cuts())
         self._rounds.remember(current, self.published.version)
         record = self._record(current)
         for folded in current.added:
@@ -377,7 +388,9 @@ class Run:
 
     def _work(self, device: Device) -> Work:
         assert device.cut is not None
-        return Work(device.cut, orders.quota(self._settings, device))
+        if self._settings.label_skew != "none" and device.labels is None:
+            device.labels = LabelCounts([0] * self._settings.network.classes)
+        return Work(device.cut, orders.quota(self._settings, device), device.labels)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -419,6 +432,7 @@ class Run:
     def _record(self, current: RoundInProgress) -> dict[str, Any]:
         record = current.record(self._clock())
         record["round"], record["version"] = self._number, self.published.version
+        record["learning_rate"] = orders.rate(self._settings, self._number)
         record["deadline_s"] = self._deadline_s
         record["bytes"] = self._traffic.since_mark()
         record |= round_scores(self.published, self._evaluator)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.errors import BatchRefused
 from tensors.errors import AveragingError
+from tensors.losses import cross_entropy
 from tensors.networks import CutNetwork, State, read_state, write_state
 from tensors.training import (
     Compute,
@@ -31,22 +31,30 @@ log = logging.getLogger("splitfleet.coordinator")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A batch of ``device`` that enters at ``cut``: features ``(N, …)``, labels ``(N,)``."""
+    """A batch of ``device`` that enters at ``cut``: features ``(N, …)``, labels ``(N,)``.
+
+    ``log_prior`` ``(K,)``, if given, calibrates its loss.
+    """
 
     device: str
     cut: int
     features: Tensor
     labels: Tensor
+    log_prior: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Of one batch at the server: mean loss, correct answers, images, gradient at the cut."""
+    """Of one batch at the server: mean loss, correct answers, images, gradient at the cut, logits.
+
+    ``logits`` (N, K), float32 or wider, are those before the step; None if nothing was computed.
+    """
 
     loss: float
     correct: int
     images: int
     gradient: Tensor | None
+    logits: Tensor | None = None
 
 
 class ServerCopy:
@@ -86,11 +94,9 @@ class ServerCopy:
             group["momentum"] = self._momentum**steps
             group["weight_decay"] = self._weight_decay * self._gradient_weight
 
-    def step(self, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool) -> Step:
+    def step(self, entry: Entry, *, want_gradient: bool) -> Step:
         """:meth:`step_together` on one batch."""
-        (step,) = self.step_together(
-            [Entry("", cut, features, labels)], want_gradients=want_gradient
-        )
+        (step,) = self.step_together([entry], want_gradients=want_gradient)
         return step
 
     def step_together(self, entries: Sequence[Entry], *, want_gradients: bool) -> list[Step]:
@@ -160,8 +166,12 @@ class ServerCopy:
                 logits = self._flow(entering, placed)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             targets = torch.cat([entry.labels for entry in placed]).to(self._compute.device)
-            parts = zip(logits.split(sizes), targets.split(sizes), strict=True)
-            losses = torch.stack([F.cross_entropy(*part) for part in parts])
+            priors = [
+                None if entry.log_prior is None else entry.log_prior.to(logits.device)
+                for entry in placed
+            ]
+            parts = zip(logits.split(sizes), targets.split(sizes), priors, strict=True)
+            losses = torch.stack([cross_entropy(*part) for part in parts])
         except (RuntimeError, ValueError) as exc:  # e.g. one image is too little for a BatchNorm
             log.warning("%d images cannot be computed: %s", sum(sizes), exc)
             raise BatchRefused("not_computable") from exc
@@ -172,9 +182,12 @@ class ServerCopy:
         losses.sum().backward()
         gradients = self._gradients(entering, placed)
         hits = (logits.argmax(1) == targets).split(sizes)
+        answers = logits.detach().split(sizes)
         steps = [
-            Step(value, int(hit.sum().item()), size, gradient)
-            for value, hit, size, gradient in zip(values, hits, sizes, gradients, strict=True)
+            Step(value, int(hit.sum().item()), size, gradient, answer)
+            for value, hit, size, gradient, answer in zip(
+                values, hits, sizes, gradients, answers, strict=True
+            )
         ]
         return [step for _, step in sorted(zip(order, steps, strict=True), key=lambda p: p[0])]
 

@@ -188,6 +188,7 @@ def build_core(
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,
             encode=parts.encode,
+            logits=settings.distill_weight > 0,
         )
 
     intake = Intake(
@@ -197,11 +198,11 @@ def build_core(
         channels_last=parts.channels_last,
     )
 
-    def new_round(model: Model, learning_rate: float) -> RoundInProgress:
+    def new_round(model: Model, server_rate: float) -> RoundInProgress:
         return RoundInProgress(
             parts.new_engine(),
             model,
-            learning_rate,
+            server_rate,
             intake=intake,
             gradients=gradients,
             device_copies=settings.device_copies,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from broker.messages import Name, Network
+from coordinator.server_momentum import MomentumRule
 from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import ExitRule
@@ -33,7 +34,18 @@ class CoordinatorSettings(BaseModel):
     feedback: Literal["gradient", "none"] = "gradient"
     """Whether the gradient at the cut goes back to the device."""
     feedback_weight: NotNegative = 1.0
+    feedback_schedule: Literal["constant", "rising", "falling"] = "constant"
+    """How the feedback's weight goes over the rounds: rising from feedback_weight / rounds to
+    feedback_weight, or falling the other way round; needs feedback = gradient."""
     exit_weight: NotNegative = 1.0
+    distill_weight: NotNegative = 0.0
+    """Above 0, every gradient brings the whole network's answers, and the exit also learns to give
+    those; needs feedback = gradient."""
+    distill_temperature: Positive = 3.0
+    """By how much both answers are softened before they are compared."""
+    label_skew: Literal["none", "calibrated"] = "none"
+    """calibrated: losses account for which labels a device has many of, on the device by its own
+    images, here by the labels it has sent."""
     device_copies: bool = True
     """Whether devices count as holders of blocks that the server trains too."""
     codec: str = "int4+zstd"
@@ -55,7 +67,15 @@ class CoordinatorSettings(BaseModel):
     """Batches a device may have out while it computes the next."""
     learning_rate: Positive = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
+    server_rate: Literal["same", "sqrt", "linear"] = "same"
+    """Learning rate of a server network that a round's N participants share (sequential, cascade):
+    the round's, that divided by √N, or by N."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    server_momentum: MomentumRule = "averaged"
+    """What becomes of the server's momentum at a round's end. averaged: the mean of the copies', as
+    of the weights. reset: none. outer: none either, but one of the versions among themselves."""
+    outer_momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Its coefficient, with server_momentum = outer."""
     weight_decay: NotNegative = 5e-4
     augment: Literal["none", "crop-flip"] = "none"
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -144,9 +164,34 @@ class CoordinatorSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
-        if not self.exit_weight and not (self.feedback_weight and self.feedback == "gradient"):
+        if self.feedback == "none":
+            if self.feedback_schedule != "constant":
+                raise ValueError(
+                    f"feedback_schedule = {self.feedback_schedule} needs feedback = gradient: "
+                    "without feedback there is no weight to change"
+                )
+            if self.distill_weight:
+                raise ValueError(
+                    f"distill_weight = {self.distill_weight:g} needs feedback = gradient: what the "
+                    "exits would learn from comes with the gradients"
+                )
+            if not self.exit_weight:
+                raise ValueError(
+                    "with exit_weight = 0 and no gradient feedback the devices would learn nothing"
+                )
+        elif not (self.exit_weight or self.feedback_weight or self.distill_weight):
             raise ValueError(
-                "with exit_weight = 0 and no gradient feedback the devices would learn nothing"
+                "with exit_weight, feedback_weight and distill_weight = 0 the devices would learn "
+                "nothing"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_server_rate(self) -> Self:
+        if self.server_rate != "same" and self.strategy == "averaging":
+            raise ValueError(
+                f"server_rate = {self.server_rate} needs strategy = sequential or cascade: with "
+                "averaging every device has a server network of its own"
             )
         return self
 
@@ -202,13 +247,20 @@ class CoordinatorSettings(BaseModel):
             "strategy",
             "feedback",
             "feedback_weight",
+            "feedback_schedule",
             "exit_weight",
+            "distill_weight",
+            "distill_temperature",
+            "label_skew",
             "device_copies",
             "codec",
             "gradient_codec",
             "mask_gradients",
             "batch_size",
+            "server_rate",
             "momentum",
+            "server_momentum",
+            "outer_momentum",
             "weight_decay",
             "augment",
             "seed",

@@ -5,6 +5,7 @@
 {root}/{run}/attempt.json           round and attempt that were last announced
 {root}/{run}/checkpoints/000003/    model.safetensors  momentum.safetensors  manifest.json
                                     residual.safetensors, if parameters go as differences
+                                    velocity.safetensors, if versions have a momentum
 {root}/{run}/result.json            after the last round
 
 A checkpoint's folder has the number of its version, or the next free one if that is taken.
@@ -40,6 +41,7 @@ from tensors.networks import State
 log = logging.getLogger("splitfleet.store")
 FORMAT = 1
 _RESIDUAL = "residual.safetensors"
+_VELOCITY = "velocity.safetensors"
 _RESTORE = "restore it from a backup, or start over with --fresh"
 
 
@@ -217,8 +219,9 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "model.safetensors": save(_contiguous(checkpoint.model.state)),
         "momentum.safetensors": save(_contiguous(checkpoint.model.momentum)),
     }
-    if checkpoint.residual:
-        files[_RESIDUAL] = save(_contiguous(checkpoint.residual))
+    for name, arrays in ((_RESIDUAL, checkpoint.residual), (_VELOCITY, checkpoint.model.velocity)):
+        if arrays:
+            files[name] = save(_contiguous(arrays))
     manifest = {
         "format": FORMAT,
         "version": checkpoint.version,
@@ -243,17 +246,19 @@ def _load(folder: Path) -> Checkpoint:
             _load_arrays(folder / name, digests[name])
             for name in ("model.safetensors", "momentum.safetensors")
         )
+        residual, velocity = (
+            _load_arrays(folder / name, digests[name]) if name in digests else {}
+            for name in (_RESIDUAL, _VELOCITY)
+        )
         return Checkpoint(
             version=manifest["version"],
             round=manifest["round"],
-            model=Model(state, momentum),
+            model=Model(state, momentum, velocity),
             trained_cuts=manifest["trained_cuts"],
             history=manifest["history"],
             registry=manifest["registry"],
             traffic=manifest["traffic"],
-            residual=(
-                _load_arrays(folder / _RESIDUAL, digests[_RESIDUAL]) if _RESIDUAL in digests else {}
-            ),
+            residual=residual,
             scheduler=manifest.get("scheduler", {}),
             score=manifest.get("score"),
         )

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from broker.envelopes import Envelope, down, down_later
-from broker.messages import Activations, DeviceParameters, Gradients, Receipt
+from broker.envelopes import Envelope
+from broker.messages import Activations, DeviceParameters
+from coordinator import replies
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import TOGETHER
 from coordinator.contribution import Contribution, Folded
@@ -19,23 +20,18 @@ from coordinator.engines import Engine, Entry, Step
 from coordinator.errors import BatchRefused
 from coordinator.gradients import GradientEncoder
 from coordinator.intake import Intake
+from coordinator.label_counts import LabelCounts
 from coordinator.ledger import Ledger, Stamp
 from coordinator.observer import Observer
+from coordinator.rounds import Work
 from tensors.errors import AveragingError, FormatError
+from tensors.losses import log_prior
 from tensors.networks import State
 
 log = logging.getLogger("splitfleet.coordinator")
 
 RECEIPT_WAIT_S = 0.25
 RECEIPT_BATCHES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a device has to do in a round: its cut layer and its number of batches."""
-
-    cut: int
-    quota: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,18 +43,18 @@ class _Waiting:
 class RoundInProgress:
     """Trains on what the participants send, each batch at most once.
 
-    ``grant(cut, devices)`` is how many batches each device may have out; without ``gradients``
-    none go back. Not opened until :meth:`open`. Its :meth:`merge` ends the aggregation; what
-    devices bring afterwards is a late contribution, for a later round to :meth:`add`. ``barrier``
-    says whether the merge also ends the training; ``kept`` how many halves of unfinished devices
-    are kept for their upload then.
+    ``server_rate`` is the server network's learning rate, ``grant(cut, devices)`` how many batches
+    each device may have out; without ``gradients`` none go back. Not opened until :meth:`open`. Its
+    :meth:`merge` ends the aggregation; what devices bring afterwards is a late contribution, for a
+    later round to :meth:`add`. ``barrier`` says whether the merge also ends the training; ``kept``
+    how many halves of unfinished devices are kept for their upload then.
     """
 
     def __init__(
         self,
         engine: Engine,
         model: Model,
-        learning_rate: float,
+        server_rate: float,
         *,
         intake: Intake,
         gradients: GradientEncoder | None,
@@ -71,7 +67,7 @@ class RoundInProgress:
     ) -> None:
         self._engine = engine
         self._model = model
-        self._learning_rate = learning_rate
+        self._server_rate = server_rate
         self._intake = intake
         self._gradients = gradients
         self._device_copies = device_copies
@@ -84,6 +80,7 @@ class RoundInProgress:
         self._aggregation: Aggregation | None = None
         self._training = False
         self._halves: dict[str, tuple[State, State]] = {}
+        self._labels: dict[str, LabelCounts] = {}
         self._waiting: list[_Waiting] = []
         self._losses: dict[int, list[float]] = {}
         self._correct: dict[int, int] = {}
@@ -120,7 +117,7 @@ class RoundInProgress:
             first_server_block=first_server_block,
             device_copies=self._device_copies,
         )
-        self._engine.begin(self._model, self._learning_rate)
+        self._engine.begin(self._model, self._server_rate)
         self._training = True
 
     def admit(self, device: str, work: Work, *, devices: int, most: int | None = None) -> None:
@@ -133,6 +130,8 @@ class RoundInProgress:
         if most is not None:
             granted = max(1, min(granted, most))
         if ledger is None:
+            if work.labels is not None:
+                self._labels[device] = work.labels
             self.participants[device] = work.cut
             self._ledgers[device] = Ledger(work.quota, keep_answers=granted + 2, credits=granted)
         elif ledger.finished or ledger.next_batch >= ledger.quota:
@@ -160,7 +159,7 @@ class RoundInProgress:
         """The answer to a device that wants to take part: where it stands."""
         if device in self._ledgers:
             return self._receipt(device, complete=True)
-        return refusal(device, self.stamp)
+        return replies.refusal(device, self.stamp)
 
     def activations(self, device: str, message: Activations) -> list[Envelope]:
         """Train on a batch; its gradient if wanted, and a receipt when one is due."""
@@ -182,7 +181,10 @@ class RoundInProgress:
         try:
             cut = self.participants[device]
             features = self._intake.features(message, cut, self.version)
-            waiting = _Waiting(message, Entry(device, cut, features, torch.tensor(message.labels)))
+            counts = self._labels.get(device)
+            prior = None if counts is None else log_prior(counts.with_batch(message.labels))
+            labels = torch.tensor(message.labels)
+            waiting = _Waiting(message, Entry(device, cut, features, labels, prior))
             if self._engine.gathers:
                 ledger.wait(batch)
                 self._waiting.append(waiting)
@@ -191,8 +193,9 @@ class RoundInProgress:
                 device,
                 cut,
                 features,
-                waiting.entry.labels,
+                labels,
                 want_gradient=self._gradients is not None,
+                log_prior=prior,
             )
         except BatchRefused as exc:
             return self._refuse(device, batch, exc)
@@ -231,7 +234,7 @@ class RoundInProgress:
         ledger = self._ledgers.get(device)
         if ledger is None:
             self._observer.message_dropped("not_a_participant")
-            return None, [refusal(device, self.stamp)]
+            return None, [replies.refusal(device, self.stamp)]
         out: list[Envelope] = []
         while any(waiting.entry.device == device for waiting in self._waiting):
             out += self.train_gathered()
@@ -299,7 +302,7 @@ class RoundInProgress:
             "attempt": self.stamp[2],
             "seconds": now - self.opened,
             "extended": self.extended,
-            "learning_rate": self._learning_rate,
+            "server_rate": self._server_rate,
             "train_loss": {str(cut): float(np.mean(self._losses[cut])) for cut in cuts},
             "train_accuracy": {str(cut): self._correct[cut] / self._images[cut] for cut in cuts},
             "late": [
@@ -352,13 +355,15 @@ class RoundInProgress:
         entry, message = waiting.entry, waiting.message
         ledger = self._ledgers[entry.device]
         ledger.apply(message.batch, len(message.labels))
+        if entry.device in self._labels:
+            self._labels[entry.device].add(message.labels)
         self._losses.setdefault(entry.cut, []).append(step.loss)
         self._correct[entry.cut] = self._correct.get(entry.cut, 0) + step.correct
         self._images[entry.cut] = self._images.get(entry.cut, 0) + step.images
         self._observer.batch_applied(entry.cut, step.images, step.loss, seconds)
         out = []
         if self._gradients is not None:
-            answer = self._answer(waiting, step, self._gradients)
+            answer = replies.gradients(self.stamp, entry.device, message, step, self._gradients)
             ledger.remember(message.batch, answer)
             out.append(answer)
         enough = RECEIPT_BATCHES if self._gradients else max(1, ledger.credits // 2)
@@ -367,24 +372,6 @@ class RoundInProgress:
         elif self.receipts_due is None:
             self.receipts_due = self._clock() + RECEIPT_WAIT_S
         return out
-
-    def _answer(self, waiting: _Waiting, step: Step, encoder: GradientEncoder) -> Envelope:
-        entry, message = waiting.entry, waiting.message
-        gradient, (run, number, attempt) = step.gradient, self.stamp
-        assert gradient is not None
-        return down_later(
-            entry.device,
-            Gradients,
-            lambda: Gradients(
-                run=run,
-                round=number,
-                attempt=attempt,
-                batch=message.batch,
-                loss=step.loss,
-                correct=step.correct,
-                tensor=encoder.encode(entry.device, gradient, message),
-            ),
-        )
 
     def _brought(self, device: str, message: DeviceParameters, samples: int) -> Contribution:
         """A device and its server-side copy; an unusable upload is left out."""
@@ -403,37 +390,4 @@ class RoundInProgress:
 
     def _receipt(self, device: str, *, complete: bool = False, final: bool = False) -> Envelope:
         ledger = self._ledgers[device]
-        applied, discarded = ledger.report(everything=complete)
-        run, number, attempt = self.stamp
-        return down(
-            device,
-            Receipt(
-                run=run,
-                round=number,
-                attempt=attempt,
-                applied=applied,
-                discarded=discarded,
-                credits=ledger.credits,
-                next_batch=ledger.next_batch,
-                quota=ledger.quota if complete else None,
-                complete=complete,
-                final=final,
-            ),
-        )
-
-
-def refusal(device: str, stamp: Stamp) -> Envelope:
-    """To a device without a part in this attempt: nothing of it counts, no more is wanted."""
-    run, number, attempt = stamp
-    return down(
-        device,
-        Receipt(
-            run=run,
-            round=number,
-            attempt=attempt,
-            credits=0,
-            complete=True,
-            participant=False,
-            final=True,
-        ),
-    )
+        return replies.receipt(device, self.stamp, ledger, complete=complete, final=final)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from coordinator.registry import Device, Registry
-from coordinator.rounds import Load, deadline, next_load
+from coordinator.rounds import Load, Work, deadline, next_load
 from coordinator.settings import CoordinatorSettings
-from coordinator.training import RoundInProgress, Work
+from coordinator.training import RoundInProgress
 
 log = logging.getLogger("splitfleet.coordinator")
 

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from broker.envelopes import Envelope, up
-from broker.errors import MessageError
 from broker.messages import Activations, Assignment, Gradients, Histogram, Receipt, Report, Round
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
 from edge_agent.ledger import Ledger
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
 from edge_agent.predictor import Predictor
+from edge_agent.quota import quota_of, stream_position
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import Encode
 from tensors.decoding import nonzero
@@ -26,9 +26,6 @@ from tensors.errors import CodecError, FormatError
 from tensors.format import Encoded, read_header
 
 ROUND_TRIP_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-MAX_QUOTA = 1 << 20
-"""Batches of one device in one round that make sense, all its legs together."""
-LEG_POSITIONS = 1 << 40
 
 
 class Result(Protocol):
@@ -64,13 +61,19 @@ class Learner(Protocol):
         """Return to the start of the round: parameters, buffers and optimizer."""
         ...
 
+    def calibrate(self, counts: np.ndarray) -> None:
+        """Account for how many images (K,) of each class this device has."""
+        ...
+
     def set_learning_rate(self, rate: float) -> None: ...
+
+    def set_feedback_weight(self, weight: float) -> None: ...
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:
         """Features at the cut, to encode."""
         ...
 
-    def backward(self, batch: int, gradient: Any | None) -> Result: ...
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Result: ...
 
     @property
     def encode(self) -> Encode:
@@ -78,7 +81,7 @@ class Learner(Protocol):
         ...
 
     def decode(self, data: Encoded, keep: np.ndarray | None) -> Any:
-        """An encoded gradient as :meth:`backward` takes it; ``keep`` if it is masked."""
+        """An encoded tensor as :meth:`backward` takes it; ``keep`` if it is masked."""
         ...
 
     def discard(self, batch: int) -> None:
@@ -157,6 +160,8 @@ class Attempt:
         self._levels: list[int] = []
         learner.rewind()
         learner.set_learning_rate(announced.learning_rate)
+        weight = announced.feedback_weight
+        learner.set_feedback_weight(assignment.feedback_weight if weight is None else weight)
 
     @property
     def produced(self) -> int:
@@ -245,9 +250,13 @@ class Attempt:
         """Learn from the gradient that has waited longest."""
         gradients, sent = self._to_learn.popleft()
         try:
-            self._learn(gradients.batch, self._decode(gradients.tensor, sent))
+            gradient = self._decode(gradients.tensor, sent)
+            teacher = None
+            if gradients.logits is not None and self._assignment.distill_weight:
+                teacher = self._learner.decode(gradients.logits, None)
         except FormatError:
-            self._learn(gradients.batch, None)
+            gradient = teacher = None
+        self._learn(gradients.batch, gradient, teacher)
 
     def receipt(self, receipt: Receipt) -> None:
         """Enter a receipt. A batch that was discarded is learnt from at the exit alone."""
@@ -361,36 +370,13 @@ class Attempt:
         keep = nonzero(sent.tensor) if read_header(gradient).masked else None
         return self._learner.decode(gradient, keep)
 
-    def _learn(self, batch: int, gradient: Any | None) -> None:
+    def _learn(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> None:
         started = self._clock()
         try:
-            result = self._learner.backward(batch, gradient)
+            result = self._learner.backward(batch, gradient, teacher)
         except TrainingError:
             return
         self._encoder.spent("backward", self._clock() - started)
         self._loss_sum += result.loss * result.images
         self._correct += result.correct
         self._images += result.images
-
-
-def quota_of(assignment: Assignment, receipt: Receipt) -> int:
-    """The batches a device has in a round, by the answer to its join.
-
-    Raises ``MessageError`` if that is absurd.
-    """
-    if receipt.quota is None:
-        return assignment.quota
-    if receipt.quota > MAX_QUOTA:
-        raise MessageError("invalid", f"a quota of {receipt.quota} batches is not plausible")
-    return receipt.quota
-
-
-def stream_position(number: int, batch: int, quota: int) -> int:
-    """Where in a device's data batch ``batch`` of round ``number`` lies; no two share a place.
-
-    ``quota`` is the assignment's. Batches within it lie one round behind the other. A batch beyond
-    it, in another leg at the same round, lies where it would in that leg's own stream, 2^40 batches
-    further on for each leg: ``batch // quota · 2^40 + (number − 1) · quota + batch mod quota``.
-    """
-    leg, within = divmod(batch, quota)
-    return leg * LEG_POSITIONS + (number - 1) * quota + within

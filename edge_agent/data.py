@@ -40,6 +40,10 @@ class DeviceData:
             augment=assignment.augment,
         )
 
+    def label_counts(self, classes: int) -> np.ndarray:
+        """How many training images are of each of so many classes: int64 (classes,)."""
+        return np.bincount(self.train.labels[self.train_rows], minlength=classes)[:classes]
+
     def test_batches(self, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The test share in batches of at most ``batch_size``: (float32 N×C×H×W, int64 N)."""
         if self.test is None:

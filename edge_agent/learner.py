@@ -68,17 +68,27 @@ class TorchLearner:
         """Return to the start of the round."""
         self._trainer.restore(self._start)
 
+    def calibrate(self, counts: np.ndarray) -> None:
+        """See :meth:`DeviceTrainer.calibrate`."""
+        self._trainer.calibrate(counts)
+
     def set_learning_rate(self, rate: float) -> None:
         """Use ``rate`` from the next step on."""
         self._trainer.set_learning_rate(rate)
+
+    def set_feedback_weight(self, weight: float) -> None:
+        """See :meth:`DeviceTrainer.set_feedback_weight`."""
+        self._trainer.set_feedback_weight(weight)
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
         """See :meth:`DeviceTrainer.forward`."""
         return self._trainer.forward(batch, images, labels)
 
-    def backward(self, batch: int, gradient: Tensor | None) -> Outcome:
+    def backward(
+        self, batch: int, gradient: Tensor | None, teacher: Tensor | None = None
+    ) -> Outcome:
         """See :meth:`DeviceTrainer.backward`."""
-        return self._trainer.backward(batch, gradient)
+        return self._trainer.backward(batch, gradient, teacher)
 
     @property
     def encode(self) -> Encode:
@@ -146,6 +156,8 @@ class LearnerFactory:
             feedback_weight=assignment.feedback_weight,
             momentum=assignment.momentum,
             weight_decay=assignment.weight_decay,
+            distill_weight=assignment.distill_weight,
+            distill_temperature=assignment.distill_temperature,
         )
         return TorchLearner(half, self.compute, trainer)
 

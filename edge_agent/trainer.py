@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
 from edge_agent.errors import TrainingError
 from edge_agent.snapshots import Snapshot
+from tensors.losses import cross_entropy, distillation, log_prior
 from tensors.networks import CutNetwork, Exits, State, read_state, write_state
 from tensors.training import (
     Compute,
@@ -43,6 +43,7 @@ class Outcome:
 class _InFlight:
     parameters: dict[str, Tensor]
     features: Tensor
+    logits: Tensor
     loss: Tensor
     outcome: Outcome
 
@@ -51,7 +52,9 @@ class DeviceTrainer:
     """Trains a device's blocks and exit head.
 
     ``exit_weight`` scales the cross entropy of the exit, ``feedback_weight`` the gradient that the
-    coordinator returns for the features; both together make one optimizer step.
+    coordinator returns for the features, ``distill_weight`` the distance of the exit's answers from
+    those of the whole network (``tensors.losses.distillation`` at ``distill_temperature``); all
+    together make one optimizer step.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class DeviceTrainer:
         feedback_weight: float,
         momentum: float,
         weight_decay: float,
+        distill_weight: float = 0.0,
+        distill_temperature: float = 1.0,
     ) -> None:
         compute.place(half)
         self._half = half
@@ -71,12 +76,23 @@ class DeviceTrainer:
         self._exits.train()
         self._exit_weight = exit_weight
         self._feedback_weight = feedback_weight
+        self._distill_weight = distill_weight
+        self._distill_temperature = distill_temperature
         self._optimizer = make_optimizer(half, momentum=momentum, weight_decay=weight_decay)
         self._in_flight: dict[int, _InFlight] = {}
+        self._log_prior: Tensor | None = None
+
+    def calibrate(self, counts: np.ndarray) -> None:
+        """Train on losses that account for how many images (K,) of each class there are."""
+        self._log_prior = log_prior(counts).to(self._compute.device)
 
     def set_learning_rate(self, rate: float) -> None:
         """Use ``rate`` from the next step on."""
         set_learning_rate(self._optimizer, rate)
+
+    def set_feedback_weight(self, weight: float) -> None:
+        """Scale the coordinator's gradients by ``weight`` from the next step on."""
+        self._feedback_weight = weight
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
         """Features at the cut for ``images`` (float32, N×C×H×W), detached.
@@ -94,25 +110,27 @@ class DeviceTrainer:
             features, logits = functional_call(
                 self._exits, {**parameters, **buffers}, (self._compute.tensor(images),)
             )
-        loss = F.cross_entropy(logits.float(), targets)
+        loss = cross_entropy(logits.float(), targets, self._log_prior)
         outcome = Outcome(loss.item(), int((logits.argmax(1) == targets).sum().item()), len(labels))
         if np.isfinite(outcome.loss):  # a batch that is refused must leave no trace
             with torch.no_grad():
                 for name, buffer in self._exits.named_buffers():
                     buffer.copy_(buffers[name])
-        self._in_flight[batch] = _InFlight(parameters, features, loss, outcome)
+        self._in_flight[batch] = _InFlight(parameters, features, logits, loss, outcome)
         detached: Tensor = features.detach()
         return detached
 
-    def backward(self, batch: int, gradient: Tensor | None) -> Outcome:
+    def backward(
+        self, batch: int, gradient: Tensor | None, teacher: Tensor | None = None
+    ) -> Outcome:
         """One optimizer step for ``batch``.
 
         Its exit's loss and, if given, the coordinator's ``gradient`` at the features (any float
-        dtype, the features' shape) are followed.
+        dtype, the features' shape) and the whole network's logits ``teacher`` (N, K) are followed.
 
         Raises:
-            TrainingError: the exit's loss or the gradient is not finite, or the shape is wrong;
-                then the step is left out and the batch forgotten.
+            TrainingError: the exit's loss or what the coordinator sent is not finite, or a shape is
+                wrong; then the step is left out and the batch forgotten.
         """
         flight = self._in_flight.pop(batch)
         if not np.isfinite(flight.outcome.loss):
@@ -137,6 +155,9 @@ class DeviceTrainer:
             weights.append(torch.empty_like(flight.features).copy_(gradient))
             if self._feedback_weight != 1:
                 weights[-1].mul_(self._feedback_weight)
+        if teacher is not None and self._distill_weight:
+            outputs.append(self._distance(batch, flight.logits, teacher))
+            weights.append(torch.tensor(self._distill_weight, device=outputs[-1].device))
         if outputs:
             self._step(flight.parameters, outputs, weights)
         return flight.outcome
@@ -171,6 +192,17 @@ class DeviceTrainer:
         """Return to a snapshot; nothing stays in flight."""
         self.load(snapshot.state)
         write_momentum(self._half, self._optimizer, snapshot.momentum)
+
+    def _distance(self, batch: int, logits: Tensor, teacher: Tensor) -> Tensor:
+        if teacher.shape != logits.shape:
+            raise TrainingError(
+                f"the whole network's answers to batch {batch} have shape {tuple(teacher.shape)}, "
+                f"the exit's {tuple(logits.shape)}"
+            )
+        if not math.isfinite(teacher.sum().item()):
+            raise TrainingError(f"the whole network's answers to batch {batch} are not finite")
+        teacher = teacher.to(logits.device, torch.float32)
+        return distillation(logits.float(), teacher, self._distill_temperature)
 
     def _step(
         self, parameters: dict[str, Tensor], outputs: list[Tensor], weights: list[Tensor]

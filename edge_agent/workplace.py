@@ -11,11 +11,12 @@ import numpy as np
 from broker.envelopes import Envelope, up
 from broker.errors import MessageError
 from broker.messages import Assignment, DeviceParameters, Receipt, Report, Request, Round
-from edge_agent.attempt import Attempt, Learner, Stream, quota_of
+from edge_agent.attempt import Attempt, Learner, Stream
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.holding import Holding, SnapshotStore
 from edge_agent.offline import OfflineLimits
 from edge_agent.predictor import InferenceRun, Policy
+from edge_agent.quota import quota_of
 from tensors.codecs import parse_codec
 
 log = logging.getLogger("splitfleet.agent")
@@ -26,6 +27,10 @@ class Data(Protocol):
 
     def stream(self, assignment: Assignment, device: str) -> Stream:
         """Its training batches."""
+        ...
+
+    def label_counts(self, classes: int) -> np.ndarray:
+        """How many of its training images are of each class."""
         ...
 
     def test_batches(self, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -63,6 +68,8 @@ class Workplace:
         self._offline = offline
         self._encoder = ActivationEncoder(assignment, uplink=uplink, encode=learner.encode)
         self._settled: tuple[str, int, int] | None = None
+        if assignment.label_skew == "calibrated":
+            learner.calibrate(data.label_counts(assignment.network.classes))
 
     # -- rounds -----------------------------------------------------------------------------------
 

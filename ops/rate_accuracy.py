@@ -89,7 +89,7 @@ class _Books(Observer):
                 self.samples += len(message.labels)
                 self.activation_bytes += len(message.tensor)
             case Gradients() as message:
-                self.gradient_bytes += len(message.tensor)
+                self.gradient_bytes += len(message.tensor) + len(message.logits or b"")
 
 
 def run_case(case: Case, data_root: Path | None) -> Result:

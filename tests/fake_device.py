@@ -50,9 +50,12 @@ class FakeLearner:
     def __init__(self) -> None:
         self.weight = np.zeros(1, np.float32)
         self.start = Snapshot(self.state(), {})
-        self.rate = 0.0
+        self.rate = self.feedback_weight = 0.0
         self.learnt: list[tuple[int, bool]] = []
         """(batch, whether with a gradient)"""
+        self.counts: Array | None = None
+        self.taught: list[Array | None] = []
+        """The whole network's logits, of each batch learnt from."""
         self.in_flight: set[int] = set()
         self.poisoned: set[int] = set()
         """Batches whose features are not finite."""
@@ -70,8 +73,14 @@ class FakeLearner:
     def rewind(self) -> None:
         self.load(self.start.state)
 
+    def calibrate(self, counts: Array) -> None:
+        self.counts = counts
+
     def set_learning_rate(self, rate: float) -> None:
         self.rate = rate
+
+    def set_feedback_weight(self, weight: float) -> None:
+        self.feedback_weight = weight
 
     def forward(self, batch: int, images: Array, labels: Array) -> Array:
         assert batch not in self.in_flight
@@ -79,8 +88,9 @@ class FakeLearner:
         features = images[:, :, 0, 0].astype(np.float32)
         return features * np.float32("nan") if batch in self.poisoned else features
 
-    def backward(self, batch: int, gradient: Any | None) -> Outcome:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome:
         self.in_flight.remove(batch)
+        self.taught.append(None if teacher is None else np.asarray(teacher))
         if gradient is not None and not bool(np.isfinite(np.asarray(gradient)).all()):
             raise TrainingError("not finite")
         self.learnt.append((batch, gradient is not None))
@@ -135,6 +145,9 @@ class FakeData:
 
     def stream(self, assignment: Assignment, device: str) -> PositionStream:
         return PositionStream(assignment.batch_size)
+
+    def label_counts(self, classes: int) -> Array:
+        return np.arange(classes)
 
     def test_batches(self, batch_size: int) -> list[tuple[Array, Array]]:
         return self._tests

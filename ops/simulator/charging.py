@@ -84,19 +84,27 @@ class ChargedLearner:
         """Free of charge."""
         self._learner.rewind()
 
+    def calibrate(self, counts: np.ndarray) -> None:
+        """Free of charge."""
+        self._learner.calibrate(counts)
+
     def set_learning_rate(self, rate: float) -> None:
         """Free of charge."""
         self._learner.set_learning_rate(rate)
+
+    def set_feedback_weight(self, weight: float) -> None:
+        """Free of charge."""
+        self._learner.set_feedback_weight(weight)
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:
         """Takes the forward part of a step."""
         self._meter.spend(self._forward_s)
         return self._learner.forward(batch, images, labels)
 
-    def backward(self, batch: int, gradient: Any | None) -> Result:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Result:
         """Takes the backward part of a step."""
         self._meter.spend(self._backward_s)
-        return self._learner.backward(batch, gradient)
+        return self._learner.backward(batch, gradient, teacher)
 
     @property
     def encode(self) -> Encode:
@@ -135,11 +143,20 @@ class ChargedEngine:
         self._engine.begin(model, learning_rate)
 
     def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+        self,
+        device: str,
+        cut: int,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        want_gradient: bool,
+        log_prior: Tensor | None = None,
     ) -> Step:
         """Takes a step."""
         self._meter.spend(self._cost.step_s)
-        return self._engine.step(device, cut, features, labels, want_gradient=want_gradient)
+        return self._engine.step(
+            device, cut, features, labels, want_gradient=want_gradient, log_prior=log_prior
+        )
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """Takes a step for each batch."""

@@ -83,7 +83,8 @@ class SimulatedFleet:
         wire: Wire | None = None
         if learning == "stub":
             stand_in: dict[str, Any] = {
-                "network": settings.network.model_copy(update={"classes": DIGITS})
+                "network": settings.network.model_copy(update={"classes": DIGITS}),
+                "label_skew": "none",  # stubs' labels are names
             }
             if sizes == "real":
                 wire = real_sizes(settings, self._cut_of)
@@ -200,7 +201,7 @@ class SimulatedFleet:
         """SHA-256 of the last model, names and momentum included."""
         model = self.checkpoint().model
         digest = hashlib.sha256()
-        for part in (model.state, model.momentum):
+        for part in (model.state, model.momentum, model.velocity):
             for name in sorted(part):
                 digest.update(name.encode() + b"\0" + part[name].tobytes())
         return digest.hexdigest()

@@ -90,6 +90,10 @@ class StubData:
         del device
         return StubStream(self.number, assignment.batch_size)
 
+    def label_counts(self, classes: int) -> Array:
+        """None of any: its labels are names."""
+        return np.zeros(classes, np.int64)
+
     def test_batches(self, batch_size: int) -> list[tuple[Array, Array]]:
         """Every other image is one of which the exit is sure."""
         sizes = [
@@ -166,7 +170,13 @@ class StubLearner:
         """Return to the start of the round."""
         self.load(self._start.state)
 
+    def calibrate(self, counts: Array) -> None:
+        """Nothing."""
+
     def set_learning_rate(self, rate: float) -> None:
+        """Nothing."""
+
+    def set_feedback_weight(self, weight: float) -> None:
         """Nothing."""
 
     def forward(self, batch: int, images: Array, labels: Array) -> Array:
@@ -178,9 +188,9 @@ class StubLearner:
         features[0, 0] = np.nan if self._poisoned(batch) else 2.0
         return features
 
-    def backward(self, batch: int, gradient: Any | None) -> StubResult:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> StubResult:
         """Count the batch."""
-        del gradient
+        del gradient, teacher
         images = self._in_flight.pop(batch)
         for name, value in self._state.items():
             self._state[name] = value + value.dtype.type(1)

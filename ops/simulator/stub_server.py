@@ -81,11 +81,18 @@ class _Counting:
         self._model = model
 
     def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
+        self,
+        device: str,
+        cut: int,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        want_gradient: bool,
+        log_prior: Tensor | None = None,
     ) -> Step:
         """Count a batch. Raises ``BatchRefused`` if it is to diverge."""
         number, position = name_of(labels.tolist())
-        del number
+        del number, log_prior
         if not self._witness(device, position):
             raise BatchRefused("diverged")
         self.count(device, cut, len(labels))
@@ -208,6 +215,7 @@ def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None
 
     activations = batch_bytes(parse_codec(settings.codec).bits)
     gradients = batch_bytes(settings.codec_of_gradients.bits)
+    logits = 2 * images * settings.network.classes if settings.distill_weight else 0
     bits = parse_codec(settings.parameter_codec).bits
     state = read_state(network)
     halves = [
@@ -226,7 +234,7 @@ def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None
             case Activations():
                 return max(0, activations[cut - 1] - len(message.tensor))
             case Gradients():
-                return max(0, gradients[cut - 1] - len(message.tensor))
+                return max(0, gradients[cut - 1] - len(message.tensor)) + logits
             case DeviceParameters():
                 return max(0, halves[cut - 1] - len(message.state))
         return 0

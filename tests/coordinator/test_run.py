@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from broker.messages import Assignment, Gradients, Manifest, Receipt, Request, Round
 from coordinator.contribution import discount
-from coordinator.training import Work
+from coordinator.rounds import Work
 from coordinator.workload import Workload
 from tests.fake_coordinator import Harness, every, only
 from tests.fake_device import make_measurement

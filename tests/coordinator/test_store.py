@@ -28,7 +28,11 @@ def make_checkpoint(version: int) -> Checkpoint:
     return Checkpoint(
         version=version,
         round=version + 1,
-        model=Model(state, {"blocks.0.weight": np.ones((2, 3), np.float32)}),
+        model=Model(
+            state,
+            {"blocks.0.weight": np.ones((2, 3), np.float32)},
+            {"blocks.0.weight": np.full((2, 3), version, np.float32)},
+        ),
         trained_cuts=[2, 5],
         history=[{"round": 1, "loss": 0.5}],
         registry=[{"name": "a", "cut": 2, "hello": None, "rounds": 1, "samples": 8}],
@@ -80,6 +84,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert_same(found.model.state, expected.model.state)
     assert_same(found.model.momentum, expected.model.momentum)
     assert_same(found.residual, expected.residual)
+    assert_same(found.model.velocity, expected.model.velocity)
     for name, values in expected.model.state.items():
         assert found.model.state[name].dtype == values.dtype
     for key in (
@@ -215,7 +220,10 @@ def without_its_fields(path: Path) -> None:
     [
         *[
             (name, damage)
-            for name in ("model.safetensors", "momentum.safetensors", "residual.safetensors")
+            for name in (
+                *("model.safetensors", "momentum.safetensors"),
+                *("residual.safetensors", "velocity.safetensors"),
+            )
             for damage in (cut_short, empty, flip_a_bit, remove)
         ],
         *[("manifest.json", damage) for damage in (cut_short, empty, remove, without_its_fields)],

@@ -356,3 +356,13 @@ def test_whatever_arrives_in_whatever_order_the_books_balance(
 def to_singles(numbers: set[int]) -> list[int]:
     """As the coordinator names them: in order, and below the quota."""
     return [first for first, _ in to_ranges(n * 2 for n in numbers if n * 2 < 6)]
+
+
+# -- the weight of the feedback -------------------------------------------------------------------
+
+
+def test_the_round_says_how_much_the_feedback_weighs_or_the_assignment_does() -> None:
+    assert Desk(feedback_weight=1.5).learner.feedback_weight == 1.5
+    announced = {"feedback_weight": 0.25}
+    assert Desk(announced=announced, feedback_weight=1.5).learner.feedback_weight == 0.25
+    assert Desk(announced={"feedback_weight": 0.0}).learner.feedback_weight == 0

@@ -34,9 +34,9 @@ class BusyLearner(FakeLearner):
         features = self._noise.standard_normal((len(labels), 16, 8, 8))
         return np.maximum(features, 0).astype(np.float32)
 
-    def backward(self, batch: int, gradient: Any | None) -> Outcome:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome:
         self._wait()
-        return super().backward(batch, gradient)
+        return super().backward(batch, gradient, teacher)
 
     def _wait(self) -> None:
         assert self.clock is not None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import MessageError
-from edge_agent.attempt import MAX_QUOTA, stream_position
+from edge_agent.quota import MAX_QUOTA, stream_position
 from tests.attempt_desk import Desk, batches
 
 

@@ -314,3 +314,14 @@ def test_every_way_of_computing_learns_about_the_same(bf16: bool, channels_last:
     one, other = moves
     cosine = one @ other / np.sqrt((one @ one) * (other @ other))
     assert cosine > (0.9 if bf16 else 0.9999)
+
+
+def test_the_weight_of_the_feedback_can_change() -> None:
+    states = []
+    for first, then in ((0.25, 0.25), (2.0, 0.25)):
+        trainer = make_trainer(make_half(), feedback_weight=first)
+        trainer.set_feedback_weight(then)
+        features = trainer.forward(0, *make_batch())
+        trainer.backward(0, gradient_for(features, 0))
+        states.append(trainer.state())
+    assert_same(*states)

@@ -175,6 +175,7 @@ def _down() -> list[tuple[str, Envelope]]:
     gradient = parse_codec("int4").encode(FEATURES / 8 - 0.125, keep=FEATURES != 0)
     answer = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]], np.float32)
     tensor = parse_codec("fp32").encode(answer)
+    logits = parse_codec("fp16").encode(8 * answer - 2)
     return [
         (what, down("cam-1", message))
         for what, message in [
@@ -185,8 +186,22 @@ def _down() -> list[tuple[str, Envelope]]:
                 Assignment(**assignment, cut=3, bytes_per_sample=250.5, follow_link=True),
             ),
             (
+                "with exits that are taught",
+                Assignment(
+                    **assignment,
+                    cut=3,
+                    distill_weight=0.5,
+                    distill_temperature=3.0,
+                    label_skew="calibrated",
+                ),
+            ),
+            (
                 "masked",
                 Gradients(**STAMP, batch=300, loss=1.5, correct=1, tensor=gradient),
+            ),
+            (
+                "with the network's answers",
+                Gradients(**STAMP, batch=301, loss=1.5, correct=1, logits=logits, tensor=gradient),
             ),
             (
                 "news",
@@ -224,11 +239,13 @@ def _to_many() -> list[tuple[str, Envelope]]:
     training = Round(
         **STAMP, phase="training", version=5, rounds=20, learning_rate=0.05, deadline_s=600.0
     )
+    rising = training.model_copy(update={"feedback_weight": 0.15})
     by_time = training.model_copy(update={"train_s": 60.0, "barrier": False})
     gathering = Round(run=RUN, round=0, attempt=0, phase="gathering", version=0, rounds=20)
     manifest: dict[str, Any] = {"run": RUN, "sha256": "0123456789abcdef" * 4, "trained": True}
     return [
         ("training", to_all(training)),
+        ("training with a weight of the feedback", to_all(rising)),
         ("training by time, without a barrier", to_all(by_time)),
         ("gathering", to_all(gathering)),
         ("stop", to_all(Command(command="stop"))),
