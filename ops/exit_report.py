@@ -53,9 +53,9 @@ def run_exits(
             **identity | {key: value for key, value in given.items() if value is not None}
         )
     except ValidationError as exc:
-        raise SettingsWrong(
-            f"{state_dir / run / 'run.json'} is not of this version: {exc}"
-        ) from exc
+        odd = ", ".join(".".join(map(str, error["loc"])) or error["msg"] for error in exc.errors())
+        file = state_dir / run / "run.json"
+        raise SettingsWrong(f"{file}: {odd}: another version of splitfleet made this") from exc
     images = held_out_images(made)
     if images is None:
         raise SettingsWrong("this run names no data set: give --dataset, e.g. fashion-mnist-small")
@@ -108,10 +108,10 @@ def plot_curves(judged: Sequence[Judged]) -> str:
         line_chart(
             [*lines, *chosen],
             name="Accuracy by offload rate",
-            x_label="share of the test images that is offloaded; dots: the calibrated thresholds",
+            x_label="offloaded, % of the test images; dots: the calibrated thresholds",
             x_range=(0.0, 1.0),
             y_range=share_range(y for line in lines for _, y in line.points),
-            x_format=percent,
+            x_format=lambda x: f"{100 * x:g}",
             y_format=percent,
             legend=True,
         )
@@ -194,7 +194,8 @@ def _wanted(settings: ExitSettings) -> str:
         return f"an offload rate of at most {percent(settings.offload)}{promise}"
     if settings.accuracy is not None:
         return f"an accuracy of at least {percent(settings.accuracy)}{promise}"
-    return f"an accuracy at most {100 * settings.loss:g} points below that of the server"
+    points = "1 point" if settings.loss == 0.01 else f"{100 * settings.loss:g} points"
+    return f"an accuracy at most {points} below that of the server"
 
 
 def _threshold_cells(row: Row) -> list[str]:
