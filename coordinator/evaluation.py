@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tensors.batches import normalise
+from tensors.calibration import SweepPoint, offload_curve, top_answers
 from tensors.codecs import parse_codec
 from tensors.datasets import Dataset
 from tensors.decoding import decode_torch
-from tensors.exit_rules import ExitRule, SweepPoint, softmax, sweep
+from tensors.exit_rules import ExitRule, Float64s, softmax
 from tensors.networks import CutNetwork, State, write_state
 from tensors.training import Compute
 
@@ -36,6 +37,14 @@ class CutScores:
     exit_accuracy: float
     server_accuracy: float
     sweep: list[SweepPoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CutAnswers:
+    """Probabilities (N, K) of a cut's exit, and of the server behind it, for the same images."""
+
+    exit: Float64s
+    server: Float64s
 
 
 class Evaluator:
@@ -77,24 +86,32 @@ class Evaluator:
 
     def cut_scores(self, state: State, cut: int, codec_name: str, rule: ExitRule) -> CutScores:
         """The exit and the full network as a device at ``cut`` sees them, over thresholds."""
+        seen = self.cut_answers(state, cut, codec_name)
+        labels = self._dataset.labels
+        answers = top_answers(seen.server)
+        return CutScores(
+            float((top_answers(seen.exit) == labels).mean()),
+            float((answers == labels).mean()),
+            offload_curve(seen.exit, answers, labels, rule).at(THRESHOLDS),
+        )
+
+    def cut_answers(self, state: State, cut: int, codec_name: str) -> CutAnswers:
+        """What a device at ``cut`` gets for every image: from its exit, and from the server.
+
+        The server enters with the features as the codec leaves them. Raises ``NetworkError`` for a
+        state that does not fit or a cut that the network does not have.
+        """
+        self._network.require_cut(cut)
         write_state(self._network, state)
         codec = parse_codec(codec_name)
-        exit_probabilities, server_answers = [], []
+        of_exit, of_server = [], []
         for images, _ in self._batches():
             x = self._forward(images, 0, cut)
-            exit_probabilities.append(softmax(self._exit(x, cut)))
+            of_exit.append(softmax(self._exit(x, cut)))
             received = self._compute.tensor(decode_torch(codec.encode(x.cpu())))
-            server_answers.append(
-                self._forward(received, cut, self._network.stop).float().argmax(1).cpu().numpy()
-            )
-        probabilities = np.concatenate(exit_probabilities)
-        answers = np.concatenate(server_answers)
-        labels = self._dataset.labels
-        return CutScores(
-            float((probabilities.argmax(1) == labels).mean()),
-            float((answers == labels).mean()),
-            sweep(probabilities, answers, labels, THRESHOLDS, rule),
-        )
+            logits = self._forward(received, cut, self._network.stop)
+            of_server.append(softmax(logits.float().cpu().numpy()))
+        return CutAnswers(np.concatenate(of_exit), np.concatenate(of_server))
 
     def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
         data = self._dataset

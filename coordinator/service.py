@@ -85,7 +85,7 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
     network = build_network(spec, seed=settings.seed)
     blocks = [network.blocks[str(index)] for index in range(network.stop)]
     shapes = feature_shapes(blocks, spec)[:-1]
-    dataset = _held_out_images(settings)
+    dataset = held_out_images(settings)
     compute = _compute(settings, spec)
     log.info("computing on %s", compute.label)
 
@@ -254,7 +254,11 @@ async def run_coordinator(
                 await link.send(core.goodbye())
 
 
-def _held_out_images(settings: CoordinatorSettings) -> Dataset | None:
+def held_out_images(settings: CoordinatorSettings) -> Dataset | None:
+    """The images that ``settings`` want checkpoints scored on, if any.
+
+    Raises ``DataError`` for images that are missing or do not fit the network.
+    """
     if settings.dataset is None:
         return None
     network = settings.network
@@ -269,13 +273,14 @@ def _held_out_images(settings: CoordinatorSettings) -> Dataset | None:
     if (channels, height, width) != (network.channels, network.size, network.size):
         raise DataError(
             f"the images of {settings.dataset} are {channels}×{height}×{width} (channels, height, "
-            f"width), the network takes {network.channels}×{network.size}×{network.size}: set "
-            "channels and size of the network to the data's"
+            f"width), the network takes {network.channels}×{network.size}×{network.size}: choose a "
+            "data set that fits, or set channels and size of the network to the data's"
         )
     if len(dataset.classes) > network.classes:
         raise DataError(
             f"{settings.dataset} has {len(dataset.classes)} classes, the network "
-            f"{network.classes}: set classes of the network to the data's"
+            f"{network.classes}: choose a data set that fits, or set classes of the network to the "
+            "data's"
         )
     return dataset
 

@@ -174,6 +174,15 @@ class Store:
                 log.warning("%s; taking the next best checkpoint", exc)
         return None
 
+    def at(self, version: int) -> Checkpoint | None:
+        """The checkpoint of this version; None if it is not kept. Raises :class:`StoreError`."""
+        folder = self._by_version().get(version)
+        return None if folder is None else _load(folder)
+
+    def versions(self) -> list[int]:
+        """Which versions :meth:`at` finds, ascending; damaged ones are left out."""
+        return sorted(self._by_version())
+
     def save_result(self, result: dict[str, Any]) -> None:
         """Write the run's result."""
         path = self.folder / "result.json"
@@ -195,6 +204,13 @@ class Store:
         for folder in old:
             self._scores.pop(folder, None)
             self._damaged.discard(folder)
+
+    def _by_version(self) -> dict[int, Path]:
+        found = {}
+        for folder in _numbered(self.folder / "checkpoints"):
+            with contextlib.suppress(StoreError, KeyError):
+                found[_manifest(folder)["version"]] = folder
+        return found
 
     def _by_score(self, folders: list[Path]) -> list[Path]:
         """Those with a score, best first, newest first among equals."""

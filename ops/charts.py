@@ -27,6 +27,7 @@ _STANDALONE = (
     ".axis{stroke:var(--soft)}.band{fill:var(--faint);opacity:.5}"
     ".line{stroke-width:2;fill:none}.dashed{stroke-dasharray:6 4}"
     ".dot{stroke:var(--card);stroke-width:1.5}"
+    ".dot.hidden{opacity:0}.dot.hidden:hover{opacity:1}"
     + "".join(f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}" for i in range(9))
 )
 """What a chart needs of the page's style sheet when it stands alone."""
@@ -87,8 +88,12 @@ def line_chart(
     y_format: Format,
     whole_x: bool = False,
     marker: tuple[float, str] | None = None,
+    legend: bool = False,
 ) -> str:
-    """Lines over a common axis; ``marker`` is a labelled vertical line at one x."""
+    """Lines over a common axis; ``marker`` is a labelled vertical line at one x.
+
+    With ``legend`` the chart names the first line of every style itself, below the axis.
+    """
     x = _Scale(*_widened(*x_range), LEFT, RIGHT)
     y = _Scale(*_widened(*y_range), BOTTOM, TOP)
     x_ticks = [t for t in ticks(*x_range, 6) if not whole_x or t == int(t)]
@@ -110,7 +115,16 @@ def line_chart(
                 "</title></circle>"
                 for a, b in points
             ]
-    return _svg(name, parts)
+    if not legend:
+        return _svg(name, parts)
+    named = {line.style: line.label for line in reversed(series)}
+    for index, (style, label) in enumerate(reversed(named.items())):
+        row = HEIGHT + LINE * (index + 1)
+        parts.append(
+            f'<circle class="dot {style}" cx="{LEFT + 6}" cy="{row - 4}" r="4"/>'
+            f'<text class="note" x="{LEFT + 18}" y="{row}">{escape(label)}</text>'
+        )
+    return _svg(name, parts, HEIGHT + LINE * len(named) + 12)
 
 
 def interval_chart(

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from tensors.averaging import Averager
+from tensors.calibration import Curve, for_accuracy, for_offload_rate, offload_curve
 from tensors.codecs import Codec, encode_exact, parse_codec
 from tensors.decoding import decode, decode_torch
 from tensors.deltas import apply_delta, encode_delta
@@ -18,7 +19,7 @@ from tensors.errors import (
     NetworkError,
     TensorsError,
 )
-from tensors.exit_rules import ExitRule, SweepPoint, confidence, exits, softmax, sweep
+from tensors.exit_rules import ExitRule, confidence, exits, softmax
 from tensors.format import Header, Limits, read_header
 from tensors.parameters import pack_parameters, unpack_parameters
 from tensors.partition import partition
@@ -35,6 +36,7 @@ __all__ = [
     "BatchStream",
     "Codec",
     "CodecError",
+    "Curve",
     "CutNetwork",
     "DataError",
     "Dataset",
@@ -46,7 +48,6 @@ __all__ = [
     "NetworkError",
     "NetworkSpec",
     "RateController",
-    "SweepPoint",
     "TensorsError",
     "apply_delta",
     "build_network",
@@ -56,13 +57,15 @@ __all__ = [
     "encode_delta",
     "encode_exact",
     "exits",
+    "for_accuracy",
+    "for_offload_rate",
     "load_dataset",
+    "offload_curve",
     "pack_parameters",
     "parse_codec",
     "partition",
     "read_header",
     "softmax",
-    "sweep",
     "unpack_parameters",
 ]
 

@@ -6,7 +6,7 @@ TensorsError
 ├── NetworkError    a network that cannot be built or cut
 ├── DataError       a data set or a split that cannot be had
 ├── AveragingError  a contribution that does not fit what is averaged
-└── ExitRuleError   an exit rule that does not exist, or input it cannot judge
+└── ExitRuleError   an exit rule that does not exist, or input that it cannot be used on
 """
 
 from __future__ import annotations
@@ -44,4 +44,4 @@ class AveragingError(TensorsError):
 
 
 class ExitRuleError(TensorsError):
-    """An unknown exit rule, or probabilities of a shape no rule can judge."""
+    """An unknown exit rule, or probabilities, labels or wishes no threshold can be found for."""

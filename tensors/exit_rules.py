@@ -6,8 +6,7 @@ One rule everywhere: a sample exits iff its confidence is above the threshold τ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +15,6 @@ from tensors.errors import ExitRuleError
 
 Float64s = npt.NDArray[np.float64]
 ExitRule = Literal["entropy", "max_softmax", "margin"]
-
-
-class SweepPoint(TypedDict):
-    """What a threshold leads to, as shares of all samples."""
-
-    threshold: float
-    exit_rate: float
-    accuracy: float
 
 
 def softmax(logits: npt.ArrayLike) -> Float64s:
@@ -69,39 +60,3 @@ def confidence(probabilities: npt.NDArray[Any], rule: ExitRule = "entropy") -> F
 def exits(confidence: npt.ArrayLike, threshold: float) -> npt.NDArray[np.bool_]:
     """Which samples exit: confidence > threshold, elementwise; ties and NaN offload."""
     return np.asarray(np.asarray(confidence) > threshold)
-
-
-def sweep(
-    exit_probabilities: npt.NDArray[Any],
-    server_labels: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    thresholds: Iterable[float],
-    rule: ExitRule = "entropy",
-) -> list[SweepPoint]:
-    """Exit rate and accuracy of device and server together, per threshold.
-
-    `exit_probabilities` is (N, K) from the exit; `server_labels` (N,) is what the server answers
-    for each sample if asked, `labels` (N,) the truth. Raises ExitRuleError for no samples or
-    lengths that differ.
-    """
-    sure = confidence(exit_probabilities, rule)
-    truth = np.asarray(labels)
-    answers = np.asarray(server_labels)
-    if not sure.size or truth.shape != sure.shape or answers.shape != sure.shape:
-        raise ExitRuleError(
-            f"{sure.size} exit answers, {answers.size} server labels, {truth.size} labels: "
-            "must be equally many, and some"
-        )
-    server_right = answers == truth
-    exit_right = np.argmax(exit_probabilities, axis=1) == truth
-    points: list[SweepPoint] = []
-    for threshold in thresholds:
-        gone = exits(sure, threshold)
-        points.append(
-            SweepPoint(
-                threshold=float(threshold),
-                exit_rate=float(gone.mean()),
-                accuracy=float(np.where(gone, exit_right, server_right).mean()),
-            )
-        )
-    return points

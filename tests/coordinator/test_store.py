@@ -115,6 +115,27 @@ def test_the_run_to_resume(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "run.json").exists(), "earlier runs stay"
 
 
+def test_a_checkpoint_by_its_version(tmp_path: Path) -> None:
+    store = make_store(tmp_path, *range(6), keep=3)
+    assert store.versions() == [3, 4, 5]
+    found = store.at(4)
+    assert found is not None
+    assert found.version == 4
+    assert_same(found.model.state, make_checkpoint(4).model.state)
+    assert store.at(2) is None
+
+
+def test_a_damaged_version_is_said_and_one_without_manifest_not_offered(tmp_path: Path) -> None:
+    store = make_store(tmp_path, *range(3))
+    parent = store.folder / "checkpoints"
+    (parent / "000000" / "manifest.json").write_bytes(b"rubbish")
+    (parent / "000001" / "model.safetensors").write_bytes(b"rubbish")
+    assert store.versions() == [1, 2]
+    assert store.at(0) is None
+    with pytest.raises(StoreError, match="checksum"):
+        store.at(1)
+
+
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
     store = make_store(tmp_path, *range(12), keep=3)
     assert folders(store) == ["000009", "000010", "000011"]

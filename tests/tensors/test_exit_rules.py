@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tensors import ExitRule, ExitRuleError, confidence, exits, softmax, sweep
+from tensors import ExitRule, ExitRuleError, confidence, exits, softmax
 
 RULES: tuple[ExitRule, ...] = get_args(ExitRule)
 
@@ -69,36 +69,3 @@ def test_probabilities_of_another_shape_are_refused(shape: tuple[int, ...]) -> N
 def test_unknown_rule_names_the_known_ones() -> None:
     with pytest.raises(ExitRuleError, match="entropy, max_softmax or margin"):
         confidence(np.ones((1, 2)) / 2, "energy")  # type: ignore[arg-type]
-
-
-def test_sweep_takes_the_exit_where_it_is_sure_and_the_server_elsewhere() -> None:
-    p = np.array([[0.95, 0.05], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]])
-    points = sweep(p, [1, 1, 0, 1], [0, 1, 1, 1], [-1.0, 0.0, 0.5, 0.9], "margin")
-    assert points == [
-        {"threshold": -1.0, "exit_rate": 1.0, "accuracy": 0.5},
-        {"threshold": 0.0, "exit_rate": 0.75, "accuracy": 0.75},
-        {"threshold": 0.5, "exit_rate": 0.5, "accuracy": 1.0},
-        {"threshold": 0.9, "exit_rate": 0.0, "accuracy": 0.5},
-    ]
-
-
-@given(p=probabilities.filter(lambda p: len(p) > 0), data=st.data())
-def test_exit_rate_falls_as_the_threshold_rises(
-    p: npt.NDArray[np.float64], data: st.DataObject
-) -> None:
-    rule: ExitRule = data.draw(st.sampled_from(RULES))
-    zeros = np.zeros(len(p), np.int64)
-    rates = [x["exit_rate"] for x in sweep(p, zeros, zeros, np.linspace(-0.1, 1, 12), rule)]
-    assert rates == sorted(rates, reverse=True)
-    assert (rates[0], rates[-1]) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("server", "labels"), [([0], [0, 0]), ([0, 0], [0]), ([0, 0, 0], [0, 0, 0])]
-)
-def test_sweep_refuses_lengths_that_differ(server: list[int], labels: list[int]) -> None:
-    p: npt.NDArray[Any] = np.full((2, 2), 0.5)
-    with pytest.raises(ExitRuleError, match="equally many"):
-        sweep(p, server, labels, [0.5])
-    with pytest.raises(ExitRuleError, match="equally many"):
-        sweep(p[:0], [], [], [0.5])

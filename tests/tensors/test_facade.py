@@ -11,6 +11,7 @@ NUMPY_ONLY = [
     "tensors",
     "tensors.affine",
     "tensors.averaging",
+    "tensors.calibration",
     "tensors.clipping",
     "tensors.codecs",
     "tensors.deltas",
@@ -22,6 +23,7 @@ NUMPY_ONLY = [
     "tensors.bit_planes",
     "tensors.parameters",
     "tensors.partition",
+    "tensors.probabilities",
 ]
 
 
