@@ -74,7 +74,7 @@ def run_bench(
     costs = {width: network_cost(NetworkSpec(width=width)) for width in setup.widths}
     for cost in costs.values():
         for rate in setup.exit_rates:
-            for cut in setup.cuts or ():
+            for cut in setup.cuts or cost.heads:
                 cost.at(cut).expected(rate, bits=setup.bits)
     console = Console(stderr=True, quiet=quiet)
     tables: dict[str, list[Row]] = {"device": [], "answers": [], "server": []}

@@ -253,10 +253,9 @@ def _count(part: nn.Module, inputs: Sequence[Tensor]) -> tuple[PartCost, list[Te
 
 def _flops(part: nn.Module, x: Tensor, *, input_gradient: bool) -> tuple[int, int, Tensor]:
     """FLOPs of a batch, forward and backward, and the output, detached."""
-    leaf = x.detach().clone().requires_grad_(input_gradient)
+    entering = _entering(x, gradient=input_gradient)
     with FlopCounterMode(display=False, custom_mapping=_CORRECTED) as forward:
-        # A part may write into its input, which as a leaf must not be written into.
-        y: Tensor = part(leaf.view_as(leaf))
+        y: Tensor = part(entering)
     with FlopCounterMode(display=False, custom_mapping=_CORRECTED) as backward:
         if y.requires_grad:
             y.sum().backward()
@@ -266,8 +265,8 @@ def _flops(part: nn.Module, x: Tensor, *, input_gradient: bool) -> tuple[int, in
 
 def _kept_bytes(part: nn.Module, x: Tensor) -> int:
     """Bytes alive for the backward pass: what autograd saved, and the output, without the input."""
-    leaf = x.detach().clone().requires_grad_()
-    own = {_storage(tensor) for tensor in (leaf, *part.parameters(), *part.buffers())}
+    entering = _entering(x, gradient=True)
+    own = {_storage(tensor) for tensor in (entering, *part.parameters(), *part.buffers())}
     alive: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -275,9 +274,14 @@ def _kept_bytes(part: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y: Tensor = part(leaf.view_as(leaf))
+        y: Tensor = part(entering)
     note(y)
     return sum(t.untyped_storage().nbytes() for key, t in alive.items() if key not in own)
+
+
+def _entering(x: Tensor, *, gradient: bool) -> Tensor:
+    """A copy of a part's input that it may write into, which it may not if that were a leaf."""
+    return x.detach().requires_grad_(gradient).clone()
 
 
 def _storage(tensor: Tensor) -> int:
