@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
+from ops import cli_cost
+
 bench = typer.Typer(help="Measure, side by side with something plain.", no_args_is_help=True)
+cli_cost.register(bench)
 
 
 @bench.command("training")
