@@ -42,8 +42,9 @@ def measure(
         steps.append(1000 * seconds)
         exits.append(1000 * _time(head, y, compute, clock)[0])
         weights = sum(p.numel() for p in block.parameters())
-        held += 12 * weights + 4 * y.numel() * y.element_size()
-        memory.append((held + 12 * sum(p.numel() for p in head.parameters())) / 2**20)
+        held += training_bytes(weights, y.numel(), y.element_size())
+        head_weights = sum(p.numel() for p in head.parameters())
+        memory.append((held + training_bytes(head_weights, 0, 0)) / 2**20)
         x = y.float()
     return Measurement(
         batch_size=batch_size,
@@ -56,6 +57,14 @@ def measure(
         else os.cpu_count() or 1,
         uplink_bytes_per_s=0.0,
     )
+
+
+def training_bytes(weights: int, values: float, width: int) -> float:
+    """What training keeps of layers with so many weights, and features of ``width`` bytes each.
+
+    Weights, gradient and momentum in 32 bits, and about four maps of the features.
+    """
+    return 12 * weights + 4 * values * width
 
 
 def available_memory_mb() -> float:

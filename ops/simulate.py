@@ -21,9 +21,7 @@ from broker.errors import ConfigError
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data import DeviceData
 from ops.errors import SettingsWrong
-from ops.simulator.charging import ServerCost
 from ops.simulator.fleet import SimulatedFleet
-from ops.simulator.link import LinkProfile
 from ops.simulator.profile import load_profile
 from ops.simulator.programs import Device
 from ops.simulator.summary import summary
@@ -32,9 +30,6 @@ from tensors.datasets import load_dataset
 from tensors.partition import partition
 
 DATASET = "fashion-mnist-small"
-SERVER = ServerCost(step_s=0.005, merge_s=0.5)
-COORDINATOR_LINK = LinkProfile(1.25e8, 1.25e8, latency_s=0.0005)
-"""A gigabit to the broker beside it."""
 DEFAULTS: dict[str, Any] = {
     "rounds": 10,
     "queue_chunks": 10_000,  # as in the mosquitto.conf that `splitfleet broker config` writes
@@ -75,20 +70,21 @@ def simulate(plan: Plan) -> dict[str, Any]:
         SettingsWrong: a setting or the profile is wrong.
         FleetFailed: the run does not come to its end within ``limit_s`` of virtual time.
     """
-    devices = load_profile(plan.profile).devices(plan.devices, World(plan.seed))
+    profile = load_profile(plan.profile)
+    devices = profile.devices(plan.devices, World(plan.seed))
     if plan.learning == "real":
         devices = _with_data(devices, plan.seed)
     with tempfile.TemporaryDirectory(prefix="splitfleet-simulate-") as folder:
         fleet = SimulatedFleet(
-            _settings(plan, Path(folder)),
+            settings_of(plan, Path(folder)),
             devices,
             seed=plan.seed,
             learning=plan.learning,
             sizes="real",
-            server=SERVER,
-            coordinator_link=COORDINATOR_LINK,
+            server=profile.server.cost,
+            coordinator_link=profile.server.link,
         )
-        with _rarely_collecting():
+        with rarely_collecting():
             fleet.run(until=lambda: fleet.coordinator.over, limit_s=plan.limit_s)
         return {"profile": plan.profile, "learning": plan.learning, **summary(fleet)}
 
@@ -151,7 +147,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _rarely_collecting() -> Iterator[None]:
+def rarely_collecting() -> Iterator[None]:
     """A fleet is millions of objects that live on; to look for rubbish among them takes long."""
     thresholds = gc.get_threshold()
     gc.set_threshold(500_000, 50, 100)
@@ -161,8 +157,10 @@ def _rarely_collecting() -> Iterator[None]:
         gc.set_threshold(*thresholds)
 
 
-def _settings(plan: Plan, folder: Path) -> CoordinatorSettings:
+def settings_of(plan: Plan, folder: Path) -> CoordinatorSettings:
+    """The coordinator's settings of a simulation. Raises :class:`SettingsWrong`."""
     given = {key: value for key, value in plan.settings.items() if value is not None}
+    network = given.get("network", {})
     fixed = {"state_dir", "dataset", "seed"} & given.keys()
     if fixed:
         raise SettingsWrong(f"--set {min(fixed)}: a simulation has its own")
@@ -172,9 +170,9 @@ def _settings(plan: Plan, folder: Path) -> CoordinatorSettings:
         "min_devices": max(1, plan.devices * 3 // 4),
         "max_devices": plan.devices,
         "seed": plan.seed,
-        "network": NETWORK,
         **DEFAULTS,
         **given,
+        "network": {**NETWORK, **network} if isinstance(network, Mapping) else network,
         "state_dir": folder,
     }
     if plan.learning == "real":

@@ -30,10 +30,18 @@ class DeviceCost:
 
 @dataclass(frozen=True, slots=True)
 class ServerCost:
-    """Seconds that the coordinator takes for one batch, and for closing a round."""
+    """Seconds that the coordinator takes for one batch, and for closing a round.
+
+    A batch takes ``step_s``, and ``block_s`` for each block that it goes through there.
+    """
 
     step_s: float = 0.0
     merge_s: float = 0.0
+    block_s: float = 0.0
+
+    def batch_s(self, cut: int, blocks: int) -> float:
+        """Of a batch that enters at ``cut`` a network of so many blocks."""
+        return self.step_s + self.block_s * (blocks - cut)
 
 
 FREE_STEP, FREE = DeviceCost(), ServerCost()
@@ -133,10 +141,11 @@ class ChargedEngine:
 
     gathers: ClassVar[bool] = False
 
-    def __init__(self, engine: Engine, meter: Meter, cost: ServerCost) -> None:
+    def __init__(self, engine: Engine, meter: Meter, cost: ServerCost, blocks: int) -> None:
         self._engine = engine
         self._meter = meter
         self._cost = cost
+        self._blocks = blocks
 
     def begin(self, model: Model, learning_rate: float) -> None:
         """Free of charge."""
@@ -157,10 +166,13 @@ class ChargedEngine:
         return self._engine.step(
             device, cut, features, labels, want_gradient=want_gradient, log_prior=log_prior
         )
+        self._meter.spend(self._cost.batch_s(cut, self._blocks))
+        return self._engine.step(device, cut, features, labels, want_gradient=want_gradient)
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """Takes a step for each batch."""
-        self._meter.spend(self._cost.step_s * len(batches))
+        for batch in batches:
+            self._meter.spend(self._cost.batch_s(batch.cut, self._blocks))
         return self._engine.step_together(batches, want_gradients=want_gradients)
 
     def finish(self, device: str) -> tuple[State, State]:
@@ -179,7 +191,7 @@ class ChargedGatheringEngine(ChargedEngine):
     gathers: ClassVar[bool] = True
 
 
-def charged(engine: Engine, meter: Meter, cost: ServerCost) -> Engine:
-    """``engine``, charging ``meter``."""
+def charged(engine: Engine, meter: Meter, cost: ServerCost, *, blocks: int) -> Engine:
+    """``engine`` for a network of so many blocks, charging ``meter``."""
     kind = ChargedGatheringEngine if engine.gathers else ChargedEngine
-    return kind(engine, meter, cost)
+    return kind(engine, meter, cost, blocks)

@@ -225,7 +225,7 @@ class SimulatedFleet:
         return Parts(
             parts.shapes,
             parts.first,
-            lambda: charged(parts.new_engine(), meter, self._server),
+            lambda: charged(parts.new_engine(), meter, self._server, blocks=len(parts.shapes) + 1),
             parts.responder,
             parts.evaluator,
             parts.channels_last,

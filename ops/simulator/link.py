@@ -36,6 +36,14 @@ class LinkProfile:
     jitter_s: float = 0.0
     loss: float = 0.0
 
+    @property
+    def mean_delay_s(self) -> float:
+        """Of a packet, beside the time to send it; every resend waits twice as long as the last."""
+        if self.loss >= 0.5:
+            return math.inf
+        wait = max(RESEND_S, 2 * self.latency_s)
+        return self.latency_s + self.jitter_s + wait * self.loss / (1 - 2 * self.loss)
+
 
 IDEAL = LinkProfile()
 

@@ -282,6 +282,10 @@ class Process:
             self._read()
 
     def _read(self) -> None:
+        self._take_in()
+        self._look()
+
+    def _take_in(self) -> None:
         """Take what has arrived into the inbox as far as there is room; the rest is not read."""
         framing = self._framing
         while self._arrived and len(self._inbox) < INBOX:
@@ -297,7 +301,6 @@ class Process:
             elif framing.held_bytes and self._house_due is None:
                 self._house_due = self._world.after(HOUSEKEEPING_S, self._keep_house)
         self.tally.most_inbox = max(self.tally.most_inbox, len(self._inbox))
-        self._look()
 
     def _open(self, framing: Framing, packet: Packet) -> Envelope | None:
         # What goes to many is the same for all of them, and decoded for the first.
@@ -384,7 +387,7 @@ class Process:
         if self._inbox:
             event = self._inbox.popleft()
             if self._arrived:
-                self._read()
+                self._take_in()  # the next step is planned when this one is over
             match event:
                 case Connected():
                     self._unsaid = False

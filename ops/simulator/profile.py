@@ -8,7 +8,10 @@
     latency_s = { uniform = [0.01, 0.04] }
     on_s = 3600                       # a plain number is always that number
 
-Every key of :class:`Group` may be given; what is missing has its default.
+    [server]
+    step_s = 0.001
+
+Every key of :class:`Group` and :class:`Server` may be given; what is missing has its default.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ops.errors import SettingsWrong
-from ops.simulator.charging import DeviceCost
+from ops.simulator.charging import DeviceCost, ServerCost
 from ops.simulator.link import LinkProfile
 from ops.simulator.programs import Device
 from ops.simulator.world import World
@@ -168,6 +171,8 @@ class Group(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    name: str | None = Field(default=None, min_length=1, max_length=40)
+    """What people call them; without it "group 1" and so on."""
     share: float = Field(default=1.0, gt=0)
     """Of all devices, beside the other groups'."""
     cut: Spread = Constant(constant=2)
@@ -238,23 +243,58 @@ class Group(BaseModel):
         )
 
 
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Server(BaseModel):
+    """The coordinator's machine. A batch takes ``step_s``, and ``block_s`` for each block there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    step_s: Amount = 0.001
+    block_s: Amount = 0.0005
+    merge_s: Amount = 0.5
+    """Closing a round."""
+    memory_mb: float = Field(default=math.inf, gt=0)
+    up_bytes_per_s: float = Field(default=1.25e8, gt=0)
+    down_bytes_per_s: float = Field(default=1.25e8, gt=0)
+    latency_s: Amount = 0.0005
+    """A gigabit to the broker beside it."""
+
+    @property
+    def cost(self) -> ServerCost:
+        """What it computes."""
+        return ServerCost(self.step_s, self.merge_s, self.block_s)
+
+    @property
+    def link(self) -> LinkProfile:
+        """Its way to the broker."""
+        return LinkProfile(self.up_bytes_per_s, self.down_bytes_per_s, latency_s=self.latency_s)
+
+
 class Profile(BaseModel):
     """A fleet's make-up."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     group: list[Group] = Field(min_length=1)
+    server: Server = Server()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the groups."""
+        return [group.name or f"group {i}" for i, group in enumerate(self.group, 1)]
 
     def devices(self, count: int, world: World) -> list[Device]:
         """So many devices, of each group in proportion; every device has a generator of its own."""
         width = len(str(max(0, count - 1)))
         devices = []
-        for number, group in enumerate(self._groups(count)):
+        for number, index in enumerate(self.groups_of(count)):
             name = f"d{number:0{width}}"
-            devices.append(group.device(name, world.rng(f"profile/{name}")))
+            devices.append(self.group[index].device(name, world.rng(f"profile/{name}")))
         return devices
 
-    def _groups(self, count: int) -> Sequence[Group]:
+    def groups_of(self, count: int) -> Sequence[int]:
         """Which group each device is of: at every point as near to the shares as can be."""
         total = sum(group.share for group in self.group)
         taken = [0] * len(self.group)
@@ -265,7 +305,7 @@ class Profile(BaseModel):
             ]
             index = max(range(len(wanted)), key=lambda i: (wanted[i], -i))
             taken[index] += 1
-            chosen.append(self.group[index])
+            chosen.append(index)
         return chosen
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -13,16 +12,16 @@ from torch import Tensor
 
 from broker.envelopes import Envelope
 from broker.messages import Activations, DeviceParameters, Gradients, Parameters
-from coordinator.aggregation import Aggregation, Model, block_of, half_of
+from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.engines import Entry, Outcome, Step
 from coordinator.errors import BatchRefused
 from coordinator.evaluation import Responder
 from coordinator.service import Parts
 from coordinator.settings import CoordinatorSettings
 from ops.simulator.sender import Wire
+from ops.simulator.sizes import message_sizes
 from ops.simulator.stub import BLOCKS, FEATURES, name_of, stub_state
-from tensors.codecs import parse_codec
-from tensors.networks import NetworkSpec, State, build_network, feature_shapes, read_state
+from tensors.networks import State
 
 Witness = Callable[[str, int], bool]
 """Told device and position of a batch that is about to be applied; False if it diverges."""
@@ -202,7 +201,7 @@ class StubResponder(Responder):
 def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None]) -> Wire:
     """How many more bytes a stub's message would have with the network of the settings.
 
-    Codecs are counted without their lossless stage, parameters whole.
+    As ``message_sizes`` counts them.
     """
     spec = NetworkSpec(**settings.network.model_dump())
     network = build_network(spec)
@@ -222,21 +221,23 @@ def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None
         sum(value.size for value in half_of(state, cut).values()) * bits // 8
         for cut in range(1, len(shapes) + 1)
     ]
+    sizes = message_sizes(settings)
 
     def extra(envelope: Envelope) -> int:
         message = envelope.message
         if isinstance(message, Parameters):
-            return max(0, halves[message.cut - 1] - len(message.state))
+            return max(0, sizes.parameters[message.cut - 1] - len(message.state))
         cut = cut_of(envelope.address.device or "")
         if cut is None:
             return 0
         match message:
             case Activations():
-                return max(0, activations[cut - 1] - len(message.tensor))
+                return max(0, sizes.activations[cut - 1] - len(message.tensor))
             case Gradients():
                 return max(0, gradients[cut - 1] - len(message.tensor)) + logits
+                return max(0, sizes.gradients[cut - 1] - len(message.tensor))
             case DeviceParameters():
-                return max(0, halves[cut - 1] - len(message.state))
+                return max(0, sizes.parameters[cut - 1] - len(message.state))
         return 0
 
     return extra

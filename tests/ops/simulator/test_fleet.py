@@ -239,3 +239,16 @@ def test_labels_name_device_and_position(rng: random.Random) -> None:
 
 def test_a_stub_model_is_of_arrays_that_can_be_averaged() -> None:
     assert all(np.isfinite(value).all() for value in stub_state().values())
+
+
+def test_a_process_computes_one_thing_at_a_time(tmp_path: Path) -> None:
+    # More batches wait than the coordinator's inbox holds: each step makes room for one of them.
+    devices = [Device(f"d{i:02}") for i in range(40)]
+    settings = make_settings(
+        state_dir=tmp_path, min_devices=40, rounds=1, batches_per_round=4, window=4
+    )
+    fleet = SimulatedFleet(settings, devices, server=ServerCost(step_s=0.01))
+    fleet.run()
+    assert fleet.coordinator.tally.most_arrived > 1
+    assert fleet.coordinator.tally.busy_s == pytest.approx(40 * 4 * 0.01)
+    assert fleet.world.now >= fleet.coordinator.tally.busy_s
