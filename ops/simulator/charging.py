@@ -162,12 +162,10 @@ class ChargedEngine:
         log_prior: Tensor | None = None,
     ) -> Step:
         """Takes a step."""
-        self._meter.spend(self._cost.step_s)
+        self._meter.spend(self._cost.batch_s(cut, self._blocks))
         return self._engine.step(
             device, cut, features, labels, want_gradient=want_gradient, log_prior=log_prior
         )
-        self._meter.spend(self._cost.batch_s(cut, self._blocks))
-        return self._engine.step(device, cut, features, labels, want_gradient=want_gradient)
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """Takes a step for each batch."""

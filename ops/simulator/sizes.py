@@ -50,6 +50,7 @@ def message_sizes(settings: CoordinatorSettings) -> MessageSizes:
     def batch_bytes(bits: int) -> list[int]:
         return [int(images * min(budget, math.prod(shape) * bits / 8)) for shape in shapes]
 
+    logits = 2 * images * spec.classes if settings.distill_weight else 0
     state = read_state(network)
     weights = [
         sum(value.size for value in half_of(state, cut).values())
@@ -59,7 +60,7 @@ def message_sizes(settings: CoordinatorSettings) -> MessageSizes:
     return MessageSizes(
         shapes=shapes,
         activations=batch_bytes(parse_codec(settings.codec).bits),
-        gradients=batch_bytes(settings.codec_of_gradients.bits),
+        gradients=[size + logits for size in batch_bytes(settings.codec_of_gradients.bits)],
         parameters=[size * bits // 8 for size in weights],
         device_weights=weights,
         server_weights=[

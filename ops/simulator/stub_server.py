@@ -203,24 +203,6 @@ def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None
 
     As ``message_sizes`` counts them.
     """
-    spec = NetworkSpec(**settings.network.model_dump())
-    network = build_network(spec)
-    blocks = [network.blocks[str(index)] for index in range(network.stop)]
-    shapes = feature_shapes(blocks, spec)[:-1]
-    images = settings.batch_size
-
-    def batch_bytes(bits: int) -> list[int]:
-        return [images * math.prod(shape) * bits // 8 for shape in shapes]
-
-    activations = batch_bytes(parse_codec(settings.codec).bits)
-    gradients = batch_bytes(settings.codec_of_gradients.bits)
-    logits = 2 * images * settings.network.classes if settings.distill_weight else 0
-    bits = parse_codec(settings.parameter_codec).bits
-    state = read_state(network)
-    halves = [
-        sum(value.size for value in half_of(state, cut).values()) * bits // 8
-        for cut in range(1, len(shapes) + 1)
-    ]
     sizes = message_sizes(settings)
 
     def extra(envelope: Envelope) -> int:
@@ -234,7 +216,6 @@ def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None
             case Activations():
                 return max(0, sizes.activations[cut - 1] - len(message.tensor))
             case Gradients():
-                return max(0, gradients[cut - 1] - len(message.tensor)) + logits
                 return max(0, sizes.gradients[cut - 1] - len(message.tensor))
             case DeviceParameters():
                 return max(0, sizes.parameters[cut - 1] - len(message.state))
