@@ -174,24 +174,6 @@ def interval_chart(
     return _svg(name, parts, HEIGHT + LINE * len(points) + 12)
 
 
-def legend_below(chart: str, series: Sequence[Series], columns: int = 3) -> str:
-    """The chart with a legend under it, for where no page can hold one."""
-    rows = math.ceil(len(series) / columns)
-    parts = []
-    for index, line in enumerate(series):
-        left = LEFT + (index % columns) * (RIGHT - LEFT) / columns
-        y = HEIGHT + 12 + LINE * (index // columns)
-        parts.append(
-            f'<line class="line {line.style}" x1="{left:.0f}" x2="{left + 16:.0f}" '
-            f'y1="{y - 4}" y2="{y - 4}"/>'
-            f'<text class="note" x="{left + 22:.0f}" y="{y}">{escape(line.label)}</text>'
-        )
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
-    assert box in chart, "a chart of another height"
-    taller = f'viewBox="0 0 {WIDTH} {HEIGHT + LINE * rows + 12}"'
-    return chart.replace(box, taller).replace("</svg>", "".join(parts) + "</svg>")
-
-
 def standalone(chart: str) -> str:
     """A chart as a file of its own, with the colours it would else get from the page."""
     style = f"<style>{_STANDALONE}</style>"

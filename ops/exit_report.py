@@ -80,7 +80,7 @@ def run_exits(
                         "dataset": images.name,
                         "codec": made.codec,
                         "settings": settings.model_dump(mode="json"),
-                        "cuts": [found.row | {"curve": _points(found.curve)} for found in judged],
+                        "cuts": [found.row | {"curve": points(found.curve)} for found in judged],
                     }
                 ),
                 indent=1,
@@ -101,8 +101,8 @@ def plot_curves(judged: Sequence[Judged]) -> str:
             f"cut {row['cut']}: τ = {row['threshold']:.3f} offloads {percent(place[0])}, "
             f"{percent(place[1])} right"
         )
-        points = [(point["offload_rate"], point["accuracy"]) for point in _points(found.curve)]
-        lines.append(Series(label, style, points))
+        line = [(point["offload_rate"], point["accuracy"]) for point in points(found.curve)]
+        lines.append(Series(label, style, line))
         chosen.append(Series(label, style, [place]))
     return standalone(
         line_chart(
@@ -157,7 +157,8 @@ def _trained(checkpoint: Checkpoint, cuts: Sequence[int] | None, legal: range) -
     return list(dict.fromkeys(cuts or trained))
 
 
-def _points(curve: Curve) -> list[dict[str, float]]:
+def points(curve: Curve) -> list[dict[str, float]]:
+    """Threshold, offload rate and accuracy along a curve, at ``CURVE_POINTS`` at most."""
     last = len(curve.thresholds) - 1
     shown = np.unique(np.linspace(0, last, min(last + 1, CURVE_POINTS)).round().astype(int))
     return [

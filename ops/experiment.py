@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ops import bench_rows
 from ops.errors import SettingsWrong
-from ops.experiments import tables
+from ops.experiments import exit_tables, tables
 from ops.experiments.images import load_images
 from ops.experiments.one_run import read_json, to_json
 from ops.experiments.plots import all_plots
@@ -86,23 +86,27 @@ def results_of(todo: Sequence[Training], out: Path) -> tables.Results:
     results: tables.Results = {}
     for training in todo:
         by_seed = results.setdefault(training.arm, {})
-        result = read_json(folder_of(out, training) / "result.json")
-        if result is not None:
-            by_seed[training.seed] = result
+        folder = folder_of(out, training)
+        result, exits = (read_json(folder / name) for name in ("result.json", "exits.json"))
+        if result is not None and exits is not None:
+            by_seed[training.seed] = result | exits
     return results
 
 
 def write_tables(experiment: Experiment, todo: Sequence[Training], out: Path) -> None:
-    """``results.csv``, ``curves.csv``, ``table.md`` and ``plots/`` of what is finished so far."""
+    """CSV files, ``table.md`` and ``plots/`` of what is finished so far."""
     results = results_of(todo, out)
     write_whole(out / "results.csv", tables.results_csv(results))
     write_whole(out / "curves.csv", tables.curves_csv(results))
-    text = tables.table(experiment, results)
+    write_whole(out / "exits.csv", exit_tables.exits_csv(results))
+    parts = [tables.table(experiment, results)]
     if "distributed" in results:
         fleets = [name for name in ("averaging", "sequential", "cascade") if name in results]
-        text += "\n" + tables.claims(fleets, "distributed", results)
-    write_whole(out / "table.md", text)
-    for name, chart in all_plots(results).items():
+        parts.append(tables.claims(fleets, "distributed", results))
+    parts.append(tables.bytes_table(experiment, results))
+    parts.append(exit_tables.exit_table(results.get(experiment.reference, {})))
+    write_whole(out / "table.md", "\n".join(part for part in parts if part))
+    for name, chart in all_plots(results, experiment.reference).items():
         write_whole(out / "plots" / name, chart)
 
 

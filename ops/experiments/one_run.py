@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 
 from coordinator.evaluation import Evaluator
+from coordinator.settings import CoordinatorSettings
 from ops.errors import DiskTrouble, SettingsWrong
+from ops.exit_report import points
+from ops.exits import judge_exits
 from ops.experiments.fleet_training import FleetTraining
 from ops.experiments.images import ImageSets, load_images
 from ops.experiments.local_training import LocalTraining
@@ -69,7 +74,8 @@ def run_training(
         FleetFailed: training does not come to its end.
     """
     _claim(training, folder)
-    if (result := read_json(folder / "result.json")) is not None:
+    result = read_json(folder / "result.json")
+    if result is not None and (folder / "exits.json").exists():
         return result
     torch.set_num_threads(1)
     images = load_images(training.data, data_root)
@@ -92,13 +98,16 @@ def run_training(
             return None
         started = time.process_time()
         under_way.advance()
-    result = {
-        "training": training.identity(),
-        "seed": training.seed,
-        "final": judge.score(under_way.models(), images.test),
-        "history": history,
-    }
-    write_whole(folder / "result.json", to_json(result))
+    if result is None:
+        result = {
+            "training": training.identity(),
+            "seed": training.seed,
+            "final": judge.score(under_way.models(), images.test),
+            "history": history,
+        }
+        write_whole(folder / "result.json", to_json(result))
+    rows = judge.exits(under_way.models(), images.test)
+    write_whole(folder / "exits.json", to_json({"exits": rows}))
     return result
 
 
@@ -128,9 +137,7 @@ class Judge:
         exits: dict[int, list[float]] = {}
         losses = []
         for name, state in models.items():
-            cuts = sorted(set(self._training.cuts))
-            if name:
-                cuts = [self._training.cuts[self._training.devices.index(name)]]
+            cuts = self._cuts_of(name)
             scores = evaluator.scores(state, cuts)
             losses.append(scores.server_loss)
             for cut in cuts:
@@ -142,6 +149,28 @@ class Judge:
             "full_by_cut": {str(cut): statistics.fmean(full[cut]) for cut in sorted(full)},
             "exits": {str(cut): statistics.fmean(exits[cut]) for cut in sorted(exits)},
         }
+
+    def exits(self, models: Mapping[str, State], dataset: Dataset) -> list[Record]:
+        """Calibrated thresholds and curves; see ``ops.exits``. A row for each device and cut."""
+        rows = []
+        for name, state in models.items():
+            judged = judge_exits(
+                state,
+                self._spec,
+                self._cuts_of(name),
+                dataset,
+                self._training.settings.codec,
+                compute=self._compute,
+            )
+            rows += [
+                {"device": name, **found.row, "curve": points(found.curve)} for found in judged
+            ]
+        return rows
+
+    def _cuts_of(self, device: str) -> list[int]:
+        if not device:
+            return sorted(set(self._training.cuts))
+        return [self._training.cuts[self._training.devices.index(device)]]
 
 
 def to_json(data: object) -> str:
@@ -167,7 +196,10 @@ def _claim(training: Training, folder: Path) -> None:
     found = read_json(folder / "training.json")
     if found is None:
         write_whole(folder / "training.json", to_json(identity))
-    elif found != identity:
+        return
+    with contextlib.suppress(ValidationError):  # a setting that was not there yet had its default
+        found["settings"] = Training.settings_as_json(CoordinatorSettings(**found["settings"]))
+    if found != identity:
         odd = next(key for key in identity if found.get(key) != identity[key])
         raise SettingsWrong(
             f"{folder} holds a training with another {odd}: choose another --out, or remove it"

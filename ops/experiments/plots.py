@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from ops.charts import Series, legend_below, line_chart, share_range, standalone
+from ops.charts import Series, line_chart, share_range, standalone
 from ops.experiments.one_run import Record
 from ops.experiments.tables import Results, cuts_of
 from ops.units import percent
@@ -36,15 +36,42 @@ def curves(results: Results, pick: Callable[[Record], float | None], name: str) 
         x_format=lambda x: f"{x:.0f}",
         y_format=percent,
         whole_x=True,
+        legend=True,
     )
-    return standalone(legend_below(chart, series))
+    return standalone(chart)
 
 
-def all_plots(results: Results) -> dict[str, str]:
-    """File name → SVG."""
+def offload_plot(result: Record) -> str:
+    """An SVG: accuracy of device and server together against what is offloaded, for each exit."""
+    rows = result["exits"]
+    series = [
+        Series(
+            f"cut {row['cut']}",
+            f"c{index % STYLES}",
+            [(point["offload_rate"], point["accuracy"]) for point in row["curve"]],
+        )
+        for index, row in enumerate(rows)
+    ]
+    chart = line_chart(
+        series,
+        name="Accuracy by offload rate",
+        x_label="offloaded, % of the images that judge",
+        x_range=(0.0, 1.0),
+        y_range=share_range(y for line in series for _, y in line.points),
+        x_format=lambda x: f"{100 * x:g}",
+        y_format=percent,
+        legend=True,
+    )
+    return standalone(chart)
+
+
+def all_plots(results: Results, reference: str) -> dict[str, str]:
+    """File name → SVG; offloading is that of the reference with its first seed."""
     plots = {"full.svg": curves(results, lambda record: record.get("full"), "Full network")}
     for cut in cuts_of(results):
         plots[f"exit-{cut}.svg"] = curves(results, _exit(cut), f"Exit at cut {cut}")
+    for _, result in sorted(results.get(reference, {}).items())[:1]:
+        plots["offload.svg"] = offload_plot(result)
     return plots
 
 

@@ -117,7 +117,7 @@ class _Watched:
     def __init__(self, folder: Path) -> None:
         self._file = folder / "history.json"
         self._changed = 0
-        self.finished = (folder / "result.json").exists()
+        self.finished = (folder / "exits.json").exists()
         self.rounds = 0
         self.rounds = len(self.news())
 

@@ -121,8 +121,13 @@ class Training:
             "cuts": list(self.cuts),
             "partition": self.partition,
             "data": self.data.model_dump(mode="json"),
-            "settings": self.settings.model_dump(mode="json", exclude={"state_dir", "device"}),
+            "settings": self.settings_as_json(self.settings),
         }
+
+    @staticmethod
+    def settings_as_json(settings: CoordinatorSettings) -> dict[str, Any]:
+        """Those that results depend on."""
+        return settings.model_dump(mode="json", exclude={"state_dir", "device"})
 
 
 def read_experiment(file: str) -> Experiment:

@@ -7,6 +7,7 @@ import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from ops.bytes_to_accuracy import bytes_to_accuracy
 from ops.experiments.one_run import Record
 from ops.experiments.spec import Experiment
 from ops.paired import Difference, difference
@@ -14,6 +15,7 @@ from ops.units import MISSING, byte_size
 
 FULL = "full"
 TOTALS = ("samples", "bytes_up", "bytes_down", "discarded")
+NEARLY = 0.9
 Pick = Callable[[Record], float | None]
 Results = dict[str, dict[int, Record]]
 """Arm → seed → what ``run_training`` returned."""
@@ -43,7 +45,7 @@ def results_csv(results: Results) -> str:
         "bytes_down",
         "discarded",
     ]
-    return _csv(header, rows)
+    return csv_text(header, rows)
 
 
 def curves_csv(results: Results) -> str:
@@ -63,7 +65,9 @@ def curves_csv(results: Results) -> str:
                     [arm, seed, record["round"], network, cut, f"{value:.4f}", samples, sent]
                     for network, cut, value in points
                 ]
-    return _csv(["arm", "seed", "round", "network", "cut", "accuracy", "samples", "bytes"], rows)
+    return csv_text(
+        ["arm", "seed", "round", "network", "cut", "accuracy", "samples", "bytes"], rows
+    )
 
 
 def totals(result: Record) -> dict[str, int]:
@@ -111,6 +115,46 @@ def claims(better: Iterable[str], worse: str, results: Results) -> str:
             at_exit = compare(runs, others, _at("exits", cut))
             lines.append([arm, str(cut), full, at_exit])
     return markdown(lines)
+
+
+def bytes_table(experiment: Experiment, results: Results) -> str:
+    """What each arm sent until it was nearly as good as the reference; empty if nothing is sent.
+
+    The accuracy is :data:`NEARLY` of the reference's, on the curve images.
+    """
+    reference = results.get(experiment.reference, {}).values()
+    ends = [result["history"][-1][FULL] for result in reference]
+    if not ends:
+        return ""
+    wanted = NEARLY * statistics.fmean(ends)
+    lines = [["arm", f"seeds that reached {100 * wanted:.1f} %", "round", "samples", "bytes"]]
+    for arm, runs in results.items():
+        if not any(totals(result)["bytes_up"] for result in runs.values()):
+            continue
+        histories = (_as_history(result) for result in runs.values())
+        found = [reached for h in histories if (reached := bytes_to_accuracy(h, wanted))]
+        cells = [MISSING] * 3
+        if found:
+            cells = [
+                f"{statistics.fmean(reached.round for reached in found):.0f}",
+                f"{statistics.fmean(reached.samples for reached in found):,.0f}",
+                byte_size(statistics.fmean(r.bytes_up + r.bytes_down for r in found)),
+            ]
+        lines.append([arm, f"{len(found)} of {len(runs)}", *cells])
+    return markdown(lines) if len(lines) > 1 else ""
+
+
+def _as_history(result: Record) -> list[Record]:
+    """As a coordinator keeps it."""
+    return [
+        {
+            "round": record["round"],
+            "server_accuracy": record.get(FULL),
+            "bytes": {"up/": record["bytes_up"], "down/": record["bytes_down"]},
+            "devices": {"": {"samples": record["samples"]}},
+        }
+        for record in result["history"]
+    ]
 
 
 def cuts_of(results: Results) -> list[int]:
@@ -166,7 +210,8 @@ def _signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows of cells as a file."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)

@@ -8,10 +8,11 @@ import math
 
 import pytest
 
-from ops.experiments import tables
+from ops.experiments import exit_tables, tables
 from ops.experiments.one_run import Record
 from ops.experiments.plots import all_plots
 from ops.experiments.runner import Progress
+from ops.experiments.spec import Arm, Experiment
 
 
 def result(full: float, exits: dict[str, float], sent: int = 0) -> Record:
@@ -21,7 +22,12 @@ def result(full: float, exits: dict[str, float], sent: int = 0) -> Record:
         | {"full": full, "exits": exits},
     ]
     final = {"full": full, "full_by_cut": dict.fromkeys(exits, full), "exits": exits}
-    return {"final": final, "history": history}
+    curve = [{"offload_rate": 1.0, "accuracy": full}, {"offload_rate": 0.0, "accuracy": 0.1}]
+    rows = [
+        {"device": "", "cut": int(cut), "curve": curve} | dict.fromkeys(exit_tables.COLUMNS, value)
+        for cut, value in exits.items()
+    ]
+    return {"final": final, "history": history, "exits": rows}
 
 
 RESULTS: tables.Results = {
@@ -58,9 +64,41 @@ def test_every_accuracy_is_a_line() -> None:
     assert {x["bytes"] for x in curves if x["arm"] == "new"} == {"600"}
 
 
+def test_exits_are_means_over_seeds_and_all_of_them_are_in_the_file() -> None:
+    lines = list(csv.DictReader(io.StringIO(exit_tables.exits_csv(RESULTS))))
+    assert len(lines) == 2 + 3 * 2
+    assert {line["ece"] for line in lines if line["arm"] == "old"} == {"0.4000", "0.5000"}
+    table = exit_tables.exit_table(RESULTS["new"]).splitlines()
+    assert len(table) == 2 + 2
+    assert table[3].split("|")[1:3] == [" 3 ", " 40.0 "]  # of 10, 20 and 90 %
+    assert exit_tables.exit_table({}) == ""
+
+
+def test_bytes_until_an_arm_was_nearly_as_good_as_the_reference() -> None:
+    experiment = Experiment(
+        name="x",
+        seeds=(0,),
+        reference="new",
+        data={"dataset": "x"},
+        arms=(Arm(name="new"), Arm(name="old")),
+    )
+    good = [
+        {"round": n, "samples": 5, "bytes_up": 100, "bytes_down": 20, "discarded": 0}
+        | {"full": full}
+        for n, full in enumerate((0.1, 0.95, 0.2, 0.6, 0.9, 1.0), 1)
+    ]
+    results: tables.Results = {"new": {0: {"history": good}}, "old": {0: result(0.5, {"2": 0.4})}}
+    rows = tables.bytes_table(experiment, results).splitlines()
+    assert "seeds that reached 90.0 %" in rows[0]
+    # Round 2 was lucky; 5 and 6 are good.
+    assert rows[2] == "| new | 1 of 1 | 5 | 25 | 600 B |"
+    assert len(rows) == 3, "old sends nothing"
+
+
 def test_plots_show_every_arm_that_has_points() -> None:
-    plots = all_plots(RESULTS)
-    assert sorted(plots) == ["exit-2.svg", "exit-3.svg", "full.svg"]
+    plots = all_plots(RESULTS, "new")
+    assert sorted(plots) == ["exit-2.svg", "exit-3.svg", "full.svg", "offload.svg"]
+    assert ">cut 3</text>" in plots["offload.svg"]
     assert ">old</text>" in plots["full.svg"]
     assert ">none yet</text>" not in plots["full.svg"]
     assert ">old</text>" not in plots["exit-3.svg"]
