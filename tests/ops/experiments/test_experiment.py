@@ -25,11 +25,11 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(*arguments: str) -> tuple[int, str, str]:
-    process = start(*arguments)
-    try:
-        out, err = process.communicate(timeout=150)
-    finally:
-        process.kill()
+    with start(*arguments) as process:
+        try:
+            out, err = process.communicate(timeout=250)
+        finally:
+            process.kill()
     return process.returncode, out, err
 
 
@@ -44,12 +44,12 @@ def test_it_goes_on_after_a_kill_and_ends_with_tables(tmp_path: Path) -> None:
     file, out = tmp_path / "try.toml", tmp_path / "out"
     file.write_text(GOOD.replace("rounds = 2", "rounds = 4").replace("[3, 4]", "[3]"))
     arguments = [str(file), "--out", str(out), "--jobs", "2"]
-    process = start(*arguments)
-    deadline = time.monotonic() + 100
-    while not rounds(out) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=20)
+    with start(*arguments) as process:
+        deadline = time.monotonic() + 200
+        while not rounds(out) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=20)
     before = rounds(out)
     assert before, "no round was closed in time"
     code, table, log = finish(*arguments)
