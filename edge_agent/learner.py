@@ -72,7 +72,9 @@ class TorchLearner:
         """Use ``rate`` from the next step on."""
         self._trainer.set_learning_rate(rate)
 
-    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
+    def forward(
+        self, batch: int, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> Tensor:
         """See :meth:`DeviceTrainer.forward`."""
         return self._trainer.forward(batch, images, labels)
 

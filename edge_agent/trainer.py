@@ -79,7 +79,9 @@ class DeviceTrainer:
         """Use ``rate`` from the next step on."""
         set_learning_rate(self._optimizer, rate)
 
-    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
+    def forward(
+        self, batch: int, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> Tensor:
         """Features at the cut for ``images`` (float32, N×C×H×W), detached.
 
         Keeps what :meth:`backward` needs. BatchNorm statistics advance here, once per batch.
@@ -88,7 +90,7 @@ class DeviceTrainer:
         slots = self._slots
         parameters = [each.detach().clone().requires_grad_() for each in slots.parameters]
         buffers = [buffer.clone() for buffer in slots.buffers]
-        targets = torch.from_numpy(labels).to(self._compute.device)
+        targets = torch.as_tensor(labels).to(self._compute.device, non_blocking=True)
         with self._compute.arithmetic(), slots.filled(parameters, buffers):
             features, logits = self._exits(self._compute.tensor(images))
         loss = F.cross_entropy(logits.float(), targets)
