@@ -53,13 +53,15 @@ def frame_sizes(size: int, message_id: int, chunk_bytes: int) -> list[int]:
     """
     count = max(1, -(-size // chunk_bytes))
     length = -(-size // count)
-    empty = Pieces((b"",))
-    sizes = []
-    for index in range(count):
-        chunk = min(length, size - index * length)
-        plain = _frame(message_id, index, count, size, _U32 - 1, empty).size
-        sizes.append(plain + blob_bytes(chunk) - blob_bytes(0))
-    return sizes
+    plain = _frame(message_id, 0, count, size, _U32 - 1, Pieces()).size - blob_bytes(0) - 1
+    # The index takes one byte up to 127, then one more for what it is, and one, two or four.
+    widths = [1 if i < 128 else 2 if i < 256 else 3 if i < 65_536 else 5 for i in range(count)]
+    chunks = [length] * (count - 1) + [size - length * (count - 1)]
+    whole = blob_bytes(length)
+    return [
+        plain + width + (whole if chunk == length else blob_bytes(chunk))
+        for width, chunk in zip(widths, chunks, strict=True)
+    ]
 
 
 def _frame(message_id: int, index: int, count: int, size: int, crc: int, chunk: Pieces) -> Pieces:

@@ -175,9 +175,7 @@ class ServerCopy:
         except (RuntimeError, ValueError) as exc:  # e.g. one image is too little for a BatchNorm
             log.warning("%d images cannot be computed: %s", sum(sizes), exc)
             raise BatchRefused("not_computable") from exc
-        values = losses.tolist()
-        if not all(map(math.isfinite, values)):
-            raise BatchRefused("diverged")
+        hits = torch.stack([hit.sum() for hit in (logits.argmax(1) == targets).split(sizes)])
         self.optimizer.zero_grad()
         losses.sum().backward()
         gradients = self._gradients(entering, placed)
@@ -188,6 +186,18 @@ class ServerCopy:
             for value, hit, size, gradient, answer in zip(
                 values, hits, sizes, gradients, answers, strict=True
             )
+        sums = [each.sum(dtype=losses.dtype) for each in gradients if each is not None]
+        # One look at the device, when all is under way.
+        seen = torch.cat(
+            [losses.detach(), hits.to(losses.dtype), *(s[None] for s in sums)]
+        ).tolist()
+        count = len(sizes)
+        values, correct = seen[:count], seen[count : 2 * count]
+        if not all(map(math.isfinite, seen)):
+            raise BatchRefused("diverged")
+        steps = [
+            Step(value, int(right), size, gradient)
+            for value, right, size, gradient in zip(values, correct, sizes, gradients, strict=True)
         ]
         return [step for _, step in sorted(zip(order, steps, strict=True), key=lambda p: p[0])]
 
@@ -220,8 +230,6 @@ class ServerCopy:
             if leaf.grad is None:
                 gradients.extend([None] * len(sizes))
                 continue
-            if not math.isfinite(leaf.grad.sum().item()):
-                raise BatchRefused("diverged")
             gradients.extend(leaf.grad.split(sizes))
         return gradients
 

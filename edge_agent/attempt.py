@@ -70,6 +70,7 @@ class Learner(Protocol):
     def set_feedback_weight(self, weight: float) -> None: ...
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:
+    def forward(self, batch: int, images: Any, labels: Any) -> Any:
         """Features at the cut, to encode."""
         ...
 
@@ -98,7 +99,9 @@ class Learner(Protocol):
 class Stream(Protocol):
     """Training batches by position: a pure function of seed, device and position."""
 
-    def batch(self, position: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def batch(self, position: int) -> tuple[Any, Any]:
+        """Images and labels, as the learner's :meth:`Learner.forward` takes them."""
+        ...
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,15 +14,22 @@ from tensors.datasets import Dataset, load_dataset
 from tensors.errors import DataError
 from tensors.partition import partition
 
+if TYPE_CHECKING:
+    from tensors.batches_torch import TorchBatchStream, TorchImages
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceData:
-    """Training images by index into ``train``, test images by index into ``test``."""
+    """Training images by index into ``train``, test images by index into ``test``.
+
+    With ``resident``, the images of ``train`` on a compute device, batches are made there.
+    """
 
     train: Dataset
     train_rows: np.ndarray
     test: Dataset | None
     test_rows: np.ndarray
+    resident: TorchImages | None = None
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -29,8 +37,19 @@ class DeviceData:
         _, height, width, channels = self.train.images.shape
         return channels, height, width
 
-    def stream(self, assignment: Assignment, device: str) -> BatchStream:
+    def stream(self, assignment: Assignment, device: str) -> BatchStream | TorchBatchStream:
         """Training batches by position, the same for the same seed and device."""
+        if self.resident is not None:
+            from tensors.batches_torch import TorchBatchStream
+
+            return TorchBatchStream(
+                self.resident,
+                self.train_rows,
+                batch_size=assignment.batch_size,
+                seed=assignment.seed,
+                device=device,
+                augment=assignment.augment,
+            )
         return BatchStream(
             self.train,
             self.train_rows,

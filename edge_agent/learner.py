@@ -81,6 +81,9 @@ class TorchLearner:
         self._trainer.set_feedback_weight(weight)
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
+    def forward(
+        self, batch: int, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> Tensor:
         """See :meth:`DeviceTrainer.forward`."""
         return self._trainer.forward(batch, images, labels)
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from edge_agent.errors import TrainingError
 from edge_agent.snapshots import Snapshot
 from tensors.losses import cross_entropy, distillation, log_prior
 from tensors.networks import CutNetwork, Exits, State, read_state, write_state
+from tensors.slots import Slots
 from tensors.training import (
     Compute,
     make_optimizer,
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class _InFlight:
-    parameters: dict[str, Tensor]
+    parameters: list[Tensor]
     features: Tensor
     logits: Tensor
     loss: Tensor
@@ -74,6 +74,7 @@ class DeviceTrainer:
         self._compute = compute
         self._exits = Exits(half)
         self._exits.train()
+        self._slots = Slots(self._exits)
         self._exit_weight = exit_weight
         self._feedback_weight = feedback_weight
         self._distill_weight = distill_weight
@@ -95,6 +96,9 @@ class DeviceTrainer:
         self._feedback_weight = weight
 
     def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
+    def forward(
+        self, batch: int, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> Tensor:
         """Features at the cut for ``images`` (float32, N×C×H×W), detached.
 
         Keeps what :meth:`backward` needs. BatchNorm statistics advance here, once per batch.
@@ -117,6 +121,22 @@ class DeviceTrainer:
                 for name, buffer in self._exits.named_buffers():
                     buffer.copy_(buffers[name])
         self._in_flight[batch] = _InFlight(parameters, features, logits, loss, outcome)
+        slots = self._slots
+        parameters = [each.detach().clone().requires_grad_() for each in slots.parameters]
+        buffers = [buffer.clone() for buffer in slots.buffers]
+        targets = torch.as_tensor(labels).to(self._compute.device, non_blocking=True)
+        with self._compute.arithmetic(), slots.filled(parameters, buffers):
+            features, logits = self._exits(self._compute.tensor(images))
+        loss = F.cross_entropy(logits.float(), targets)
+        hits = (logits.argmax(1) == targets).sum()
+        # One look at the device instead of two.
+        mean, correct = torch.stack([loss.detach(), hits.to(loss.dtype)]).tolist()
+        outcome = Outcome(mean, int(correct), len(labels))
+        if np.isfinite(outcome.loss):  # a batch that is refused must leave no trace
+            with torch.no_grad():
+                for buffer, value in zip(slots.buffers, buffers, strict=True):
+                    buffer.copy_(value)
+        self._in_flight[batch] = _InFlight(parameters, features, loss, outcome)
         detached: Tensor = features.detach()
         return detached
 
@@ -148,7 +168,7 @@ class DeviceTrainer:
                     f"the gradient of batch {batch} has shape {tuple(gradient.shape)}, "
                     f"its features {tuple(flight.features.shape)}"
                 )
-            if not math.isfinite(gradient.sum().item()):
+            if not math.isfinite(gradient.sum(dtype=torch.float32).item()):
                 raise TrainingError(f"the gradient of batch {batch} is not finite")
             outputs.append(flight.features)
             # One pass that also brings it into the features' layout.
@@ -207,12 +227,12 @@ class DeviceTrainer:
     def _step(
         self, parameters: dict[str, Tensor], outputs: list[Tensor], weights: list[Tensor]
     ) -> None:
+    def _step(self, parameters: list[Tensor], outputs: list[Tensor], weights: list[Tensor]) -> None:
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            outputs, list(parameters.values()), weights, allow_unused=True
+            outputs, parameters, weights, allow_unused=True
         )
-        own = dict(self._exits.named_parameters())
-        for name, gradient in zip(parameters, gradients, strict=True):
-            own[name].grad = None if gradient is None else _laid_out_like(own[name], gradient)
+        for own, gradient in zip(self._slots.parameters, gradients, strict=True):
+            own.grad = None if gradient is None else _laid_out_like(own, gradient)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -160,3 +160,46 @@ def bench_server(
     )
     if as_json:
         print(json.dumps(rows, indent=1))
+
+
+@bench.command("experiment")
+def bench_experiment(
+    *,
+    pairs: Annotated[int, typer.Option(help="interleaved measurements of both")] = 7,
+    batches: Annotated[int, typer.Option(help="of each of the 4 devices, per measurement")] = 50,
+    dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "cifar10",
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
+    batch_size: Annotated[int, typer.Option()] = 32,
+    window: Annotated[int, typer.Option(help="batches that a device may have out")] = 2,
+    device: Annotated[str, typer.Option(help="where it is computed")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    memory_format: Annotated[str, typer.Option(help="contiguous or channels_last")] = (
+        "channels_last"
+    ),
+    resident: Annotated[bool, typer.Option(help="make batches on the compute device")] = False,
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    append: Annotated[Path | None, typer.Option(help="append a dated row to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Train a fleet in one process, and the same in a plain PyTorch loop: how fast is it?"""
+    from ops.bench_experiment import Setup, run_bench
+
+    row = run_bench(
+        Setup(
+            dataset=dataset,
+            width=width,
+            batch_size=batch_size,
+            batches=batches,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+            memory_format=memory_format,  # type: ignore[arg-type]
+            window=window,
+            resident=resident,
+        ),
+        pairs=pairs,
+        data_root=data_root,
+        append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(row, indent=1))

@@ -64,10 +64,28 @@ class BatchStream:
         assert position >= 0, position
         rows = self.rows(position)
         images = self._dataset.images[rows]
-        if self._augment == "crop-flip":
-            images = self._crop_flip(images, position)
+        crops = self.crops(position)
+        if crops is not None:
+            images = _crop_flip(images, *crops)
         pixels = normalise(images, self._dataset.mean, self._dataset.std)
         return pixels, self._dataset.labels[rows]
+
+    def crops(
+        self, position: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]] | None:
+        """How the images of a batch are cropped and flipped; None if they are left as they are.
+
+        Of each the first row and column of the crop, counted in the padded image, and whether it is
+        mirrored: (B,) each.
+        """
+        if self._augment != "crop-flip":
+            return None
+        _, height, width, _ = self._dataset.images.shape
+        top, left = height // 8, width // 8
+        words = self._raw(_AUGMENT, position, 3 * self.batch_size).reshape(3, self.batch_size)
+        ys = (words[0] % np.uint64(2 * top + 1)).astype(np.int64)
+        xs = (words[1] % np.uint64(2 * left + 1)).astype(np.int64)
+        return ys, xs, words[2] % np.uint64(2) == 1
 
     def rows(self, position: int) -> NDArray[np.int64]:
         """Which samples of the data set make up a batch: (B,)."""
@@ -93,32 +111,43 @@ class BatchStream:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         return np.argsort(self._raw(_ORDER, epoch, len(self._indices)), kind="stable")
 
-    def _crop_flip(self, images: NDArray[np.uint8], position: int) -> NDArray[np.uint8]:
-        count, height, width, channels = images.shape
-        top, left = height // 8, width // 8
-        words = self._raw(_AUGMENT, position, 3 * count).reshape(3, count)
-        ys = (words[0] % np.uint64(2 * top + 1)).tolist()
-        xs = (words[1] % np.uint64(2 * left + 1)).tolist()
-        flips = (words[2] % np.uint64(2)).tolist()
-        padded = np.zeros((count, height + 2 * top, width + 2 * left, channels), np.uint8)
-        padded[:, top : top + height, left : left + width] = images
-        out = np.empty_like(images)
-        for row, (y, x, flip) in enumerate(zip(ys, xs, flips, strict=True)):
-            crop = padded[row, y : y + height, x : x + width]
-            out[row] = crop[:, ::-1] if flip else crop
-        return out
+
+def _crop_flip(
+    images: NDArray[np.uint8],
+    ys: NDArray[np.int64],
+    xs: NDArray[np.int64],
+    flips: NDArray[np.bool_],
+) -> NDArray[np.uint8]:
+    count, height, width, channels = images.shape
+    top, left = height // 8, width // 8
+    padded = np.zeros((count, height + 2 * top, width + 2 * left, channels), np.uint8)
+    padded[:, top : top + height, left : left + width] = images
+    out = np.empty_like(images)
+    wanted = zip(ys.tolist(), xs.tolist(), flips.tolist(), strict=True)
+    for row, (y, x, flip) in enumerate(wanted):
+        crop = padded[row, y : y + height, x : x + width]
+        out[row] = crop[:, ::-1] if flip else crop
+    return out
+
+
+def scale_and_shift(
+    mean: Sequence[float], std: Sequence[float]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What a pixel is multiplied by and what is added then to normalise it: (C,) each."""
+    scale = 1.0 / (255.0 * np.asarray(std))
+    shift = -np.asarray(mean) / np.asarray(std)
+    return scale.astype(np.float32), shift.astype(np.float32)
 
 
 def normalise(
     images: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
 ) -> NDArray[np.float32]:
     """(pixel / 255 - mean) / std per channel: uint8 (N, H, W, C) to float32 (N, C, H, W)."""
-    scale = 1.0 / (255.0 * np.asarray(std))
-    shift = -np.asarray(mean) / np.asarray(std)
+    scale, shift = scale_and_shift(mean, std)
     count, height, width, channels = images.shape
     out = np.empty((count, channels, height, width), np.float32)
     for channel in range(channels):
         plane = out[:, channel]
-        np.multiply(images[..., channel], np.float32(scale[channel]), out=plane)
-        plane += np.float32(shift[channel])
+        np.multiply(images[..., channel], scale[channel], out=plane)
+        plane += shift[channel]
     return out

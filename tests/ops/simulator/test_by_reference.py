@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ops.simulator import Device, Fault, LinkProfile, SimulatedFleet
+from tensors.batches_torch import TorchImages
 from tests.tiny import make_device_data, make_settings
 
 
@@ -76,6 +78,21 @@ def test_test_images_are_answered_the_same(tmp_path: Path) -> None:
     sent = run_fleet(tmp_path / "sent", by_reference=False, link=SLOW, **settings)
     passed = run_fleet(tmp_path / "passed", by_reference=True, link=SLOW, **settings)
     assert seen(passed) == seen(sent)
+
+
+def test_batches_made_on_the_compute_device_teach_the_same(tmp_path: Path) -> None:
+    digests = []
+    for resident in (False, True):
+        data = make_device_data(40)
+        if resident:
+            data = replace(data, resident=TorchImages(data.train, "cpu"))
+        settings = make_settings(state_dir=tmp_path / str(resident), augment="crop-flip")
+        fleet = SimulatedFleet(
+            settings, [Device("d", data=data)], learning="real", by_reference=True
+        )
+        fleet.run()
+        digests.append(fleet.digest())
+    assert digests[0] == digests[1]
 
 
 def test_a_message_without_frames_cannot_be_damaged(tmp_path: Path) -> None:
