@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from broker.config import BrokerConfig
-from ops import cli_bench, cli_simulator, run
+from ops import cli_bench, cli_learning, cli_simulator, run
 from ops.errors import OpsError, SettingsWrong
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ broker_app = typer.Typer(help="The MQTT broker: run the embedded one, configure 
 app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
+cli_learning.register(cli_bench.bench)
 
 BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
 ConfigFile = Annotated[
