@@ -129,6 +129,8 @@ def run_bench(
     Raises:
         SettingsWrong: there is no run, no device has a cut, or the network has no BatchNorm.
     """
+    if not state_dir.is_dir():
+        raise SettingsWrong(f"--state-dir {state_dir}: no run there; give a coordinator's folder")
     store = Store(state_dir)
     current = store.current()
     checkpoint = store.latest() if current else None

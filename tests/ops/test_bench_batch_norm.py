@@ -67,8 +67,10 @@ def test_statistics_that_are_wrong_are_found_out() -> None:
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SettingsWrong, match="no run there"):
-        bench(tmp_path)
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(SettingsWrong, match="no run there"):
+            bench(folder)
+    assert not (tmp_path / "missing").exists()
 
 
 def test_a_network_without_batchnorm_is_an_error(tmp_path: Path) -> None:
