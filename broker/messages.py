@@ -233,6 +233,7 @@ class Network(Message):
     size: Annotated[int, Field(ge=1, le=4096)] = 32
     classes: Annotated[int, Field(ge=2, le=100_000)] = 10
     head: Literal["linear", "conv"] = "conv"
+    norm: Literal["batch", "group"] = "batch"
 
 
 class Assignment(Message):

@@ -10,6 +10,7 @@ exchanged freely.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tensors.errors import NetworkError
 
 HEADS = ("linear", "conv")
+NORMS = ("batch", "group")
 SMALL_INPUT = 64
 """Up to this many pixels the ResNet stem is a 3×3 convolution without pooling."""
 
@@ -33,7 +35,8 @@ class NetworkSpec:
 
     ``name`` is ``resnet18`` or a user's factory ``package.module:function``, which is called with
     this specification and returns the list of blocks. ``size`` is the input's height and width in
-    pixels, ``channels`` its channels, ``width`` the channels of the first stage.
+    pixels, ``channels`` its channels, ``width`` the channels of the first stage. ``norm`` says how
+    backbone and exit heads normalise, see :func:`normalisation`; a factory may follow it or not.
     """
 
     name: str = "resnet18"
@@ -42,6 +45,7 @@ class NetworkSpec:
     size: int = 32
     classes: int = 10
     head: str = "conv"
+    norm: str = "batch"
 
     def __post_init__(self) -> None:
         for key in ("width", "channels", "size", "classes"):
@@ -49,20 +53,35 @@ class NetworkSpec:
                 raise NetworkError(f"network {key} = {getattr(self, key)}: it must be at least 1")
         if self.head not in HEADS:
             raise NetworkError(f"network head = {self.head!r}: choose one of {', '.join(HEADS)}")
+        if self.norm not in NORMS:
+            raise NetworkError(f"network norm = {self.norm!r}: choose one of {', '.join(NORMS)}")
         if self.name != "resnet18" and ":" not in self.name:
             raise NetworkError(
                 f"network name = {self.name!r}: give resnet18 or a factory package.module:function"
             )
 
 
+def normalisation(kind: str, channels: int) -> nn.Module:
+    """What follows a convolution: ``batch`` or ``group``.
+
+    ``group`` knows no other image and no statistics of training, so no mixture of devices disturbs
+    it (Wu, He, arXiv 1803.08494; in place of BatchNorm on devices of unlike data, Hsieh et al.,
+    arXiv 1910.00189). Its groups have 8 channels at least, and are 32 at most: the greatest common
+    divisor of the channels and min(32, channels // 8).
+    """
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(math.gcd(channels, max(1, min(32, channels // 8))), channels)
+
+
 class Stem(nn.Module):
     """First convolution: 3×3 for small inputs, 7×7 with stride and pooling for large ones."""
 
-    def __init__(self, channels: int, width: int, *, small: bool) -> None:
+    def __init__(self, channels: int, width: int, norm: str, *, small: bool) -> None:
         super().__init__()
         kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
         self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = normalisation(norm, width)
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
 
@@ -73,17 +92,17 @@ class Stem(nn.Module):
 class Residual(nn.Module):
     """The basic residual block (He et al. 2015, arXiv 1512.03385), named as torchvision does."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn1 = normalisation(norm, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = normalisation(norm, outputs)
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Module | None = None
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), normalisation(norm, outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,11 +125,11 @@ class Classifier(nn.Module):
 class Separable(nn.Module):
     """Depthwise 3×3 with stride 2, pointwise to twice the channels, norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: str) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(inputs, inputs, 3, 2, 1, groups=inputs, bias=False)
         self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm = normalisation(norm, outputs)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,18 +138,20 @@ class Separable(nn.Module):
 
 def resnet18(spec: NetworkSpec) -> list[nn.Module]:
     """ResNet-18 as 10 blocks: stem, 8 residual blocks, classifier."""
-    blocks: list[nn.Module] = [Stem(spec.channels, spec.width, small=spec.size <= SMALL_INPUT)]
+    small = spec.size <= SMALL_INPUT
+    blocks: list[nn.Module] = [Stem(spec.channels, spec.width, spec.norm, small=small)]
     inputs = spec.width
     for stage in range(4):
         outputs = spec.width * 2**stage
         for index in range(2):
-            blocks.append(Residual(inputs, outputs, 2 if stage and not index else 1))
+            stride = 2 if stage and not index else 1
+            blocks.append(Residual(inputs, outputs, stride, spec.norm))
             inputs = outputs
     blocks.append(Classifier(inputs, spec.classes))
     return blocks
 
 
-def exit_head(kind: str, shape: Sequence[int], classes: int) -> nn.Module:
+def exit_head(kind: str, shape: Sequence[int], classes: int, norm: str = "batch") -> nn.Module:
     """An early exit for features of ``shape`` ``(C, H, W)`` or ``(F,)``; logits ``(N, classes)``.
 
     ``conv`` halves the map with separable convolutions until it is at most 4 pixels wide, doubling
@@ -142,7 +163,7 @@ def exit_head(kind: str, shape: Sequence[int], classes: int) -> nn.Module:
         side = max(shape[1:])
         while side > 4:
             wider = min(2 * channels, max(256, channels))
-            layers.append(Separable(channels, wider))
+            layers.append(Separable(channels, wider, norm))
             channels, side = wider, (side + 1) // 2
     features = channels if len(shape) == 3 else int(np.prod(shape))
     return nn.Sequential(*layers, Classifier(features, classes))
@@ -272,7 +293,7 @@ def build_network(spec: NetworkSpec, *, seed: int = 0) -> CutNetwork:
             raise NetworkError(f"{spec.name} returned {len(blocks)} blocks: a cut needs two")
         shapes = feature_shapes(blocks, spec)
         heads = {
-            cut: exit_head(spec.head, shapes[cut - 1], spec.classes)
+            cut: exit_head(spec.head, shapes[cut - 1], spec.classes, spec.norm)
             for cut in range(1, len(blocks))
         }
         network = CutNetwork(dict(enumerate(blocks)), heads)

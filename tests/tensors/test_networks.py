@@ -17,6 +17,7 @@ from tensors.networks import (
     exit_head,
     feature_shapes,
     from_torchvision,
+    normalisation,
     read_state,
     write_state,
 )
@@ -287,3 +288,46 @@ def test_a_name_torchvisions_resnet18_does_not_have() -> None:
 def test_blocks_must_be_consecutive() -> None:
     with pytest.raises(AssertionError):
         CutNetwork({0: nn.Identity(), 2: nn.Identity()}, {})
+
+
+# -- GroupNorm in place of BatchNorm --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["linear", "conv"])
+def test_with_norm_group_there_is_no_batchnorm_and_no_statistic(head: str) -> None:
+    network = build_network(NetworkSpec(width=8, size=16, head=head, norm="group"))
+    usual = build_network(NetworkSpec(width=8, size=16, head=head))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert not list(network.named_buffers())
+    parameters = {name for name, _ in usual.named_parameters()}
+    assert {name for name, _ in network.named_parameters()} == parameters
+
+
+def test_a_group_has_eight_channels_at_least_and_there_are_32_at_most() -> None:
+    groups = {}
+    for channels in (4, 8, 12, 16, 20, 64, 100, 256, 512, 1024):
+        module = normalisation("group", channels)
+        assert isinstance(module, nn.GroupNorm)
+        groups[channels] = module.num_groups
+    assert groups == {4: 1, 8: 1, 12: 1, 16: 2, 20: 2, 64: 8, 100: 4, 256: 32, 512: 32, 1024: 32}
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_only_with_batchnorm_an_image_depends_on_those_beside_it(norm: str) -> None:
+    network = build_network(NetworkSpec(width=8, size=16, norm=norm)).train()
+    images = make_images(6, 16)
+    with torch.no_grad():
+        alone, together = network(images[:3]), network(images)[:3]
+    assert torch.allclose(alone, together, rtol=1e-4, atol=1e-5) is (norm == "group")
+
+
+def test_training_and_answering_are_the_same_with_groups() -> None:
+    network = build_network(NetworkSpec(width=8, size=16, norm="group"))
+    images = make_images(4, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(network.train()(images), network.eval()(images))
+
+
+def test_an_unknown_norm_is_an_error() -> None:
+    with pytest.raises(NetworkError, match="norm = 'layer': choose one of batch, group"):
+        NetworkSpec(norm="layer")

@@ -180,6 +180,10 @@ def _down() -> list[tuple[str, Envelope]]:
         (what, down("cam-1", message))
         for what, message in [
             ("to be measured", Assignment(**assignment)),
+            (
+                "with GroupNorm",
+                Assignment(**assignment | {"network": Network(norm="group")}, cut=3),
+            ),
             ("with a cut", Assignment(**assignment, cut=3)),
             (
                 "with a budget",

@@ -13,8 +13,8 @@ from broker.envelopes import Envelope
 from broker.messages import Activations, Gradients, Message, Round
 from coordinator.store import Checkpoint
 from ops.simulator import Device, SimulatedFleet
-from tensors.networks import build_network, read_state
-from tests.tiny import CLASSES, SPEC, differs, make_device_data, make_settings
+from tensors.networks import NetworkSpec, build_network, read_state
+from tests.tiny import CLASSES, NETWORK, SPEC, differs, make_device_data, make_settings
 
 M = TypeVar("M", bound=Message)
 AVERAGING: dict[str, Any] = {"strategy": "averaging"}
@@ -121,3 +121,15 @@ def test_feedback_that_weighs_more_in_every_round(tmp_path: Path, mode: str) -> 
     told = {m.round: m.feedback_weight for m in of(Round, said) if m.phase == "training"}
     assert told == {1: 0.5, 2: 1.0}
     assert "blocks.0.conv.weight" in moved_weights(rising, usual)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_network_without_batchnorm(tmp_path: Path, mode: str) -> None:
+    network = NETWORK.model_copy(update={"norm": "group", "head": "conv"})
+    checkpoint, _ = run_fleet(tmp_path, **MODES[mode], network=network)
+    names = checkpoint.model.state.keys()
+    assert "blocks.3.bn2.weight" in names
+    assert not any("running_" in name or name.endswith("tracked") for name in names)
+    start = read_state(build_network(NetworkSpec(**network.model_dump())))
+    moved = differs(checkpoint.model.state, start)
+    assert {"blocks.0.norm.weight", "blocks.3.bn2.weight", "blocks.9.fc.weight"} <= moved
