@@ -86,22 +86,19 @@ class Memory:
 
 def measure(order: Order) -> dict[str, float]:
     """Carry out an order: CPU seconds per sample and peaks of memory in bytes, by name."""
+    kinds: dict[str, Callable[[Order], dict[str, float]]] = {
+        "device-training": _device_training,
+        "device-inference": _device_inference,
+        "whole-training": _whole_training,
+        "whole-inference": _whole_inference,
+        "server": _server,
+    }
+    if order.what not in kinds:
+        raise ValueError(f"what = {order.what!r}: choose one of {', '.join(kinds)}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     _wake_up()
-    match order.what:
-        case "device-training":
-            return _device_training(order)
-        case "device-inference":
-            return _device_inference(order)
-        case "whole-training":
-            return _whole_training(order)
-        case "whole-inference":
-            return _whole_inference(order)
-        case "server":
-            return _server(order)
-        case _:
-            raise ValueError(f"what = {order.what!r}: there is no such measurement")
+    return kinds[order.what](order)
 
 
 # -- a device, and the whole network in its place --------------------------------------------------

@@ -35,6 +35,7 @@ def bench(*, append: Path | None = None, **changes: Any) -> dict[str, list[dict[
 
 
 @linux
+@pytest.mark.timeout(300)
 def test_every_figure_comes_from_a_measurement_and_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "cost.md"
     tables = bench(append=file)
@@ -62,11 +63,13 @@ def test_what_is_measured_is_at_least_what_is_predicted() -> None:
     """On batches so large that features are nearly all there is; the rest is workspace."""
     order = Order(what="device-training", width=16, cuts=(2,), batch_size=128, seconds=0.001)
     predicted = network_cost(NetworkSpec(width=16)).device_memory(2, batch_size=128).total
-    (found,) = [bench_cost._probe(order)["peak_bytes"]]
+    found = bench_cost._probe(order)["peak_bytes"]
     assert predicted < found < 5 * predicted
 
 
 @linux
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_averaging_needs_more_memory_for_more_devices_and_sequential_does_not() -> None:
     def peak(strategy: str, devices: int) -> float:
         cuts = (2, 3, 4, 5) * (devices // 4)
@@ -118,9 +121,15 @@ def test_a_cut_or_rate_that_does_not_exist_is_refused_before_anything_is_measure
 
 
 @linux
-def test_a_measurement_that_fails_and_a_full_disk_are_told() -> None:
+def test_a_measurement_that_fails_is_told() -> None:
     with pytest.raises(FleetFailed, match="astrology"):
         bench_cost._probe(Order(what="astrology", width=4, cuts=(2,), batch_size=2, seconds=0.001))
+
+
+@linux
+def test_a_file_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = dict.fromkeys(("cpu_s_per_sample", "peak_bytes", "built_bytes"), 1.0)
+    monkeypatch.setattr(bench_cost, "_probe", lambda order: figures)
     with pytest.raises(DiskTrouble):
         bench(append=Path("/nowhere/cost.md"), part="device")
 

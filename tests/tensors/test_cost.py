@@ -35,7 +35,8 @@ class Flat(nn.Module):
         self.fc = nn.Linear(inputs, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x.flatten(1))
+        logits: torch.Tensor = self.fc(x.flatten(1))
+        return logits
 
 
 def test_a_convolution_is_counted_by_hand() -> None:
