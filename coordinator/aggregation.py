@@ -37,8 +37,13 @@ def block_of(name: str) -> int | None:
 
 def half_of(state: State, cut: int) -> State:
     """What a device with this cut holds, in order of names: blocks before it and its exit head."""
-    prefixes = (*(f"blocks.{index}." for index in range(cut)), f"heads.{cut}.")
-    return {name: state[name] for name in sorted(state) if name.startswith(prefixes)}
+    return {name: state[name] for name in sorted(state) if is_in_half(name, cut)}
+
+
+def is_in_half(name: str, cut: int) -> bool:
+    """Whether a device with this cut holds this parameter or buffer."""
+    block = block_of(name)
+    return name.startswith(f"heads.{cut}.") if block is None else block < cut
 
 
 class Aggregation:

@@ -13,8 +13,10 @@ from ops.planning.skew import Skew
 
 WORTH = 1.5
 """Batches a second that no barrier must bring, times those with one, to be advised."""
+WAITS = 0.3
+"""Share of a round that the mean device has to wait for that to be worth advising."""
 HELPS = 0.05
-BUSY = 0.9
+BUSY = 0.95
 BUFFERS = 4
 """Without a barrier a version is made of every so many-th part of the fleet's contributions."""
 
@@ -62,19 +64,22 @@ def advise(model: FleetModel, found: Prediction, skew: Skew | None) -> Advice:
         )
     else:
         gain = _without_barrier(model, found, size)
-        if gain >= WORTH and not (skew is not None and skew.level == "noticeable"):
+        gains = gain >= WORTH and waiting >= WAITS
+        if gains and (skew is None or skew.level == "even"):
             aggregation = "buffered"
             reasons.append(
                 f"devices wait {100 * waiting:.0f} % of a round for the slowest: without a barrier "
                 f"{gain:.1f} × the batches a second; slow devices then count less often"
             )
-        elif gain >= WORTH:
+        elif gains:
             reasons.append(
                 f"without a barrier there would be {gain:.1f} × the batches a second, but labels "
                 "are spread unevenly, and fast devices would count more often than slow ones"
             )
         else:
-            reasons.append("replicas fit the server's memory, and rounds leave few devices waiting")
+            reasons.append(
+                "replicas fit the server's memory, and devices wait little for each other"
+            )
     if found.server_load > BUSY:
         reasons.append(
             "the server is the bottleneck: deeper cuts relieve it; cascade makes more of its time "
@@ -91,6 +96,8 @@ def bottleneck(found: Prediction, names: list[str], parts: tuple[str, ...]) -> s
 
     ``names`` are the devices' classes.
     """
+    if found.server_load > BUSY:
+        return f"server (busy {100 * found.server_load:.0f} % while all devices train)"
     slowest = int(found.device_s.argmax())
     part = parts[int(found.busy[slowest].argmax())]
     share = float(found.busy[slowest].max())

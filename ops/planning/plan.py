@@ -64,6 +64,8 @@ def make_plan(asked: PlanSettings) -> dict[str, Any]:
     Raises :class:`SettingsWrong` for what cannot be, ``DataError`` for images that are not there.
     """
     profile = load_profile(asked.profile)
+    if "network" in asked.settings:
+        raise SettingsWrong("--set network: use --width, --size, --channels and --classes")
     given = {**asked.settings, "network": asked.network}
     setup = simulate.Plan(asked.devices, asked.profile, asked.seed, "stub", given)
     settings = simulate.settings_of(setup, Path())
@@ -84,12 +86,11 @@ def make_plan(asked: PlanSettings) -> dict[str, Any]:
         "devices": asked.devices,
         "seed": asked.seed,
         "by": asked.by,
-        "round_s": found.round_s,
+        "round_s": _finite(found.round_s),
         "slowest_s": found.slowest_s,
         "deadline_s": found.deadline_s,
         "late_devices": len(found.late),
         "rounds_per_day": asked.rounds_per_day,
-        "most_rounds_per_day": DAY_S / found.round_s,
         "bottleneck": bottleneck(found, names, PARTS),
         "server": _server(model, found, advice, settings.strategy),
         "classes": _classes(model, found, groups, profile, per_month),
@@ -267,11 +268,13 @@ def _skew_entry(skew: Skew) -> dict[str, Any]:
 def _settings(
     settings: CoordinatorSettings, asked: PlanSettings, advice: Advice, found: Prediction
 ) -> dict[str, Any]:
-    """``[coordinator]`` as it would be pasted: what was given, and what is advised."""
-    kept = {key: getattr(settings, key) for key in asked.settings}
+    """``[coordinator]`` as it would be pasted: what was given, and what is advised beside it."""
+    dumped = settings.model_dump(mode="json")
+    kept = {key: dumped[key] for key in asked.settings if dumped[key] is not None}
+    decided = "strategy" in kept or "aggregation" in kept
     chosen = {
-        "strategy": advice.strategy,
-        "aggregation": advice.aggregation,
+        "strategy": settings.strategy if decided else advice.strategy,
+        "aggregation": settings.aggregation if decided else advice.aggregation,
         "codec": settings.codec,
         "window": settings.window,
         "batch_size": settings.batch_size,
@@ -279,12 +282,11 @@ def _settings(
         "max_devices": max(settings.max_devices, asked.devices),
         "queue_chunks": settings.queue_chunks,
     }
-    if advice.buffer_size is not None:
+    if advice.buffer_size is not None and not decided:
         chosen["buffer_size"] = advice.buffer_size
     if math.isfinite(found.slowest_s) and found.slowest_s > settings.round_deadline_s / 2:
         chosen["round_deadline_s"] = float(math.ceil(3 * found.slowest_s))
-    network = settings.network.model_dump()
-    return {**chosen, **kept, "network": network}
+    return {**chosen, **kept, "network": dumped["network"]}
 
 
 def _warnings(
@@ -301,6 +303,16 @@ def _warnings(
         warnings.append(
             f"{len(found.late)} of {count} devices miss the deadline of {found.deadline_s:.0f} s: "
             "they will be given less work (adapt_work), which is not predicted"
+        )
+    elif float(found.device_s.max()) > found.deadline_s:
+        warnings.append(
+            f"a round is extended at its deadline of {found.deadline_s:.0f} s: "
+            "too few have finished then"
+        )
+    if asked.network:
+        warnings.append(
+            "the profile's forward_s is the time of a block, whatever the network: let it be that "
+            "of this one"
         )
     if asked.rounds_per_day * found.slowest_s > DAY_S:
         warnings.append(

@@ -38,7 +38,7 @@ def toml(plan: Mapping[str, Any]) -> str:
     settings = dict(plan["settings"])
     network = settings.pop("network")
     lines = ["# coordinator.toml", "[coordinator]"]
-    lines += [f"{key} = {_value(value)}" for key, value in settings.items() if value is not None]
+    lines += [f"{key} = {_value(value)}" for key, value in settings.items()]
     lines += ["", "[coordinator.network]"]
     lines += [f"{key} = {_value(value)}" for key, value in network.items()]
     for entry in plan["classes"]:
@@ -87,7 +87,7 @@ def _facts(plan: Mapping[str, Any]) -> Table:
     table = Table(show_header=False)
     server = plan["server"]
     round_s = plan["round_s"]
-    predicted = "none closes" if round_s == float("inf") else seconds(round_s)
+    predicted = "none would close" if round_s is None else seconds(round_s)
     table.add_row("predicted round", predicted)
     table.add_row("bottleneck", escape(plan["bottleneck"]))
     memory = f"{server['memory_mb']:,.0f} MiB"

@@ -7,7 +7,7 @@ arXiv 1806.00582) call earth mover's distance, by which they explain the loss of
 
 Small shares differ by chance alone; that part is taken off as it adds, in squares. The bounds are
 what ``tensors.partition`` makes of balanced labels (docs/planning.md): Dirichlet 1 has 0.31 to
-0.37, Dirichlet 0.5 has 0.41 to 0.48, Dirichlet 0.1 has 0.55 to 0.75.
+0.37, Dirichlet 0.5 has 0.42 to 0.48, Dirichlet 0.1 has 0.60 to 0.75.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-BISECTIONS = 30
+BISECTIONS = 24
 NEGLIGIBLE = 1e-3
 """A wait that makes nobody's training longer by more than this share needs no further look."""
 STEPS = 8

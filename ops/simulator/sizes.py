@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from coordinator.aggregation import block_of, half_of
+import torch
+
+from coordinator.aggregation import block_of, is_in_half
 from coordinator.settings import CoordinatorSettings
 from tensors.codecs import parse_codec
-from tensors.networks import NetworkSpec, build_network, feature_shapes, read_state
+from tensors.networks import NetworkSpec, build_network, feature_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,11 @@ def message_sizes(settings: CoordinatorSettings) -> MessageSizes:
     Raises ``NetworkError`` if the network cannot be built.
     """
     spec = NetworkSpec(**settings.network.model_dump())
-    network = build_network(spec)
-    blocks = [network.blocks[str(index)] for index in range(network.stop)]
-    shapes = feature_shapes(blocks, spec)[:-1]
+    # A factory may do what cannot be done without storage; ours need not take any to be counted.
+    with torch.device("meta" if spec.name == "resnet18" else "cpu"):
+        network = build_network(spec)
+        blocks = [network.blocks[str(index)] for index in range(network.stop)]
+        shapes = feature_shapes(blocks, spec)[:-1]
     images, budget = settings.batch_size, settings.bytes_per_sample or math.inf
 
     def batch_bytes(bits: int) -> list[int]:
@@ -52,8 +56,9 @@ def message_sizes(settings: CoordinatorSettings) -> MessageSizes:
 
     logits = 2 * images * spec.classes if settings.distill_weight else 0
     state = read_state(network)
+    numbers = {name: tensor.numel() for name, tensor in network.state_dict().items()}
     weights = [
-        sum(value.size for value in half_of(state, cut).values())
+        sum(n for name, n in numbers.items() if is_in_half(name, cut))
         for cut in range(1, len(shapes) + 1)
     ]
     bits = parse_codec(settings.parameter_codec).bits
@@ -64,7 +69,7 @@ def message_sizes(settings: CoordinatorSettings) -> MessageSizes:
         parameters=[size * bits // 8 for size in weights],
         device_weights=weights,
         server_weights=[
-            sum(v.size for name, v in state.items() if (block_of(name) or 0) >= cut)
+            sum(n for name, n in numbers.items() if (block_of(name) or 0) >= cut)
             for cut in range(1, len(shapes) + 1)
         ],
     )
