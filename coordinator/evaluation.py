@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tensors.batches import normalise
-from tensors.calibration import SweepPoint, offload_curve, top_answers
 from tensors.batches_torch import TorchImages
+from tensors.calibration import SweepPoint, offload_curve, top_answers
 from tensors.codecs import parse_codec
 from tensors.datasets import Dataset
 from tensors.decoding import decode_torch

@@ -179,13 +179,6 @@ class ServerCopy:
         self.optimizer.zero_grad()
         losses.sum().backward()
         gradients = self._gradients(entering, placed)
-        hits = (logits.argmax(1) == targets).split(sizes)
-        answers = logits.detach().split(sizes)
-        steps = [
-            Step(value, int(hit.sum().item()), size, gradient, answer)
-            for value, hit, size, gradient, answer in zip(
-                values, hits, sizes, gradients, answers, strict=True
-            )
         sums = [each.sum(dtype=losses.dtype) for each in gradients if each is not None]
         # One look at the device, when all is under way.
         seen = torch.cat(
@@ -196,8 +189,10 @@ class ServerCopy:
         if not all(map(math.isfinite, seen)):
             raise BatchRefused("diverged")
         steps = [
-            Step(value, int(right), size, gradient)
-            for value, right, size, gradient in zip(values, correct, sizes, gradients, strict=True)
+            Step(value, int(right), size, gradient, answer)
+            for value, right, size, gradient, answer in zip(
+                values, correct, sizes, gradients, logits.detach().split(sizes), strict=True
+            )
         ]
         return [step for _, step in sorted(zip(order, steps, strict=True), key=lambda p: p[0])]
 

@@ -139,11 +139,12 @@ def open_run(
     if current is not None:
         run, identity = current
         wanted = settings.identity()
-        odd = sorted(key for key in wanted if identity.get(key) != wanted[key])
+        made = _with_defaults(identity)
+        odd = sorted(key for key in wanted if made.get(key) != wanted[key])
         if odd:
             raise ResumeError(
                 f"the run {run} in {settings.state_dir} was made with "
-                f"{odd[0]} = {identity.get(odd[0])!r}, now it is {wanted[odd[0]]!r}; "
+                f"{odd[0]} = {made.get(odd[0])!r}, now it is {wanted[odd[0]]!r}; "
                 "keep the old setting, or start over with --fresh"
             )
         checkpoint = store.latest()
@@ -153,6 +154,16 @@ def open_run(
     run, checkpoint = name(), Checkpoint(version=0, round=0, model=first())
     store.create(run, settings.identity(), checkpoint)
     return run, checkpoint
+
+
+def _with_defaults(identity: dict[str, object]) -> dict[str, object]:
+    """A setting that was not there yet when a run was made had its default."""
+    defaults = CoordinatorSettings().identity()
+    whole = defaults | identity
+    parts = defaults["network"], identity.get("network")
+    if all(isinstance(part, dict) for part in parts):
+        whole["network"] = {**parts[0], **parts[1]}  # type: ignore[dict-item]
+    return whole
 
 
 def build_core(

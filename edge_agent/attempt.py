@@ -69,7 +69,6 @@ class Learner(Protocol):
 
     def set_feedback_weight(self, weight: float) -> None: ...
 
-    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:
     def forward(self, batch: int, images: Any, labels: Any) -> Any:
         """Features at the cut, to encode."""
         ...

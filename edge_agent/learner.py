@@ -80,7 +80,6 @@ class TorchLearner:
         """See :meth:`DeviceTrainer.set_feedback_weight`."""
         self._trainer.set_feedback_weight(weight)
 
-    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
     def forward(
         self, batch: int, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
     ) -> Tensor:

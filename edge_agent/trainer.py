@@ -95,7 +95,6 @@ class DeviceTrainer:
         """Scale the coordinator's gradients by ``weight`` from the next step on."""
         self._feedback_weight = weight
 
-    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Tensor:
     def forward(
         self, batch: int, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
     ) -> Tensor:
@@ -104,30 +103,13 @@ class DeviceTrainer:
         Keeps what :meth:`backward` needs. BatchNorm statistics advance here, once per batch.
         """
         assert batch not in self._in_flight
-        parameters = {
-            name: parameter.detach().clone().requires_grad_()
-            for name, parameter in self._exits.named_parameters()
-        }
-        buffers = {name: buffer.clone() for name, buffer in self._exits.named_buffers()}
-        targets = torch.from_numpy(labels).to(self._compute.device)
-        with self._compute.arithmetic():
-            features, logits = functional_call(
-                self._exits, {**parameters, **buffers}, (self._compute.tensor(images),)
-            )
-        loss = cross_entropy(logits.float(), targets, self._log_prior)
-        outcome = Outcome(loss.item(), int((logits.argmax(1) == targets).sum().item()), len(labels))
-        if np.isfinite(outcome.loss):  # a batch that is refused must leave no trace
-            with torch.no_grad():
-                for name, buffer in self._exits.named_buffers():
-                    buffer.copy_(buffers[name])
-        self._in_flight[batch] = _InFlight(parameters, features, logits, loss, outcome)
         slots = self._slots
         parameters = [each.detach().clone().requires_grad_() for each in slots.parameters]
         buffers = [buffer.clone() for buffer in slots.buffers]
         targets = torch.as_tensor(labels).to(self._compute.device, non_blocking=True)
         with self._compute.arithmetic(), slots.filled(parameters, buffers):
             features, logits = self._exits(self._compute.tensor(images))
-        loss = F.cross_entropy(logits.float(), targets)
+        loss = cross_entropy(logits.float(), targets, self._log_prior)
         hits = (logits.argmax(1) == targets).sum()
         # One look at the device instead of two.
         mean, correct = torch.stack([loss.detach(), hits.to(loss.dtype)]).tolist()
@@ -136,7 +118,7 @@ class DeviceTrainer:
             with torch.no_grad():
                 for buffer, value in zip(slots.buffers, buffers, strict=True):
                     buffer.copy_(value)
-        self._in_flight[batch] = _InFlight(parameters, features, loss, outcome)
+        self._in_flight[batch] = _InFlight(parameters, features, logits, loss, outcome)
         detached: Tensor = features.detach()
         return detached
 
@@ -224,9 +206,6 @@ class DeviceTrainer:
         teacher = teacher.to(logits.device, torch.float32)
         return distillation(logits.float(), teacher, self._distill_temperature)
 
-    def _step(
-        self, parameters: dict[str, Tensor], outputs: list[Tensor], weights: list[Tensor]
-    ) -> None:
     def _step(self, parameters: list[Tensor], outputs: list[Tensor], weights: list[Tensor]) -> None:
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
             outputs, parameters, weights, allow_unused=True

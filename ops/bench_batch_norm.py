@@ -24,7 +24,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Store
 from ops import bench_rows
 from ops.errors import SettingsWrong
-from ops.rate_accuracy import balanced
+from ops.experiments.images import balanced
 from tensors.batches import normalise
 from tensors.codecs import parse_codec
 from tensors.datasets import Dataset, load_dataset
@@ -145,7 +145,7 @@ def run_bench(
         raise SettingsWrong("the run names no data set: give --dataset")
     train = load_dataset(name, "train", root=data_root)
     if images < len(train.labels):
-        chosen = balanced(train.labels, images)
+        chosen = balanced(train.labels, images, "--images")
         train = replace(train, images=train.images[chosen], labels=train.labels[chosen])
     rows = compare(
         NetworkSpec(**settings.network.model_dump()),

@@ -104,7 +104,6 @@ class ChargedLearner:
         """Free of charge."""
         self._learner.set_feedback_weight(weight)
 
-    def forward(self, batch: int, images: np.ndarray, labels: np.ndarray) -> Any:
     def forward(self, batch: int, images: Any, labels: Any) -> Any:
         """Takes the forward part of a step."""
         self._meter.spend(self._forward_s)

@@ -55,7 +55,6 @@ def message_sizes(settings: CoordinatorSettings) -> MessageSizes:
         return [int(images * min(budget, math.prod(shape) * bits / 8)) for shape in shapes]
 
     logits = 2 * images * spec.classes if settings.distill_weight else 0
-    state = read_state(network)
     numbers = {name: tensor.numel() for name, tensor in network.state_dict().items()}
     weights = [
         sum(n for name, n in numbers.items() if is_in_half(name, cut))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_the_settings_of_a_run_are_kept(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match=r"averaging.*sequential.*--fresh"):
         opened(tmp_path, "other", strategy="sequential")
     assert opened(tmp_path, "other", strategy="sequential", fresh=True)[0] == "other"
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default(tmp_path: Path) -> None:
+    opened(tmp_path, "first")
+    file = tmp_path / "first" / "run.json"
+    identity = json.loads(file.read_bytes())
+    del identity["label_skew"], identity["network"]["norm"]
+    file.write_text(json.dumps(identity))
+    assert opened(tmp_path, "other")[0] == "first"
+    file.write_text(json.dumps(identity | {"label_skew": "calibrated"}))
+    with pytest.raises(ResumeError, match="label_skew = 'calibrated', now it is 'none'"):
+        opened(tmp_path, "other")
 
 
 def no_folder(root: Path, run: str) -> None:
