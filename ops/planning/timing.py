@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 BISECTIONS = 24
+ROUNDING = 1e-9
 NEGLIGIBLE = 1e-3
 """A wait that makes nobody's training longer by more than this share needs no further look."""
 STEPS = 8
@@ -115,13 +116,13 @@ def wait_for(rings: Rings, *, share: float = 1.0) -> tuple[float, float]:
     total = float(work.sum())
     if not total:
         return 0.0, 0.0
-    others = share * (1 - 1 / count)
     residual = float((work * rings.server_s).sum()) / total / 2
     low, high = 0.0, float((np.minimum(rings.window, rings.batches) * rings.server_s).sum())
     for _ in range(BISECTIONS):
         wait = (low + high) / 2
-        load = others * float((work / rings.seconds(wait)).sum())
-        if load >= 1 or wait < residual * load / (1 - load):
+        busy = share * float((work / rings.seconds(wait)).sum())
+        load = busy * (1 - 1 / count)
+        if busy > 1 + ROUNDING or wait < residual * load / (1 - load):
             low = wait
         else:
             high = wait

@@ -92,8 +92,8 @@ class TestOneRun:
         assert len(set(rows.tolist())) == 18
         np.testing.assert_array_equal(rows, balanced(labels, 18, "key"))
         for count in (24, 3, 0, -4):
-            with pytest.raises(DataError, match="train-images"):
-                balanced(labels, count, "key")
+            with pytest.raises(DataError, match="--train-images"):
+                balanced(labels, count, "--train-images")
 
 
 class TestAllRuns:

@@ -81,7 +81,7 @@ def test_a_server_that_is_asked_for_too_much_slows_everybody_down() -> None:
     training = train(crowd)
     work = 50 * 10 * 0.1
     assert training.load > 0.95
-    assert work < training.seconds.max() < 1.1 * work
+    assert work * (1 - 1e-6) < training.seconds.max() < 1.1 * work
 
 
 def test_an_idle_server_makes_nobody_wait() -> None:
