@@ -22,6 +22,9 @@ from ops.experiments.runner import folder_of, run_all
 from ops.experiments.spec import Experiment, Training, read_experiment, rehearsal, trainings
 from ops.files import write_whole
 
+FLEETS = ("averaging", "sequential", "cascade")
+BASELINES = ("distributed", "centralized")
+"""Arms that are called so are compared at every cut."""
 PACKAGES = ("torch", "numpy", "msgpack", "zstandard")
 
 
@@ -100,9 +103,10 @@ def write_tables(experiment: Experiment, todo: Sequence[Training], out: Path) ->
     write_whole(out / "curves.csv", tables.curves_csv(results))
     write_whole(out / "exits.csv", exit_tables.exits_csv(results))
     parts = [tables.table(experiment, results)]
-    if "distributed" in results:
-        fleets = [name for name in ("averaging", "sequential", "cascade") if name in results]
-        parts.append(tables.claims(fleets, "distributed", results))
+    fleets = [name for name in FLEETS if name in results]
+    baselines = [name for name in BASELINES if name in results]
+    if fleets and baselines:
+        parts.append(tables.claims(fleets, baselines, results))
     parts.append(tables.bytes_table(experiment, results))
     parts.append(exit_tables.exit_table(results.get(experiment.reference, {})))
     write_whole(out / "table.md", "\n".join(part for part in parts if part))

@@ -48,6 +48,8 @@ class Arm(_Section):
     cuts: Cuts | None = None
     partition: str | None = None
     training: dict[str, Any] = Field(default_factory=dict)
+    against: Name | None = None
+    """The arm it is compared with, if not the reference."""
 
 
 class Experiment(_Section):
@@ -149,10 +151,13 @@ def read_experiment(file: str) -> Experiment:
     except ValidationError as exc:
         raise SettingsWrong(f"{path}: {_first(exc)}") from None
     names = [arm.name for arm in experiment.arms]
-    if experiment.reference not in names:
-        raise SettingsWrong(
-            f"{path}: reference = {experiment.reference!r} is none of the arms {', '.join(names)}"
-        )
+    others = [("reference", experiment.reference)]
+    others += [(f"arm {arm.name}: against", arm.against) for arm in experiment.arms if arm.against]
+    for place, other in others:
+        if other not in names:
+            raise SettingsWrong(
+                f"{path}: {place} = {other!r} is none of the arms {', '.join(names)}"
+            )
     return experiment
 
 

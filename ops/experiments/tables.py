@@ -76,13 +76,16 @@ def totals(result: Record) -> dict[str, int]:
 
 
 def table(experiment: Experiment, results: Results) -> str:
-    """One line for each arm: mean accuracies, and differences to the reference, by seed."""
-    reference = results.get(experiment.reference, {})
+    """One line for each arm: mean accuracies, and what it gains on the arm it is compared with.
+
+    Gains are paired by seed. That of the exits is the mean over the cuts that both arms have.
+    """
+    against = {arm.name: arm.against or experiment.reference for arm in experiment.arms}
     cuts = cuts_of(results)
     lines = [
-        ["arm", "seeds", "full network", f"against {experiment.reference}"]
+        ["arm", "seeds", "full network"]
         + [f"exit {cut}" for cut in cuts]
-        + ["bytes a sample", "discarded"]
+        + ["against", "full network", "exits", "bytes a sample", "discarded"]
     ]
     for arm, runs in results.items():
         if not runs:
@@ -90,13 +93,22 @@ def table(experiment: Experiment, results: Results) -> str:
         finals = [result["final"] for result in runs.values()]
         sums = [totals(result) for result in runs.values()]
         sent = sum(s["bytes_up"] + s["bytes_down"] for s in sums)
+        gains = [MISSING] * 3
+        if against[arm] != arm:
+            others = results.get(against[arm], {})
+            common = set(cuts_of({"": runs})) & set(cuts_of({"": others}))
+            gains = [
+                against[arm],
+                compare(runs, others, _full),
+                compare(runs, others, _mean_exit(common)) if common else MISSING,
+            ]
         lines.append(
             [
                 arm,
                 str(len(runs)),
                 points(final["full"] for final in finals),
-                MISSING if arm == experiment.reference else compare(runs, reference, _full),
                 *[points(_exits(finals, str(cut))) for cut in cuts],
+                *gains,
                 byte_size(sent / max(1, sum(s["samples"] for s in sums))) if sent else "0",
                 str(sum(s["discarded"] for s in sums)),
             ]
@@ -104,16 +116,19 @@ def table(experiment: Experiment, results: Results) -> str:
     return markdown(lines)
 
 
-def claims(better: Iterable[str], worse: str, results: Results) -> str:
-    """Whether arms beat another at every cut, full network against full network, exit by exit."""
-    lines = [["arm", "cut", f"full network against {worse}", f"exit against {worse}"]]
-    others = results.get(worse, {})
-    for arm in better:
+def claims(arms: Iterable[str], baselines: Iterable[str], results: Results) -> str:
+    """What arms gain on baselines at every cut: full network on full network, exit on exit."""
+    lines = [["arm", "cut"]]
+    for baseline in baselines:
+        lines[0] += [f"full network against {baseline}", f"exit against {baseline}"]
+    for arm in arms:
         runs = results.get(arm, {})
         for cut in cuts_of({arm: runs}):
-            full = compare(runs, others, _at("full_by_cut", cut))
-            at_exit = compare(runs, others, _at("exits", cut))
-            lines.append([arm, str(cut), full, at_exit])
+            gains = []
+            for baseline in baselines:
+                others = results.get(baseline, {})
+                gains += [compare(runs, others, _at(key, cut)) for key in ("full_by_cut", "exits")]
+            lines.append([arm, str(cut), *gains])
     return markdown(lines)
 
 
@@ -200,6 +215,10 @@ def _exits(finals: Iterable[Record], cut: str) -> list[float]:
 
 def _full(final: Record) -> float | None:
     return final.get("full")
+
+
+def _mean_exit(cuts: Iterable[int]) -> Pick:
+    return lambda final: statistics.fmean(final["exits"][str(cut)] for cut in cuts)
 
 
 def _at(key: str, cut: int) -> Pick:

@@ -60,6 +60,11 @@ def test_an_arm_is_what_all_have_in_common_and_what_it_does_otherwise(tmp_path: 
     ("old", "new", "words"),
     [
         ('reference = "a"', 'reference = "c"', "none of the arms a, b"),
+        (
+            'name = "b"',
+            'name = "b"\nagainst = "c"',
+            "arm b: against = 'c' is none of the arms a, b",
+        ),
         ('name = "b"', 'name = "a"', "two arms are called 'a'"),
         ("seeds = [3, 4]", "seeds = []", "seeds"),
         ("seeds = [3, 4]", "seeds = [-1]", "seeds.0"),

@@ -48,9 +48,27 @@ def test_differences_are_paired_by_the_seeds_both_have() -> None:
     assert found.mean == pytest.approx(2.0)  # +3 and +1 points; seed 7 has no partner
     assert found.half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))
     assert tables.paired(RESULTS["new"], {}, lambda final: final["full"]) is None
-    claims = tables.claims(["new"], "old", RESULTS).splitlines()
+    claims = tables.claims(["new"], ["old"], RESULTS).splitlines()
     assert claims[2].split("|")[1:5] == [" new ", " 2 ", " +2.0 ± 12.7 ", " −5.0 ± 63.5 "]
     assert claims[3].count("–") == 2  # old has no exit at cut 3
+
+
+def test_an_arm_is_compared_with_the_one_it_names() -> None:
+    experiment = Experiment(
+        name="x",
+        seeds=(0, 1),
+        reference="old",
+        data={"dataset": "x"},
+        arms=(Arm(name="old"), Arm(name="new"), Arm(name="newer", against="new")),
+    )
+    results = RESULTS | {"newer": {0: result(0.63, {"3": 0.2}), 1: result(0.71, {"3": 0.3})}}
+    del results["none yet"]
+    rows = [line.split("|")[1:-1] for line in tables.table(experiment, results).splitlines()]
+    assert [cell.strip() for cell in rows[0][5:8]] == ["against", "full network", "exits"]
+    gains = {row[0].strip(): [cell.strip() for cell in row[5:8]] for row in rows[2:]}
+    assert gains["old"] == ["–", "–", "–"]
+    assert gains["new"] == ["old", "+2.0 ± 12.7", "−5.0 ± 63.5"]  # cut 2 is the one both have
+    assert gains["newer"] == ["new", "+10.0 ± 0.0", "+10.0 ± 0.0"]
 
 
 def test_every_accuracy_is_a_line() -> None:
