@@ -41,26 +41,29 @@ HEADER = (
     "precision",
     "width",
     "batch",
+    "window",
     "plain samples/s",
     "fleet samples/s",
     "ratio: median (least … most)",
     "pairs",
 )
 Row = dict[str, Any]
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is trained and how. ``batches`` are each device's in one measurement."""
+    """What is trained and how. ``batches`` are each device's in a round."""
 
     dataset: str = "cifar10"
     width: int = 16
     batch_size: int = 32
-    batches: int = 50
+    rounds: int = 6
+    batches: int = 10
     device: str = "cpu"
     precision: Precision = "bf16"
     memory_format: MemoryFormat = "channels_last"
-    window: int = 2
+    window: int = 1
     resident: bool = False
     """Whether batches are made on the compute device."""
 
@@ -105,6 +108,7 @@ def _cells(setup: Setup, row: Row) -> list[str]:
         f"{setup.precision} {setup.memory_format}",
         str(setup.width),
         str(setup.batch_size),
+        str(setup.window),
         f"{row['plain_samples_per_s']:.0f}",
         f"{row['fleet_samples_per_s']:.0f}",
         f"{row['ratio']:.3f} ({row['least']:.3f} … {row['most']:.3f})",
@@ -114,7 +118,7 @@ def _cells(setup: Setup, row: Row) -> list[str]:
 
 def _data(setup: Setup, data_root: Path | None) -> list[DeviceData]:
     train = load_dataset(setup.dataset, "train", root=data_root)
-    rows = np.arange(min(len(train), len(CUTS) * setup.batches * setup.batch_size))
+    rows = np.arange(min(len(train), _samples(setup)))
     train = replace(train, images=train.images[rows], labels=train.labels[rows])
     resident = TorchImages(train, setup.device) if setup.resident else None
     shares = partition(train.labels, len(CUTS), "iid", 0)
@@ -123,13 +127,13 @@ def _data(setup: Setup, data_root: Path | None) -> list[DeviceData]:
 
 
 def _fleet(setup: Setup, data: list[DeviceData]) -> float:
-    """Samples per second of one round, from the first message to the checkpoint."""
+    """Samples per second, from the first message to the last checkpoint."""
     with tempfile.TemporaryDirectory(prefix="splitfleet-bench-") as folder:
         settings = CoordinatorSettings(
             state_dir=Path(folder),
             network=_network(setup, data[0].train),
             codec="fp32",
-            rounds=1,
+            rounds=setup.rounds,
             batches_per_round=setup.batches,
             batch_size=setup.batch_size,
             min_devices=len(CUTS),
@@ -161,11 +165,16 @@ def _plain(setup: Setup, data: list[DeviceData]) -> Any:
     )
     streams = [_stream(setup, share, f"cut-{cut}") for cut, share in zip(CUTS, data, strict=True)]
 
-    def batch(device: int, step: int) -> tuple[Tensor, Tensor]:
-        images, labels = streams[device].batch(step)
-        return torch.as_tensor(images), torch.as_tensor(labels)
+    def rounds() -> None:
+        for number in range(setup.rounds):
 
-    return lambda: _samples(setup) / _seconds(setup, lambda: training.round(setup.batches, batch))
+            def batch(device: int, step: int, first: int = number * setup.batches) -> Batch:
+                images, labels = streams[device].batch(first + step)
+                return torch.as_tensor(images), torch.as_tensor(labels)
+
+            training.round(setup.batches, batch)
+
+    return lambda: _samples(setup) / _seconds(setup, rounds)
 
 
 def _stream(setup: Setup, data: DeviceData, device: str) -> BatchStream | TorchBatchStream:
@@ -186,7 +195,7 @@ def _network(setup: Setup, train: Dataset) -> Network:
 
 
 def _samples(setup: Setup) -> int:
-    return len(CUTS) * setup.batches * setup.batch_size
+    return len(CUTS) * setup.rounds * setup.batches * setup.batch_size
 
 
 def _seconds(setup: Setup, work: Any) -> float:

@@ -166,11 +166,12 @@ def bench_server(
 def bench_experiment(
     *,
     pairs: Annotated[int, typer.Option(help="interleaved measurements of both")] = 7,
-    batches: Annotated[int, typer.Option(help="of each of the 4 devices, per measurement")] = 50,
+    rounds: Annotated[int, typer.Option(help="per measurement")] = 6,
+    batches: Annotated[int, typer.Option(help="of each of the 4 devices in a round")] = 10,
     dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "cifar10",
     width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
     batch_size: Annotated[int, typer.Option()] = 32,
-    window: Annotated[int, typer.Option(help="batches that a device may have out")] = 2,
+    window: Annotated[int, typer.Option(help="batches that a device may have out")] = 1,
     device: Annotated[str, typer.Option(help="where it is computed")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
     memory_format: Annotated[str, typer.Option(help="contiguous or channels_last")] = (
@@ -189,6 +190,7 @@ def bench_experiment(
             dataset=dataset,
             width=width,
             batch_size=batch_size,
+            rounds=rounds,
             batches=batches,
             device=device,
             precision=precision,  # type: ignore[arg-type]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from ops.bench_experiment import HEADER, Setup, run_bench
 from ops.plain_training import PlainTraining
 from tensors.networks import NetworkSpec, build_network
 
@@ -29,3 +32,15 @@ def test_the_plain_loop_learns_and_ends_with_one_network() -> None:
     one, other = (copy.blocks.state_dict() for copy in plain._copies)
     for name, value in one.items():
         assert torch.equal(value, other[name])
+
+
+def test_fleet_and_loop_are_measured_in_pairs(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.md"
+    setup = Setup(dataset="fashion-mnist-small", width=4, rounds=2, batches=1, batch_size=8)
+    row = run_bench(setup, pairs=2, data_root=None, append=rows, quiet=True)
+    assert row["least"] <= row["ratio"] <= row["most"]
+    assert row["plain_samples_per_s"] > 0
+    assert row["fleet_samples_per_s"] > 0
+    cells = [cell.strip() for cell in rows.read_text().strip().strip("|").split("|")]
+    assert len(cells) == len(HEADER)
+    assert cells[-1] == "2"
