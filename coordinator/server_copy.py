@@ -172,6 +172,8 @@ class ServerCopy:
             ]
             parts = zip(logits.split(sizes), targets.split(sizes), priors, strict=True)
             losses = torch.stack([cross_entropy(*part) for part in parts])
+        except torch.AcceleratorError:  # the machine's fault, not the batch's
+            raise
         except (RuntimeError, ValueError) as exc:  # e.g. one image is too little for a BatchNorm
             log.warning("%d images cannot be computed: %s", sum(sizes), exc)
             raise BatchRefused("not_computable") from exc

@@ -9,6 +9,7 @@ trained and averaged, and those estimated anew for all cuts together.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -93,25 +94,22 @@ def estimate(
     one cut at a time. Blocks before a cut compute as a device does that answers.
     """
     write_state(network, state)
+    before = copy.deepcopy(network).eval()
     network.eval()
-    entering = []
-    for start in range(0, len(images.labels), BATCH):
-        pixels = images.images[start : start + BATCH]
-        x = compute.tensor(normalise(pixels, images.mean, images.std))
-        for cut in cuts:
-            with torch.inference_mode(), compute.arithmetic():
-                features = network(x, stop=cut)
-            sent = parse_codec(codec).encode(features.float().cpu(), seed=start)
-            entering.append((cut, sent))
     for index in range(min(cuts), network.stop):
         for module in network.blocks[str(index)].modules():
             if isinstance(module, _BatchNorm):
                 module.reset_running_stats()
                 module.momentum = None  # the mean of all batches
                 module.train()
-    for cut, sent in entering:
-        with torch.no_grad(), compute.arithmetic():
-            network(compute.tensor(decode_torch(sent)), start=cut)
+    for start in range(0, len(images.labels), BATCH):
+        pixels = images.images[start : start + BATCH]
+        x = compute.tensor(normalise(pixels, images.mean, images.std))
+        for cut in cuts:
+            with torch.no_grad(), compute.arithmetic():
+                features = before(x, stop=cut)
+                sent = parse_codec(codec).encode(features.float().cpu(), seed=start)
+                network(compute.tensor(decode_torch(sent)), start=cut)
     return read_state(network)
 
 

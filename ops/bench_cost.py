@@ -240,13 +240,18 @@ def _order(setup: Setup, what: str, width: int, cuts: tuple[int, ...], strategy:
 
 def _probe(order: Order) -> dict[str, float]:
     """Carry out an order in a process of its own, with one thread."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ops.cost_probe", order.model_dump_json()],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=PROBE_LIMIT_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ops.cost_probe", order.model_dump_json()],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=PROBE_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise FleetFailed(
+            f"the measurement {order.what!r} took more than {PROBE_LIMIT_S:.0f} s"
+        ) from None
     if done.returncode != 0:
         raise FleetFailed(f"the measurement {order.what!r} failed; its error is above")
     measured: dict[str, float] = json.loads(done.stdout.decode().strip().splitlines()[-1])

@@ -23,6 +23,7 @@ from broker.messages import Network
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data import DeviceData
 from ops import bench_rows
+from ops.errors import SettingsWrong
 from ops.plain_training import PlainTraining
 from ops.simulator import Device, SimulatedFleet
 from tensors.batches import BatchStream
@@ -71,8 +72,14 @@ class Setup:
 def run_bench(
     setup: Setup, *, pairs: int, data_root: Path | None, append: Path | None, quiet: bool
 ) -> Row:
-    """Measure ``pairs`` pairs after one that is thrown away; print and append a row."""
+    """Measure ``pairs`` pairs after one that is thrown away; print and append a row.
+
+    Raises ``SettingsWrong`` for a setup in which both would not compute alike.
+    """
+    if "auto" in (setup.precision, setup.memory_format):
+        raise SettingsWrong("choose a precision and a memory format: both sides have to have them")
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     console = Console(quiet=quiet)
     data = _data(setup, data_root)
     plain = _plain(setup, data)
@@ -99,7 +106,9 @@ def run_bench(
 
 
 def _cells(setup: Setup, row: Row) -> list[str]:
-    device = torch.cuda.get_device_name() if setup.device.startswith("cuda") else "cpu"
+    device = setup.device
+    if device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
     return [
         bench_rows.today(),
         bench_rows.machine(),
@@ -201,9 +210,9 @@ def _samples(setup: Setup) -> int:
 def _seconds(setup: Setup, work: Any) -> float:
     cuda = setup.device.startswith("cuda")
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(setup.device)
     started = time.perf_counter()
     work()
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(setup.device)
     return time.perf_counter() - started

@@ -165,9 +165,9 @@ def bench_server(
 @bench.command("experiment")
 def bench_experiment(
     *,
-    pairs: Annotated[int, typer.Option(help="interleaved measurements of both")] = 7,
-    rounds: Annotated[int, typer.Option(help="per measurement")] = 6,
-    batches: Annotated[int, typer.Option(help="of each of the 4 devices in a round")] = 10,
+    pairs: Annotated[int, typer.Option(min=1, help="interleaved measurements of both")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="per measurement")] = 6,
+    batches: Annotated[int, typer.Option(min=1, help="of each of the 4 devices in a round")] = 10,
     dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "cifar10",
     width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
     batch_size: Annotated[int, typer.Option()] = 32,

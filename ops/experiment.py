@@ -6,10 +6,11 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from ops import bench_rows
@@ -18,7 +19,7 @@ from ops.experiments import exit_tables, tables
 from ops.experiments.images import load_images
 from ops.experiments.one_run import read_json, to_json
 from ops.experiments.plots import all_plots
-from ops.experiments.runner import folder_of, run_all
+from ops.experiments.runner import folder_of, require_same, run_all
 from ops.experiments.spec import Experiment, Training, read_experiment, rehearsal, trainings
 from ops.files import write_whole
 
@@ -51,18 +52,24 @@ def run_experiment(
     """
     if jobs < 1 or (minutes is not None and minutes <= 0):
         raise SettingsWrong("--jobs must be at least 1 and --minutes above 0")
-    until = None if minutes is None else time.time() + 60 * minutes
-    experiment = _part(read_experiment(file), arms, seeds)
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    experiment = read_experiment(file)
+    part = _part(experiment, arms, seeds)
     if rehearse:
         experiment, device = rehearsal(experiment), device or "cpu"
+        part = rehearsal(part)
+    more = tuple(seed for seed in part.seeds if seed not in experiment.seeds)
+    experiment = experiment.model_copy(update={"seeds": experiment.seeds + more})
     out = out or Path("runs") / "experiments" / experiment.name
     console = Console(stderr=True, quiet=quiet)
-    todo = trainings(experiment, data_root=data_root, device=device)
+    todo = trainings(part, data_root=data_root, device=device)
+    whole = trainings(experiment, data_root=data_root, device=device)
     images = load_images(experiment.data, data_root)
-    _describe(experiment, out, device)
+    require_same(whole, out)
+    _describe(experiment, out, {training.settings.device for training in todo})
 
     def write() -> None:
-        write_tables(experiment, todo, out)
+        write_tables(experiment, whole, out)
 
     complete = run_all(
         todo,
@@ -76,7 +83,7 @@ def run_experiment(
     )
     write()
     if as_json:
-        print(json.dumps(results_of(todo, out), indent=1))
+        print(json.dumps(results_of(whole, out), indent=1))
     else:
         print((out / "table.md").read_text("utf-8"), end="")
     if not complete:
@@ -84,10 +91,10 @@ def run_experiment(
     return complete
 
 
-def results_of(todo: Sequence[Training], out: Path) -> tables.Results:
+def results_of(whole: Sequence[Training], out: Path) -> tables.Results:
     """What is finished so far, in the order of the file."""
     results: tables.Results = {}
-    for training in todo:
+    for training in whole:
         by_seed = results.setdefault(training.arm, {})
         folder = folder_of(out, training)
         result, exits = (read_json(folder / name) for name in ("result.json", "exits.json"))
@@ -96,9 +103,9 @@ def results_of(todo: Sequence[Training], out: Path) -> tables.Results:
     return results
 
 
-def write_tables(experiment: Experiment, todo: Sequence[Training], out: Path) -> None:
+def write_tables(experiment: Experiment, whole: Sequence[Training], out: Path) -> None:
     """CSV files, ``table.md`` and ``plots/`` of what is finished so far."""
-    results = results_of(todo, out)
+    results = results_of(whole, out)
     write_whole(out / "results.csv", tables.results_csv(results))
     write_whole(out / "curves.csv", tables.curves_csv(results))
     write_whole(out / "exits.csv", exit_tables.exits_csv(results))
@@ -126,14 +133,14 @@ def _part(
     )
 
 
-def _describe(experiment: Experiment, out: Path, device: str | None) -> None:
+def _describe(experiment: Experiment, out: Path, devices: Iterable[str]) -> None:
     """Beside the results, what they were made with; one entry for each call."""
     path = out / "environment.json"
     calls = (read_json(path) or {"calls": []})["calls"]
     calls.append(
         {
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "machine": _machine(device),
+            "machine": _machine(devices),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
             "commit": bench_rows.commit(),
@@ -144,10 +151,10 @@ def _describe(experiment: Experiment, out: Path, device: str | None) -> None:
     write_whole(out / "experiment.json", to_json(experiment.model_dump(mode="json")))
 
 
-def _machine(device: str | None) -> str:
-    if device is not None and device.startswith("cuda"):
-        import torch
-
-        if torch.cuda.is_available():
-            return f"{bench_rows.machine()}, {torch.cuda.get_device_name(device)}"
-    return bench_rows.machine()
+def _machine(devices: Iterable[str]) -> str:
+    gpus = [
+        torch.cuda.get_device_name(device)
+        for device in sorted(devices)
+        if device.startswith("cuda") and torch.cuda.is_available()
+    ]
+    return ", ".join([bench_rows.machine(), *gpus])

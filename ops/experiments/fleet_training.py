@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from coordinator.observer import Observer
 from edge_agent.data import DeviceData
 from edge_agent.snapshots import DiskSnapshots, Snapshot
 from ops.errors import FleetFailed
-from ops.experiments.images import ImageSets
+from ops.experiments.images import ImageSets, resident_images
 from ops.experiments.spec import Training
 from ops.simulator.fleet import SimulatedFleet
 from ops.simulator.programs import Device
@@ -31,9 +32,10 @@ class FleetTraining:
         nothing = np.zeros(0, np.int64)
         devices = []
         shares = training.shares(images)
+        resident = resident_images(images.train, training.settings.device)
         for name, cut, rows in zip(training.devices, training.cuts, shares, strict=True):
             self._kept.append(_Snapshots(folder / "devices" / name))
-            data = DeviceData(images.train, rows, None, nothing)
+            data = DeviceData(images.train, rows, None, nothing, resident)
             devices.append(Device(name, cut=cut, data=data, snapshots=self._kept[-1]))
         settings = training.settings.model_copy(
             update={"state_dir": folder / "coordinator", "dataset": None}
@@ -50,7 +52,10 @@ class FleetTraining:
         self.round = self._fleet.checkpoint().round
 
     def advance(self) -> None:
-        """Train the next round. Raises ``FleetFailed`` if it does not close."""
+        """Train the next round, without a barrier maybe several of them.
+
+        Raises ``FleetFailed`` if it does not close, or a batch could not be computed.
+        """
         wanted = self.round + 1
         self._fleet.run(until=lambda: self._is_kept(wanted) or self._fleet.done)
         checkpoint = self._fleet.checkpoint()
@@ -60,29 +65,42 @@ class FleetTraining:
                 "times: too few devices finish it"
             )
         self.round = checkpoint.round
+        lost = sum(
+            device["account"]["discarded"].get("not_computable", 0)
+            for device in checkpoint.history[-1]["devices"].values()
+        )
+        if lost:  # for want of memory, maybe: what is trained with the rest is another experiment
+            raise FleetFailed(
+                f"{lost} batches of round {self.round} of {self._training.arm} could not be "
+                "computed; the log says why"
+            )
 
     def models(self) -> dict[str, State]:
         """One for all devices."""
         return {"": self._fleet.checkpoint().model.state}
 
-    def record(self) -> dict[str, Any]:
-        """Of the round that was closed last: samples applied, batches discarded, bytes."""
-        record = self._fleet.checkpoint().history[-1]
-        devices = record["devices"].values()
-        sent = record["bytes"]
-        return {
-            "samples": sum(device["samples"] for device in devices),
-            "discarded": sum(sum(device["account"]["discarded"].values()) for device in devices),
-            "bytes_up": sum(size for role, size in sent.items() if role.startswith("up/")),
-            "bytes_down": sum(size for role, size in sent.items() if role.startswith("down/")),
-            "train_loss": record["train_loss"],
-        }
+    def records(self) -> list[dict[str, Any]]:
+        """Of every closed round: samples applied, batches discarded, bytes."""
+        return [summary(record) for record in self._fleet.checkpoint().history]
 
     def _is_kept(self, number: int) -> bool:
         """Whether the round has closed, and every device can go on from there after a crash."""
         if self._closed.round != number or number == self._training.settings.rounds:
             return self._closed.round > number
         return all(kept.version >= self._closed.version for kept in self._kept)
+
+
+def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an experiment keeps of a coordinator's record of a round."""
+    devices = record["devices"].values()
+    sent = record["bytes"]
+    return {
+        "samples": sum(device["samples"] for device in devices),
+        "discarded": sum(sum(device["account"]["discarded"].values()) for device in devices),
+        "bytes_up": sum(size for role, size in sent.items() if role.startswith("up/")),
+        "bytes_down": sum(size for role, size in sent.items() if role.startswith("down/")),
+        "train_loss": record["train_loss"],
+    }
 
 
 class _Closed(Observer):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from tensors.batches_torch import TorchImages
 from tensors.datasets import Dataset, load_dataset
 from tensors.errors import DataError
 
@@ -47,6 +48,11 @@ def load_images(images: Images, data_root: Path | None) -> ImageSets:
     train = take(train, images.train_images, "train_images")
     test = take(test, images.test_images, "test_images")
     return ImageSets(train, test, take(test, images.curve_images, "curve_images"))
+
+
+def resident_images(dataset: Dataset, device: str) -> TorchImages | None:
+    """The images where they are computed with, if that is not the CPU."""
+    return None if device == "cpu" else TorchImages(dataset, device)
 
 
 def take(dataset: Dataset, count: int | None, key: str) -> Dataset:

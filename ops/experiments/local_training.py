@@ -1,7 +1,8 @@
 """The baselines without a fleet: everything in one place, or every device by itself.
 
 The whole network is trained with the cross entropy of its answer plus the mean of those of its
-exits, which is what a fleet minimises that has a device for each exit. Batches, augmentation,
+exits, which is what a fleet minimises that has a device for each exit, if exits and feedback
+weigh 1. Batches, augmentation,
 optimizer, learning rates and the number of batches are the fleet's.
 """
 
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from coordinator.aggregation import Model
 from coordinator.orders import rate
 from coordinator.store import Checkpoint, Store
 from ops.errors import FleetFailed
-from ops.experiments.images import ImageSets
+from ops.experiments.images import ImageSets, resident_images
 from ops.experiments.spec import Training
 from tensors.batches import BatchStream
+from tensors.batches_torch import TorchBatchStream
 from tensors.networks import CutNetwork, NetworkSpec, State, build_network, read_state, write_state
 from tensors.training import (
     Compute,
@@ -60,19 +63,25 @@ class LocalTraining:
             precision=settings.precision,
             memory_format=settings.memory_format,
         )
+        resident = resident_images(images.train, settings.device)
+
+        def stream(name: str, rows: np.ndarray) -> BatchStream | TorchBatchStream:
+            about: dict[str, Any] = {
+                "batch_size": settings.batch_size,
+                "seed": settings.seed,
+                "device": name,
+                "augment": settings.augment,
+            }
+            if resident is not None:
+                return TorchBatchStream(resident, rows, **about)
+            return BatchStream(images.train, rows, **about)
+
         self._learners = {
             name: _Learner(
                 build_network(spec, seed=settings.seed),
                 compute,
                 cuts,
-                BatchStream(
-                    images.train,
-                    rows,
-                    batch_size=settings.batch_size,
-                    seed=settings.seed,
-                    device=name or training.kind,
-                    augment=settings.augment,
-                ),
+                stream(name or training.kind, rows),
                 quota,
                 Store(folder / (name or "store"), keep=2),
                 training,
@@ -96,16 +105,19 @@ class LocalTraining:
         """By device; one for all if centralized."""
         return {name: learner.state() for name, learner in self._learners.items()}
 
-    def record(self) -> dict[str, Any]:
-        """Of the round that was closed last; nothing is sent."""
-        records = [learner.record for learner in self._learners.values()]
-        return {
-            "samples": sum(record["samples"] for record in records),
-            "discarded": 0,
-            "bytes_up": 0,
-            "bytes_down": 0,
-            "train_loss": {"0": float(np.mean([record["loss"] for record in records]))},
-        }
+    def records(self) -> list[dict[str, Any]]:
+        """Of every closed round; nothing is sent."""
+        learners = [learner.records for learner in self._learners.values()]
+        return [
+            {
+                "samples": sum(record["samples"] for record in records),
+                "discarded": 0,
+                "bytes_up": 0,
+                "bytes_down": 0,
+                "train_loss": {"0": float(np.mean([record["loss"] for record in records]))},
+            }
+            for records in zip(*learners, strict=False)  # a crash may leave some a round ahead
+        ]
 
 
 class _Learner:
@@ -114,7 +126,7 @@ class _Learner:
         network: CutNetwork,
         compute: Compute,
         cuts: Sequence[int],
-        stream: BatchStream,
+        stream: BatchStream | TorchBatchStream,
         quota: int,
         store: Store,
         training: Training,
@@ -128,6 +140,7 @@ class _Learner:
         self._compute = compute
         self._cuts = list(cuts)
         self._stream, self._quota, self._store = stream, quota, store
+        self._batch_size = settings.batch_size
         self._optimizer = make_optimizer(
             self._network, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -141,7 +154,7 @@ class _Learner:
         write_state(self._whole, checkpoint.model.state)
         write_momentum(self._network, self._optimizer, checkpoint.model.momentum)
         self.round = checkpoint.round
-        self.record: dict[str, Any] = checkpoint.history[-1] if checkpoint.history else {}
+        self.records: list[dict[str, Any]] = checkpoint.history
 
     def state(self) -> State:
         return read_state(self._whole)
@@ -156,7 +169,7 @@ class _Learner:
         if not np.isfinite(loss):
             raise FleetFailed(f"{self._name}: the loss is {loss} in round {number}; lower the rate")
         self.round = number
-        self.record = {"samples": self._quota * self._stream.batch_size, "loss": loss}
+        self.records.append({"samples": self._quota * self._batch_size, "loss": loss})
         momentum = read_momentum(self._network, self._optimizer)
         self._store.save(
             Checkpoint(
@@ -164,12 +177,12 @@ class _Learner:
                 round=number,
                 model=Model(self.state(), momentum),
                 trained_cuts=self._cuts,
-                history=[self.record],
+                history=self.records,
             )
         )
 
-    def _step(self, images: np.ndarray, labels: np.ndarray) -> float:
-        targets = torch.from_numpy(labels).to(self._compute.device)
+    def _step(self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> float:
+        targets = torch.as_tensor(labels).to(self._compute.device)
         exits = []
         x = self._compute.tensor(images)
         with self._compute.arithmetic():

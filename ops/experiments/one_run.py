@@ -4,6 +4,7 @@
 {folder}/history.json    a line for each closed round
 {folder}/state/          what training goes on from
 {folder}/result.json     after the last round
+{folder}/exits.json      after that; then it is finished
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class UnderWay(Protocol):
 
     def models(self) -> dict[str, State]: ...
 
-    def record(self) -> Record: ...
+    def records(self) -> list[Record]: ...
 
 
 def begin(training: Training, images: ImageSets, folder: Path) -> UnderWay:
@@ -73,11 +74,11 @@ def run_training(
         DiskTrouble, StoreError, StateError: it cannot be read or written.
         FleetFailed: training does not come to its end.
     """
-    _claim(training, folder)
+    claim(training, folder)
     result = read_json(folder / "result.json")
-    if result is not None and (folder / "exits.json").exists():
+    if result is not None and is_finished(folder):
         return result
-    torch.set_num_threads(1)
+    _compute_the_same_again()
     images = load_images(training.data, data_root)
     under_way = begin(training, images, folder / "state")
     judge = Judge(training, images)
@@ -86,12 +87,16 @@ def run_training(
     started = time.process_time()
     while True:
         if len(history) < under_way.round:
-            record = {"round": under_way.round, **under_way.record()}
-            if training.scores(under_way.round):
-                record |= judge.score(under_way.models(), images.curve)
-            history.append(record | {"seconds": time.process_time() - started})
+            new = range(len(history) + 1, under_way.round + 1)
+            history += [{"round": number, "seconds": 0.0} for number in new]
+            records = under_way.records()
+            history = [kept | record for kept, record in zip(history, records, strict=True)]
+            if any(map(training.scores, new)):
+                history[-1] |= judge.score(under_way.models(), images.curve)
+            history[-1]["seconds"] = time.process_time() - started
             write_whole(folder / "history.json", to_json({"rounds": history}))
-            told(history[-1])
+            for number in new:
+                told(history[number - 1])
         if under_way.round == training.settings.rounds:
             break
         if stop():
@@ -112,7 +117,7 @@ def run_training(
 
 
 class Judge:
-    """Scores models as the arm's devices would see them: by cut, without a codec."""
+    """Scores models as the arm's devices would see them, by cut."""
 
     def __init__(self, training: Training, images: ImageSets) -> None:
         self._training = training
@@ -131,7 +136,10 @@ class Judge:
         }
 
     def score(self, models: Mapping[str, State], dataset: Dataset) -> Record:
-        """Accuracies (0 to 1): ``full``, ``full_by_cut`` and ``exits``, means over devices."""
+        """Accuracies (0 to 1): ``full``, ``full_by_cut`` and ``exits``, means over devices.
+
+        Without a codec.
+        """
         evaluator = self._evaluators[id(dataset)]
         full: dict[int, list[float]] = {}
         exits: dict[int, list[float]] = {}
@@ -151,7 +159,10 @@ class Judge:
         }
 
     def exits(self, models: Mapping[str, State], dataset: Dataset) -> list[Record]:
-        """Calibrated thresholds and curves; see ``ops.exits``. A row for each device and cut."""
+        """Calibrated thresholds and curves, through the codec; see ``ops.exits``.
+
+        A row for each device and cut.
+        """
         rows = []
         for name, state in models.items():
             judged = judge_exits(
@@ -173,6 +184,13 @@ class Judge:
         return [self._training.cuts[self._training.devices.index(device)]]
 
 
+def _compute_the_same_again() -> None:
+    """One thread; on a GPU no choice among algorithms by timing, and fp32 means fp32."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def to_json(data: object) -> str:
     """For people and programs."""
     return json.dumps(data, indent=1) + "\n"
@@ -186,17 +204,25 @@ def read_json(path: Path) -> Record | None:
         return None
     except (OSError, ValueError) as exc:
         raise DiskTrouble(
-            f"{path} cannot be read ({exc}); remove its folder to run it again"
+            f"{path} cannot be read ({exc}); remove it and start again: what is in it is made anew "
+            "where it can be"
         ) from exc
     return data
 
 
-def _claim(training: Training, folder: Path) -> None:
+def is_finished(folder: Path) -> bool:
+    """Whether all is there that a training in ``folder`` comes to."""
+    return all((folder / name).exists() for name in ("result.json", "exits.json"))
+
+
+def claim(training: Training, folder: Path) -> None:
+    """Make ``folder`` that of a training. Raises ``SettingsWrong`` if it is another's."""
     identity = json.loads(to_json(training.identity()))
     found = read_json(folder / "training.json")
     if found is None:
         write_whole(folder / "training.json", to_json(identity))
         return
+    found.setdefault("device", identity["device"])  # was not there at first
     with contextlib.suppress(ValidationError):  # a setting that was not there yet had its default
         found["settings"] = Training.settings_as_json(CoordinatorSettings(**found["settings"]))
     if found != identity:

@@ -1,4 +1,4 @@
-"""Curves of an experiment: accuracy of the full network, and of each cut's exit, over samples."""
+"""Curves of an experiment: accuracy of the full network, and of each cut's exit, over rounds."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ops import workers
 from ops.errors import FleetFailed
-from ops.experiments.one_run import Record, read_json, run_training
+from ops.experiments.one_run import Record, claim, is_finished, read_json, run_training
 from ops.experiments.spec import Training
 from ops.units import percent, seconds
 
@@ -61,10 +61,11 @@ def run_all(
 ) -> bool:
     """Train what is not finished yet, ``jobs`` at a time; whether all are now.
 
-    ``batches`` are those of one round of a training. ``until`` is on ``time.time()``: then each
-    stops after its round. ``finished`` is called after each training that has come to its end.
+    ``batches`` are those of one round of a training. ``until`` is on ``time.monotonic()``: then
+    each stops after its round. ``finished`` is called after each training that has come to its end.
 
-    Raises what :func:`run_training` raises, and ``FleetFailed`` if a process dies.
+    Raises what :func:`run_training` raises, and ``FleetFailed`` if a process dies. One that fails
+    keeps none of the others from its end.
     """
     watched = {training: _Watched(folder_of(out, training)) for training in trainings}
     todo = [training for training, folder in watched.items() if not folder.finished]
@@ -80,7 +81,7 @@ def run_all(
                 left = progress.note(batches(training))
                 say(f"{index}/{len(trainings)} {describe(training, record)}; {left}")
 
-    ended = []
+    ended, failed = list[bool](), list[str]()
     try:
         running: set[Future[bool]] = {
             pool.submit(_run, training, folder_of(out, training), data_root, until)
@@ -90,7 +91,11 @@ def run_all(
             done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             look()
             for future in done:
-                ended.append(future.result())
+                try:
+                    ended.append(future.result())
+                except FleetFailed as exc:
+                    failed.append(str(exc))
+                    log.error("%s", exc)  # noqa: TRY400 the message says it all
                 finished()
     except BrokenProcessPool:
         raise FleetFailed(
@@ -99,7 +104,17 @@ def run_all(
         ) from None
     finally:
         workers.end_now(pool)
+    if failed:
+        raise FleetFailed("; ".join(failed))
     return all(ended)
+
+
+def require_same(trainings: Sequence[Training], out: Path) -> None:
+    """Raise ``SettingsWrong`` if ``out`` holds other trainings where these belong."""
+    for training in trainings:
+        folder = folder_of(out, training)
+        if (folder / "training.json").exists():
+            claim(training, folder)
 
 
 def describe(training: Training, record: Record) -> str:
@@ -117,7 +132,7 @@ class _Watched:
     def __init__(self, folder: Path) -> None:
         self._file = folder / "history.json"
         self._changed = 0
-        self.finished = (folder / "exits.json").exists()
+        self.finished = is_finished(folder)
         self.rounds = 0
         self.rounds = len(self.news())
 
@@ -154,6 +169,6 @@ def _run(training: Training, folder: Path, data_root: Path | None, until: float 
         folder,
         data_root=data_root,
         told=tell,
-        stop=lambda: until is not None and time.time() >= until,
+        stop=lambda: until is not None and time.monotonic() >= until,
     )
     return result is not None

@@ -21,8 +21,13 @@ FILES = Path(__file__).parent / "files"
 Kind = Literal["fleet", "centralized", "distributed"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Cuts = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1)]
-FIXED = {"state_dir", "min_devices", "inference", "dataset", "data_root", "seed", "stay", "threads"}
+FIXED = {
+    "state_dir", "min_devices", "inference", "dataset", "data_root", "seed", "stay", "threads",
+    "keep_checkpoints",
+}  # fmt: skip
 """Settings of the coordinator that an experiment decides by itself."""
+FLEETS_ONLY = ("exit_weight", "feedback_weight", "distill_weight", "label_skew")
+"""What the baselines would have to know of, and do not."""
 
 
 class _Section(BaseModel):
@@ -80,7 +85,6 @@ class Experiment(_Section):
 class Training:
     """One arm with one seed: all that its result depends on."""
 
-    experiment: str
     arm: str
     kind: Kind
     cuts: tuple[int, ...]
@@ -123,6 +127,7 @@ class Training:
             "cuts": list(self.cuts),
             "partition": self.partition,
             "data": self.data.model_dump(mode="json"),
+            "device": self.settings.device.partition(":")[0],
             "settings": self.settings_as_json(self.settings),
         }
 
@@ -237,11 +242,17 @@ def _training(
     for key in ("precision", "memory_format", "device"):
         if getattr(settings, key) == "auto":  # chosen by timing, and so now and then differently
             raise SettingsWrong(f"arm {arm.name}: training.{key} must be set, and not to auto")
+    if arm.kind != "fleet":
+        for key in FLEETS_ONLY:
+            if getattr(settings, key) != CoordinatorSettings.model_fields[key].default:
+                raise SettingsWrong(
+                    f"arm {arm.name}: a {arm.kind} arm does not know training.{key}: set it in "
+                    "the arms that are fleets"
+                )
     whole = build_network(NetworkSpec(**settings.network.model_dump()))
     for cut in cuts:
         whole.require_cut(cut)
     training = Training(
-        experiment.name,
         arm.name,
         arm.kind,
         cuts,

@@ -55,6 +55,7 @@ def advise(model: FleetModel, found: Prediction, skew: Skew | None) -> Advice:
         reasons.append(
             f"a replica for each device takes {memory['averaging']:,.0f} MiB at the server, which "
             f"has {limit:,.0f}; one network for all takes {memory['sequential']:,.0f}"
+            + ("" if memory["sequential"] <= limit else ", which is too much as well")
         )
     elif skew is not None and skew.level == "strong":
         strategy = "sequential"
@@ -77,9 +78,13 @@ def advise(model: FleetModel, found: Prediction, skew: Skew | None) -> Advice:
                 "are spread unevenly, and fast devices would count more often than slow ones"
             )
         else:
-            reasons.append(
-                "replicas fit the server's memory, and devices wait little for each other"
-            )
+            reasons.append("replicas fit the server's memory")
+            if waiting < WAITS:
+                reasons.append("devices wait little for each other")
+            elif settings.aggregation == "rounds" and settings.round_seconds is None:
+                reasons.append(
+                    f"without a barrier there would be only {gain:.1f} × the batches a second"
+                )
     if found.server_load > BUSY:
         reasons.append(
             "the server is the bottleneck: deeper cuts relieve it; cascade makes more of its time "

@@ -98,3 +98,32 @@ def test_mistakes_end_it_at_once(tmp_path: Path) -> None:
         assert code == 2
         assert words in log
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_taken_in_pieces_has_one_table_and_one_file(tmp_path: Path) -> None:
+    file, out = tmp_path / "try.toml", tmp_path / "out"
+    text = GOOD.replace("[3, 4]", "[3]")
+    file.write_text(text)
+    code, table, log = finish(str(file), "--out", str(out), "--arms", "a")
+    assert code == 0, log
+    assert "| b |" not in table
+    code, table, log = finish(str(file), "--out", str(out), "--arms", "b")
+    assert code == 0, log
+    assert "a seed 3" not in log
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:4]] == ["a", "b"]
+    file.write_text(text.replace("rounds = 2", "rounds = 3"))
+    before = (out / "experiment.json").read_bytes()
+    code, table, log = finish(str(file), "--out", str(out))
+    assert code == 2, "what is finished is of another training than the file's"
+    assert "another settings" in log
+    assert (out / "experiment.json").read_bytes() == before
+
+
+def test_an_arm_that_fails_keeps_no_other_from_its_end(tmp_path: Path) -> None:
+    file, out = tmp_path / "try.toml", tmp_path / "out"
+    failing = 'name = "a"\nkind = "distributed"\ntraining = { learning_rate = 1e30 }\n'
+    file.write_text(GOOD.replace("[3, 4]", "[3]").replace('name = "a"\n', failing))
+    code, _, log = finish(str(file), "--out", str(out))
+    assert code not in (0, 2), log
+    assert "the loss is nan" in log
+    assert "| b | 1 |" in (out / "table.md").read_text()

@@ -77,6 +77,11 @@ def test_an_arm_is_what_all_have_in_common_and_what_it_does_otherwise(tmp_path: 
         ("cuts = [5]", "cuts = []", "cuts"),
         ('"dirichlet:0.5"', '"dirichlet:0"', "arm b: partition 'dirichlet:0'"),
         ('strategy = "sequential"', 'strategy = "best"', "arm b: strategy = 'best'"),
+        (
+            'name = "a"\n',
+            'name = "a"\nkind = "distributed"\ntraining = { exit_weight = 2 }\n',
+            "arm a: a distributed arm does not know training.exit_weight",
+        ),
         ("[fleet]", "[flet]", "flet is not a setting"),
         ('name = "try"', "", "name is missing"),
         ('name = "try"', 'name = "../x"', "name = '../x'"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from coordinator.store import Store
-from ops.errors import DiskTrouble, SettingsWrong
+from ops.errors import DiskTrouble, FleetFailed, SettingsWrong
 from ops.experiments.fleet_training import FleetTraining
 from ops.experiments.images import load_images
 from ops.experiments.local_training import LocalTraining
@@ -78,6 +78,8 @@ ARMS = [
     ("fleet", {}, "coordinator"),
     ("fleet", {"feedback": "none"}, "coordinator"),
     ("fleet", {"strategy": "cascade"}, "coordinator"),
+    ("fleet", {"server_momentum": "outer"}, "coordinator"),
+    ("fleet", {"label_skew": "calibrated", "codec": "int4+zstd"}, "coordinator"),
 ]
 
 
@@ -103,6 +105,36 @@ def test_what_is_stopped_after_a_round_ends_as_what_is_not(
     assert without_time[0] == without_time[1]
     assert [record["round"] for record in whole["history"]] == [1, 2, 3]
     assert whole["final"] == parts["final"]
+
+
+def test_without_a_barrier_no_version_is_missing(tmp_path: Path) -> None:
+    training = make_training(
+        aggregation="buffered", buffer_size=2, rounds=6, cuts=(2, 3, 4, 5), batches_per_round=2
+    )
+    result = run(training, tmp_path)
+    assert [record["round"] for record in result["history"]] == [1, 2, 3, 4, 5, 6]
+    store = Store(tmp_path / "state" / "coordinator")
+    assert store.current() is not None
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    theirs = [
+        sum(device["samples"] for device in record["devices"].values())
+        for record in checkpoint.history
+    ]
+    assert [record["samples"] for record in result["history"]] == theirs
+    assert sum(theirs) >= 6 * 2 * 2 * 16, "each version has two contributions of two batches"
+    assert "full" in result["history"][-1]
+
+
+def test_a_batch_that_cannot_be_computed_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("too little")
+
+    monkeypatch.setattr("coordinator.server_copy.ServerCopy._flow", no_memory)
+    with pytest.raises(FleetFailed, match="could not be computed"):
+        run(make_training(), tmp_path)
 
 
 def test_a_finished_training_is_not_made_again(tmp_path: Path) -> None:
@@ -149,7 +181,7 @@ def test_centralized_training_is_a_plain_loop_over_all_images(tmp_path: Path) ->
     (found,) = under_way.models().values()
     for name, tensor in network.state_dict().items():
         np.testing.assert_allclose(found[name], tensor.numpy(), rtol=2e-4, atol=2e-5, err_msg=name)
-    assert under_way.record()["samples"] == 2 * 16
+    assert [record["samples"] for record in under_way.records()] == [2 * 16]
 
 
 def test_distributed_devices_have_the_batches_of_the_fleet_and_never_meet(tmp_path: Path) -> None:
@@ -168,7 +200,7 @@ def test_distributed_devices_have_the_batches_of_the_fleet_and_never_meet(tmp_pa
             np.testing.assert_array_equal(first[name], values.numpy(), err_msg=name)
     fleet = FleetTraining(make_training("fleet"), images, tmp_path / "fleet")
     fleet.advance()
-    assert fleet.record()["samples"] == under_way.record()["samples"]
+    assert fleet.records()[0]["samples"] == under_way.records()[0]["samples"]
 
 
 def test_one_device_in_a_fleet_learns_what_it_learns_alone(tmp_path: Path) -> None:
