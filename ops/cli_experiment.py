@@ -29,6 +29,7 @@ def experiment(
         float | None, typer.Option(help="stop after the rounds that are running then")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    download: Annotated[bool, typer.Option(help="fetch what is missing there")] = False,
     device: Annotated[str | None, typer.Option(help="instead of the file's, e.g. cuda")] = None,
     rehearse: Annotated[
         bool, typer.Option(help="two tiny rounds of every arm, on the CPU unless --device is given")
@@ -47,6 +48,7 @@ def experiment(
         jobs=jobs,
         minutes=minutes,
         data_root=data_root,
+        download=download,
         device=device,
         rehearse=rehearse,
         quiet=quiet,

@@ -38,6 +38,7 @@ def run_experiment(
     jobs: int,
     minutes: float | None,
     data_root: Path | None,
+    download: bool,
     device: str | None,
     rehearse: bool,
     quiet: bool,
@@ -62,9 +63,9 @@ def run_experiment(
     experiment = experiment.model_copy(update={"seeds": experiment.seeds + more})
     out = out or Path("runs") / "experiments" / experiment.name
     console = Console(stderr=True, quiet=quiet)
+    images = load_images(experiment.data, data_root, download=download)
     todo = trainings(part, data_root=data_root, device=device)
     whole = trainings(experiment, data_root=data_root, device=device)
-    images = load_images(experiment.data, data_root)
     require_same(whole, out)
     _describe(experiment, out, {training.settings.device for training in todo})
 

@@ -41,10 +41,10 @@ class ImageSets:
 
 
 @functools.lru_cache(maxsize=2)
-def load_images(images: Images, data_root: Path | None) -> ImageSets:
+def load_images(images: Images, data_root: Path | None, *, download: bool = False) -> ImageSets:
     """Load and choose. Raises ``DataError``."""
-    train = load_dataset(images.dataset, "train", root=data_root)
-    test = load_dataset(images.dataset, "test", root=data_root)
+    train = load_dataset(images.dataset, "train", root=data_root, download=download)
+    test = load_dataset(images.dataset, "test", root=data_root, download=download)
     train = take(train, images.train_images, "train_images")
     test = take(test, images.test_images, "test_images")
     return ImageSets(train, test, take(test, images.curve_images, "curve_images"))
