@@ -145,6 +145,14 @@ class CoordinatorSettings(BaseModel):
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     metrics_host: str = "127.0.0.1"
 
+    @field_validator("network", mode="before")
+    @classmethod
+    def _check_network(cls, network: object) -> object:
+        # On the wire what is unknown is of a later version; in a file it is a slip of the pen.
+        if isinstance(network, dict) and (odd := sorted(network.keys() - Network.model_fields)):
+            raise ValueError(f"{odd[0]} is not a setting of the network")
+        return network
+
     @field_validator("codec", "gradient_codec", "parameter_codec")
     @classmethod
     def _check_codec(cls, name: str | None) -> str | None:

@@ -183,6 +183,17 @@ class Store:
         """Which versions :meth:`at` finds, ascending; damaged ones are left out."""
         return sorted(self._by_version())
 
+    def go_back(self, version: int) -> None:
+        """Forget the rounds after this version, which is one of :meth:`versions`.
+
+        For who owns all devices and takes them back too: stamps that were announced may come again.
+        """
+        parent = self.folder / "checkpoints"
+        newer = [path.name for kept, path in self._by_version().items() if kept > version]
+        with _disk(parent):
+            remove_folders(parent, newer)
+            (self.folder / "attempt.json").unlink(missing_ok=True)
+
     def save_result(self, result: dict[str, Any]) -> None:
         """Write the run's result."""
         path = self.folder / "result.json"

@@ -39,7 +39,7 @@ class DiskSnapshots:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "snapshot.safetensors"
+        self.path = folder / "snapshot.safetensors"
         try:
             _make_folder(folder)
         except OSError as exc:
@@ -52,40 +52,49 @@ class DiskSnapshots:
         tensors |= {_RESIDUAL + name: values for name, values in snapshot.residual.items()}
         metadata = {"run": run, "cut": str(cut), "version": str(version)}
         metadata["sha256"] = _checksum(metadata, tensors)
-        temporary = self._path.with_suffix(".writing")
+        temporary = self.path.with_suffix(".writing")
         try:
             with temporary.open("wb") as file:
                 file.write(save(tensors, metadata))
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self._path)
-            _sync(self._path.parent)
+            temporary.replace(self.path)
+            _sync(self.path.parent)
         except OSError as exc:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise StateError(f"cannot write {self._path}: {exc.strerror}; free some space") from exc
+            raise StateError(f"cannot write {self.path}: {exc.strerror}; free some space") from exc
 
     def load(self, run: str, cut: int) -> tuple[int, Snapshot] | None:
         """Version and snapshot kept for this run and cut, if there is one.
 
         Raises :class:`StateError` for a file that is damaged.
         """
-        if not self._path.exists():
+        if not self.path.exists():
             return None
         try:
-            with safe_open(self._path, "np") as file:
+            with safe_open(self.path, "np") as file:
                 about = file.metadata() or {}
                 if (about.get("run"), about.get("cut")) != (run, str(cut)):
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             version, checksum = int(about["version"]), about.pop("sha256", None)
         except (OSError, SafetensorError, KeyError, ValueError) as exc:
-            raise StateError(f"{self._path} is unusable ({exc})") from exc
+            raise StateError(f"{self.path} is unusable ({exc})") from exc
         if checksum not in (None, _checksum(about, tensors)):
-            raise StateError(f"{self._path} is damaged (checksum)")
+            raise StateError(f"{self.path} is damaged (checksum)")
         return version, Snapshot(
             _part(tensors, _STATE), _part(tensors, _MOMENTUM), _part(tensors, _RESIDUAL)
         )
+
+
+def version_of(path: Path) -> int | None:
+    """The version that a kept snapshot begins; None if the file is damaged or not there."""
+    try:
+        with safe_open(path, "np") as file:
+            return int((file.metadata() or {})["version"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
 
 
 def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

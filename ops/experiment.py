@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import sys
@@ -9,12 +10,13 @@ import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import torch
 from rich.console import Console
 
 from ops import bench_rows
-from ops.errors import SettingsWrong
+from ops.errors import DiskTrouble, SettingsWrong
 from ops.experiments import exit_tables, tables
 from ops.experiments.images import load_images
 from ops.experiments.one_run import read_json, to_json
@@ -51,12 +53,13 @@ def run_experiment(
         DataError: images are missing.
         DiskTrouble, FleetFailed: see ``runner.run_all``.
     """
-    if jobs < 1 or (minutes is not None and minutes <= 0):
+    if jobs < 1 or not (minutes is None or minutes > 0):
         raise SettingsWrong("--jobs must be at least 1 and --minutes above 0")
     until = None if minutes is None else time.monotonic() + 60 * minutes
     experiment = read_experiment(file)
     part = _part(experiment, arms, seeds)
     if rehearse:
+        trainings(experiment, data_root=data_root)  # what is wrong with the real one
         experiment, device = rehearsal(experiment), device or "cpu"
         part = rehearsal(part)
     more = tuple(seed for seed in part.seeds if seed not in experiment.seeds)
@@ -66,6 +69,7 @@ def run_experiment(
     images = load_images(experiment.data, data_root, download=download)
     todo = trainings(part, data_root=data_root, device=device)
     whole = trainings(experiment, data_root=data_root, device=device)
+    lock = _lock(out)
     require_same(whole, out)
     _describe(experiment, out, {training.settings.device for training in todo})
 
@@ -83,6 +87,7 @@ def run_experiment(
         finished=write,
     )
     write()
+    lock.close()
     if as_json:
         print(json.dumps(results_of(whole, out), indent=1))
     else:
@@ -130,8 +135,29 @@ def _part(
         raise SettingsWrong(f"--arms {unknown[0]}: the file has {', '.join(names)}")
     chosen = [arm for arm in experiment.arms if arms is None or arm.name in arms]
     return experiment.model_copy(
-        update={"arms": tuple(chosen), "seeds": tuple(seeds or experiment.seeds)}
+        update={"arms": tuple(chosen), "seeds": tuple(dict.fromkeys(seeds or experiment.seeds))}
     )
+
+
+def _lock(out: Path) -> IO[str]:
+    """Keep others from working in a folder, as long as what is returned is open.
+
+    Raises ``SettingsWrong`` if somebody does, and ``DiskTrouble``.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+        (out / "log.txt").open("a").close()
+    except OSError as exc:
+        raise DiskTrouble(f"cannot write to {out}: {exc.strerror}; choose another --out") from exc
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise SettingsWrong(
+            f"another call is at work in {out}: wait for its end, or choose another --out"
+        ) from None
+    return file
 
 
 def _describe(experiment: Experiment, out: Path, devices: Iterable[str]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coordinator.observer import Observer
+from coordinator.store import Store
 from edge_agent.data import DeviceData
-from edge_agent.snapshots import DiskSnapshots, Snapshot
+from edge_agent.snapshots import DiskSnapshots, Snapshot, version_of
 from ops.errors import FleetFailed
 from ops.experiments.images import ImageSets, resident_images
 from ops.experiments.spec import Training
@@ -28,6 +29,8 @@ class FleetTraining:
     def __init__(self, training: Training, images: ImageSets, folder: Path) -> None:
         self._training = training
         self._closed = _Closed()
+        if training.settings.aggregation == "rounds":
+            _go_back_together(folder, training.devices)
         self._kept: list[_Snapshots] = []
         nothing = np.zeros(0, np.int64)
         devices = []
@@ -95,6 +98,7 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     devices = record["devices"].values()
     sent = record["bytes"]
     return {
+        "round": record["round"],
         "samples": sum(device["samples"] for device in devices),
         "discarded": sum(sum(device["account"]["discarded"].values()) for device in devices),
         "bytes_up": sum(size for role, size in sent.items() if role.startswith("up/")),
@@ -115,9 +119,13 @@ class _Closed(Observer):
 
 
 class _Snapshots(DiskSnapshots):
-    """Knows which version it keeps."""
+    """Knows which version it keeps, and keeps the one before."""
 
     version = -1
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._before = folder / "before.safetensors"
 
     def load(self, run: str, cut: int) -> tuple[int, Snapshot] | None:
         kept = super().load(run, cut)
@@ -126,5 +134,38 @@ class _Snapshots(DiskSnapshots):
         return kept
 
     def save(self, run: str, cut: int, version: int, snapshot: Snapshot) -> None:
+        if self.path.exists() and version != self.version:
+            self.path.replace(self._before)
         super().save(run, cut, version, snapshot)
         self.version = version
+
+    def versions(self) -> set[int]:
+        """Those that can be gone on from."""
+        found = (version_of(path) for path in (self.path, self._before) if path.exists())
+        return {version for version in found if version is not None}
+
+    def go_back(self, version: int) -> None:
+        """Keep this version, which is one of :meth:`versions`, as the newest."""
+        if version_of(self.path) != version:
+            self._before.replace(self.path)
+
+
+def _go_back_together(folder: Path, devices: Sequence[str]) -> None:
+    """After a kill between a checkpoint and the last device's: to the version that all have.
+
+    Otherwise a device would go on without its momentum, and come to something else.
+    """
+    store = Store(folder / "coordinator")
+    kept = [_Snapshots(folder / "devices" / name) for name in devices]
+    if store.current() is None:
+        return
+    newest, *older = reversed(store.versions())
+    for version in (newest, *older):
+        if all(version in each.versions() for each in kept):
+            break
+    else:
+        return  # of the first round there is nothing yet
+    for each in kept:
+        each.go_back(version)
+    if version != newest:
+        store.go_back(version)

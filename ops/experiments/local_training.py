@@ -110,13 +110,15 @@ class LocalTraining:
         learners = [learner.records for learner in self._learners.values()]
         return [
             {
+                "round": number,
                 "samples": sum(record["samples"] for record in records),
                 "discarded": 0,
                 "bytes_up": 0,
                 "bytes_down": 0,
                 "train_loss": {"0": float(np.mean([record["loss"] for record in records]))},
             }
-            for records in zip(*learners, strict=False)  # a crash may leave some a round ahead
+            # A crash may leave some a round ahead.
+            for number, records in enumerate(zip(*learners, strict=False), 1)
         ]
 
 

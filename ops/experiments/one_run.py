@@ -64,10 +64,11 @@ def run_training(
     data_root: Path | None,
     told: Callable[[Record], None],
     stop: Callable[[], bool] = lambda: False,
+    must_advance: bool = False,
 ) -> Record | None:
-    """Train to the end and test; the result, or None if ``stop()`` after some round.
+    """Train to the end and test; the result, or None if ``stop()`` before some round.
 
-    ``told`` hears of every round.
+    ``told`` hears of every round. With ``must_advance`` there is one more in any case.
 
     Raises:
         SettingsWrong: the folder holds another training.
@@ -82,25 +83,28 @@ def run_training(
     images = load_images(training.data, data_root)
     under_way = begin(training, images, folder / "state")
     judge = Judge(training, images)
-    history: list[Record] = (read_json(folder / "history.json") or {"rounds": []})["rounds"]
-    history = history[: under_way.round]
+    known = {record["round"]: record for record in read_history(folder)}
     started = time.process_time()
+    advanced = not must_advance
     while True:
-        if len(history) < under_way.round:
-            new = range(len(history) + 1, under_way.round + 1)
-            history += [{"round": number, "seconds": 0.0} for number in new]
-            records = under_way.records()
-            history = [kept | record for kept, record in zip(history, records, strict=True)]
-            if any(map(training.scores, new)):
-                history[-1] |= judge.score(under_way.models(), images.curve)
-            history[-1]["seconds"] = time.process_time() - started
+        history: list[Record] = [
+            {"seconds": 0.0} | known.get(record["round"], {}) | record
+            for record in under_way.records()
+        ]
+        new = [record for record in history if record["round"] not in known]
+        if new:
+            if any(training.scores(record["round"]) for record in new):
+                new[-1] |= judge.score(under_way.models(), images.curve)
+            new[-1]["seconds"] = time.process_time() - started
             write_whole(folder / "history.json", to_json({"rounds": history}))
-            for number in new:
-                told(history[number - 1])
+            for record in new:
+                told(record)
+        known = {record["round"]: record for record in history}
         if under_way.round == training.settings.rounds:
             break
-        if stop():
+        if advanced and stop():
             return None
+        advanced = True
         started = time.process_time()
         under_way.advance()
     if result is None:
@@ -199,15 +203,32 @@ def to_json(data: object) -> str:
 def read_json(path: Path) -> Record | None:
     """What is in a file; None if there is none. Raises ``DiskTrouble``."""
     try:
-        data: Record = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:
-        raise DiskTrouble(
-            f"{path} cannot be read ({exc}); remove it and start again: what is in it is made anew "
-            "where it can be"
-        ) from exc
+        raise _damaged(path, exc) from exc
+    if not isinstance(data, dict):
+        raise _damaged(path, "not a JSON object")
     return data
+
+
+def read_history(folder: Path) -> list[Record]:
+    """A line for each closed round of the training in ``folder``. Raises ``DiskTrouble``."""
+    path = folder / "history.json"
+    rounds = (read_json(path) or {"rounds": []}).get("rounds")
+    if not isinstance(rounds, list) or not all(
+        isinstance(record, dict) and isinstance(record.get("round"), int) for record in rounds
+    ):
+        raise _damaged(path, "it has no rounds")
+    return rounds
+
+
+def _damaged(path: Path, why: object) -> DiskTrouble:
+    return DiskTrouble(
+        f"{path} cannot be read ({why}); remove it and start again: what is in it is made anew "
+        "where it can be"
+    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -222,11 +243,19 @@ def claim(training: Training, folder: Path) -> None:
     if found is None:
         write_whole(folder / "training.json", to_json(identity))
         return
-    found.setdefault("device", identity["device"])  # was not there at first
+    if not isinstance(found.get("settings"), dict):
+        raise _damaged(folder / "training.json", "it has no settings")
+    for key in ("device", "score_every"):  # were not there at first
+        found.setdefault(key, identity[key])
     with contextlib.suppress(ValidationError):  # a setting that was not there yet had its default
         found["settings"] = Training.settings_as_json(CoordinatorSettings(**found["settings"]))
     if found != identity:
-        odd = next(key for key in identity if found.get(key) != identity[key])
+        odd = next(
+            key
+            for one, other in ((identity, found), (identity["settings"], found["settings"]))
+            for key in one
+            if key != "settings" and one[key] != other.get(key)
+        )
         raise SettingsWrong(
             f"{folder} holds a training with another {odd}: choose another --out, or remove it"
         )

@@ -11,11 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coordinator.errors import CoordinatorError
 from ops import workers
 from ops.errors import FleetFailed
-from ops.experiments.one_run import Record, claim, is_finished, read_json, run_training
+from ops.experiments.one_run import Record, claim, is_finished, read_history, run_training
 from ops.experiments.spec import Training
 from ops.units import percent, seconds
+from tensors.errors import TensorsError
 
 log = logging.getLogger("splitfleet.experiment")
 
@@ -84,8 +86,10 @@ def run_all(
     ended, failed = list[bool](), list[str]()
     try:
         running: set[Future[bool]] = {
-            pool.submit(_run, training, folder_of(out, training), data_root, until)
-            for training in todo
+            pool.submit(
+                _run, training, folder_of(out, training), data_root, until, first=index < jobs
+            )
+            for index, training in enumerate(todo)
         }
         while running:
             done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -145,7 +149,7 @@ class _Watched:
         if changed == self._changed:
             return []
         self._changed = changed
-        records: list[Record] = (read_json(self._file) or {"rounds": []})["rounds"]
+        records = read_history(self._file.parent)
         new = records[self.rounds :]
         self.rounds = len(records)
         return new
@@ -160,15 +164,28 @@ def _begin_worker(log_file: Path) -> None:
     )
 
 
-def _run(training: Training, folder: Path, data_root: Path | None, until: float | None) -> bool:
+def _run(
+    training: Training,
+    folder: Path,
+    data_root: Path | None,
+    until: float | None,
+    *,
+    first: bool,
+) -> bool:
+    """Whether the training has come to its end. The ``first`` ones get on by a round at least."""
+
+    def over() -> bool:
+        return until is not None and time.monotonic() >= until
+
     def tell(record: Record) -> None:
         log.info("%s", describe(training, record))
 
-    result = run_training(
-        training,
-        folder,
-        data_root=data_root,
-        told=tell,
-        stop=lambda: until is not None and time.monotonic() >= until,
-    )
+    if over() and not first:
+        return False
+    try:
+        result = run_training(
+            training, folder, data_root=data_root, told=tell, stop=over, must_advance=first
+        )
+    except (CoordinatorError, TensorsError) as exc:
+        raise FleetFailed(f"{training.arm} seed {training.seed}: {exc}") from exc
     return result is not None

@@ -19,7 +19,7 @@ from tensors.partition import partition
 
 FILES = Path(__file__).parent / "files"
 Kind = Literal["fleet", "centralized", "distributed"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
 Cuts = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1)]
 FIXED = {
     "state_dir", "min_devices", "inference", "dataset", "data_root", "seed", "stay", "threads",
@@ -32,6 +32,12 @@ FLEETS_ONLY = ("exit_weight", "feedback_weight", "distill_weight", "label_skew")
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _with_table(training: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(training.get("network", {}), dict):
+        raise ValueError("network is a table, e.g. { width = 16 }")  # noqa: TRY004 pydantic's
+    return training
 
 
 class Fleet(_Section):
@@ -56,6 +62,11 @@ class Arm(_Section):
     against: Name | None = None
     """The arm it is compared with, if not the reference."""
 
+    @field_validator("training")
+    @classmethod
+    def _check_training(cls, training: dict[str, Any]) -> dict[str, Any]:
+        return _with_table(training)
+
 
 class Experiment(_Section):
     """The file."""
@@ -71,6 +82,18 @@ class Experiment(_Section):
     training: dict[str, Any] = Field(default_factory=dict)
     """Settings of the coordinator (docs/cli.md) for all arms; ``network`` is a table in it."""
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is there twice")
+        return seeds
+
+    @field_validator("training")
+    @classmethod
+    def _check_training(cls, training: dict[str, Any]) -> dict[str, Any]:
+        return _with_table(training)
 
     @field_validator("arms")
     @classmethod
@@ -127,6 +150,7 @@ class Training:
             "cuts": list(self.cuts),
             "partition": self.partition,
             "data": self.data.model_dump(mode="json"),
+            "score_every": self.score_every,
             "device": self.settings.device.partition(":")[0],
             "settings": self.settings_as_json(self.settings),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -82,7 +83,7 @@ def test_it_stops_when_its_minutes_are_over_and_says_how_to_go_on(tmp_path: Path
         str(file), "--out", str(out), "--minutes", "0.001", "--arms", "a", "--seeds", "4"
     )
     assert code == 75
-    assert rounds(out) in ({}, {"a/seed-4": 1})
+    assert rounds(out) == {"a/seed-4": 1}, "each call gets on by a round"
     assert "the same command goes on" in log
 
 
@@ -93,11 +94,23 @@ def test_mistakes_end_it_at_once(tmp_path: Path) -> None:
         (["--arms", "c"], "the file has a, b"),
         (["--seeds", "x"], "whole numbers"),
         (["--jobs", "0"], "at least 1"),
+        (["--minutes", "nan"], "above 0"),
     ):
         code, _, log = finish(str(file), "--out", str(tmp_path / "out"), *arguments)
         assert code == 2
         assert words in log
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_one_calls_at_a_time(tmp_path: Path) -> None:
+    file, out = tmp_path / "try.toml", tmp_path / "out"
+    file.write_text(GOOD)
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, log = finish(str(file), "--out", str(out))
+    assert code == 2
+    assert "another call is at work" in log
 
 
 def test_what_is_taken_in_pieces_has_one_table_and_one_file(tmp_path: Path) -> None:
@@ -115,7 +128,7 @@ def test_what_is_taken_in_pieces_has_one_table_and_one_file(tmp_path: Path) -> N
     before = (out / "experiment.json").read_bytes()
     code, table, log = finish(str(file), "--out", str(out))
     assert code == 2, "what is finished is of another training than the file's"
-    assert "another settings" in log
+    assert "another rounds" in log
     assert (out / "experiment.json").read_bytes() == before
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from coordinator.store import Store
+from edge_agent.snapshots import DiskSnapshots, Snapshot
 from ops.errors import DiskTrouble, FleetFailed, SettingsWrong
 from ops.experiments.fleet_training import FleetTraining
 from ops.experiments.images import load_images
@@ -145,11 +146,53 @@ def test_a_finished_training_is_not_made_again(tmp_path: Path) -> None:
 
 def test_a_folder_holds_one_training(tmp_path: Path) -> None:
     run(make_training("centralized"), tmp_path, stop_after=1)
-    with pytest.raises(SettingsWrong, match="another settings"):
+    with pytest.raises(SettingsWrong, match="another learning_rate"):
         run(make_training("centralized", learning_rate=0.01), tmp_path)
-    (tmp_path / "history.json").write_text("{")
-    with pytest.raises(DiskTrouble, match=r"history\.json"):
-        run(make_training("centralized"), tmp_path)
+    for name in ("history.json", "training.json"):
+        kept = (tmp_path / name).read_bytes()
+        for rubbish in ("{", "[]", '{"rounds": 5, "settings": 5}'):
+            (tmp_path / name).write_text(rubbish)
+            with pytest.raises(DiskTrouble, match=name.replace(".", r"\.")):
+                run(make_training("centralized"), tmp_path)
+        (tmp_path / name).write_bytes(kept)
+
+
+def test_a_lost_history_is_told_again_by_what_was_kept(tmp_path: Path) -> None:
+    for kind in ("centralized", "fleet"):
+        folder = tmp_path / kind
+        whole = run(make_training(kind), tmp_path / f"{kind}-whole")
+        run(make_training(kind), folder, stop_after=2)
+        (folder / "history.json").unlink()
+        found = run(make_training(kind), folder)
+        for key in ("round", "samples", "train_loss"):
+            wanted = [record[key] for record in whole["history"]]
+            assert [record[key] for record in found["history"]] == wanted, key
+
+
+def test_a_kill_between_the_checkpoint_and_a_device_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first device has kept version 2 when everything goes, the second has not."""
+    training = make_training(parameter_codec="int8")
+    whole = run(training, tmp_path / "whole")
+    save = DiskSnapshots.save
+
+    def die(self: DiskSnapshots, name: str, cut: int, version: int, snapshot: Snapshot) -> None:
+        if version == 2 and cut == training.cuts[1]:
+            raise KeyboardInterrupt
+        save(self, name, cut, version, snapshot)
+
+    monkeypatch.setattr(DiskSnapshots, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(training, tmp_path / "killed")
+    monkeypatch.setattr(DiskSnapshots, "save", save)
+    store = Store(tmp_path / "killed" / "state" / "coordinator")
+    assert store.current() is not None
+    assert store.versions()[-1] == 2, "the coordinator had kept it"
+    found = run(training, tmp_path / "killed")
+    assert found["final"] == whole["final"]
+    losses = [[record["train_loss"] for record in r["history"]] for r in (whole, found)]
+    assert losses[0] == losses[1]
 
 
 def test_centralized_training_is_a_plain_loop_over_all_images(tmp_path: Path) -> None:
