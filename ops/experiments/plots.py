@@ -1,4 +1,4 @@
-"""Curves of an experiment: accuracy of the full network, and of each cut's exit, over rounds."""
+"""Curves of an experiment over images trained on: of the full network, and of each exit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ STYLES = 9
 
 
 def curves(results: Results, pick: Callable[[Record], float | None], name: str) -> str:
-    """An SVG: one line for each arm, the mean over its seeds, after each round."""
+    """An SVG: one line for each arm, the mean over its seeds, at each point of its curve."""
     series = []
     for index, (arm, runs) in enumerate(results.items()):
         histories = [result["history"] for result in runs.values()]
-        points = []
+        points, images = [], 0.0
         for records in zip(*histories, strict=False):
+            images += statistics.fmean(record["samples"] for record in records)
             values = [value for record in records if (value := pick(record)) is not None]
             if values:
-                points.append((float(records[0]["round"]), statistics.fmean(values)))
+                points.append((images, statistics.fmean(values)))
         if points:
             style = f"c{index % STYLES}" + (" dashed" if index >= STYLES else "")
             series.append(Series(arm, style, points))
@@ -30,12 +31,11 @@ def curves(results: Results, pick: Callable[[Record], float | None], name: str) 
     chart = line_chart(
         series,
         name=name,
-        x_label="round",
-        x_range=(1, last),
+        x_label="images trained on, in thousands",
+        x_range=(0, last),
         y_range=share_range(y for line in series for _, y in line.points),
-        x_format=lambda x: f"{x:.0f}",
+        x_format=lambda x: f"{x / 1000:g}",
         y_format=percent,
-        whole_x=True,
         legend=True,
     )
     return standalone(chart)
