@@ -51,13 +51,16 @@ def plan(
     from rich.console import Console
 
     from ops.planning.assignment import Limits
-    from ops.planning.plan import PlanSettings, make_plan
+    from ops.planning.plan import MOST_ROUNDS_PER_DAY, PlanSettings, make_plan
     from ops.planning.show import show
 
     if by not in ("class", "device"):
         raise SettingsWrong(f"--by {by}: it is class or device")
-    if rounds_per_day <= 0:
-        raise SettingsWrong(f"--rounds-per-day {rounds_per_day:g}: it must be above 0")
+    if not 0 < rounds_per_day <= MOST_ROUNDS_PER_DAY:
+        raise SettingsWrong(
+            f"--rounds-per-day {rounds_per_day:g}: it must be above 0 and at most "
+            f"{MOST_ROUNDS_PER_DAY:,}"
+        )
     first, last = _range(cuts)
     network = {"width": width, "size": size, "channels": channels, "classes": classes}
     asked = PlanSettings(

@@ -17,6 +17,11 @@ def amount(number: float | None) -> str:
     return f"{number:.1f}" if 0 < number < 10 and number != int(number) else f"{number:,.0f}"
 
 
+def mebibytes(size: float) -> str:
+    """1234.5 → 1,234 MiB; below 10 with two digits: 0.0012 → 0.0012 MiB."""
+    return f"{size:,.0f} MiB" if size >= 9.95 else f"{size:.2g} MiB"
+
+
 def byte_size(size: float | None) -> str:
     """Decimal units, three digits: 1200000 → 1.20 MB."""
     if size is None:

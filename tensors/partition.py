@@ -106,6 +106,8 @@ def _repair(owner: NDArray[np.int64], devices: int, rng: np.random.Generator) ->
 def _lists(path: Path, samples: int, devices: int) -> list[NDArray[np.int64]]:
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise DataError(f"{path} cannot be read as JSON (nested too deeply)") from None
     except (OSError, ValueError) as exc:
         raise DataError(f"{path} cannot be read as JSON ({exc})") from exc
     if not isinstance(lists, list) or not all(isinstance(part, list) for part in lists):

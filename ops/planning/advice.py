@@ -10,6 +10,7 @@ import numpy as np
 from ops.planning.memory import server_mb
 from ops.planning.model import FleetModel, Prediction
 from ops.planning.skew import Skew
+from ops.units import mebibytes
 
 WORTH = 1.5
 """Batches a second that no barrier must bring, times those with one, to be advised."""
@@ -53,8 +54,9 @@ def advise(model: FleetModel, found: Prediction, skew: Skew | None) -> Advice:
     if memory["averaging"] > limit:
         strategy = "sequential"
         reasons.append(
-            f"a replica for each device takes {memory['averaging']:,.0f} MiB at the server, which "
-            f"has {limit:,.0f}; one network for all takes {memory['sequential']:,.0f}"
+            f"a replica for each device takes {mebibytes(memory['averaging'])} at the server, "
+            f"which has {mebibytes(limit)}; one network for all takes "
+            + mebibytes(memory["sequential"])
             + ("" if memory["sequential"] <= limit else ", which is too much as well")
         )
     elif skew is not None and skew.level == "strong":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,10 @@ SETTLING = 1
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Seconds of a round, and what the simulator adds when devices fail and switch off."""
+    """Seconds of a round, and what the simulator adds when devices fail and switch off.
+
+    Infinite where no round closed.
+    """
 
     predicted_s: float
     simulated_s: float
@@ -32,7 +36,9 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was simulated."""
+        """Of the prediction, as a share of what was simulated; NaN where no round closed."""
+        if not math.isfinite(self.simulated_s):
+            return math.nan
         return self.predicted_s / self.simulated_s - 1
 
 
@@ -80,4 +86,5 @@ def _simulate(
         with rarely_collecting():
             fleet.run(until=lambda: fleet.coordinator.over, limit_s=LIMIT_S)
         history = fleet.checkpoint().history
-    return fmean(record["seconds"] for record in history[SETTLING:])
+    counted = [record["seconds"] for record in history[SETTLING:]]
+    return fmean(counted) if counted else math.inf

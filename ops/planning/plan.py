@@ -24,11 +24,15 @@ from ops.planning.skew import Skew, read_counts, skew_of
 from ops.simulator.profile import Profile, load_profile
 from ops.simulator.sizes import message_sizes
 from ops.simulator.world import World
+from ops.units import mebibytes
 from tensors.datasets import load_dataset
 from tensors.partition import partition
 
 DAYS_PER_MONTH = 30.44
 DAY_S = 86_400
+MOST_ROUNDS_PER_DAY = 1_000_000
+LOSSY = 0.05
+"""From this share of lost packets on, their mean delay says little about a round."""
 COMPARED = 100
 """Up to so many devices the other way of assigning cuts is shown beside the chosen one."""
 
@@ -49,7 +53,7 @@ class PlanSettings(BaseModel):
     """Whether all devices of a group of the profile have the same cut layer."""
     limits: Limits = Limits()
     """``month_bytes`` and cuts; ``rounds_per_month`` is taken from the next."""
-    rounds_per_day: float = Field(default=24.0, gt=0, le=1e6)
+    rounds_per_day: float = Field(default=24.0, gt=0, le=MOST_ROUNDS_PER_DAY)
     labels: Path | None = None
     dataset: str | None = None
     partition: str | None = None
@@ -81,13 +85,14 @@ def make_plan(asked: PlanSettings) -> dict[str, Any]:
     found = chosen.prediction
     advice = advise(model, found, skew)
     names = [profile.names[group] for group in groups]
+    to_paste = _settings(settings, asked, advice, found)
     result = {
         "profile": asked.profile,
         "devices": asked.devices,
         "seed": asked.seed,
         "by": asked.by,
         "round_s": _finite(found.round_s),
-        "slowest_s": found.slowest_s,
+        "slowest_s": _finite(found.slowest_s),
         "deadline_s": found.deadline_s,
         "late_devices": len(found.late),
         "rounds_per_day": asked.rounds_per_day,
@@ -104,18 +109,21 @@ def make_plan(asked: PlanSettings) -> dict[str, Any]:
             "waiting": advice.waiting,
             "helps": [{"change": change, "round_s": s} for change, s in advice.helps],
         },
-        "settings": _settings(settings, asked, advice, found),
+        "settings": to_paste,
         "cuts": {d.name: int(cut) for d, cut in zip(devices, found.cuts, strict=True)},
         "predictions_asked": chosen.asked,
-        "warnings": _warnings(model, found, asked, skew),
+        "warnings": [
+            *_warnings(model, found, asked, skew),
+            *_memory_warnings(advice, to_paste["strategy"], model.server.memory_mb),
+        ],
     }
     if asked.check:
         checked = check(model, found.cuts, rounds=asked.check_rounds, seed=asked.seed)
         result["check"] = {
-            "predicted_s": checked.predicted_s,
-            "simulated_s": checked.simulated_s,
-            "error": checked.error,
-            "with_failures_s": checked.with_failures_s,
+            "predicted_s": _finite(checked.predicted_s),
+            "simulated_s": _finite(checked.simulated_s),
+            "error": _finite(checked.error),
+            "with_failures_s": _finite(checked.with_failures_s),
         }
     return result
 
@@ -172,7 +180,7 @@ def _compare(
     return [
         {
             "how": how,
-            "round_s": prediction.slowest_s,
+            "round_s": _finite(prediction.slowest_s),
             "server_load": prediction.server_load,
             "cuts": _histogram(prediction.cuts),
         }
@@ -330,6 +338,11 @@ def _warnings(
             f"{len(away)} of {count} devices fail or switch off; {sum(shares):.0f} are there at a "
             "time. Predicted is a round in which all are"
         )
+    if lossy := sum(d.link.loss >= LOSSY for d in model.devices):
+        warnings.append(
+            f"{lossy} of {count} devices lose at least {100 * LOSSY:.0f} % of their packets: only "
+            "the mean delay is predicted, rounds may take twice as long and more: see --check"
+        )
     if skew is not None and skew.level != "even":
         warnings.append(
             f"labels are spread unevenly ({skew.level}): mean distance {skew.distance:.2f} to the "
@@ -340,5 +353,16 @@ def _warnings(
     return warnings
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _memory_warnings(advice: Advice, strategy: str, limit: float) -> list[str]:
+    """That what is to be pasted does not fit the server."""
+    fitting = [name for name, needed in advice.memory_mb.items() if needed <= limit]
+    if strategy in fitting:
+        return []
+    takes = mebibytes(advice.memory_mb[strategy])
+    fits = f"only {' and '.join(fitting)} would fit" if fitting else "no strategy fits"
+    has = f"the server has {mebibytes(limit)}, {strategy} takes {takes}"
+    return [f"{has}: {fits}: raise its memory_mb, or lower --width or batch_size"]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ops.units import byte_size, milliseconds, percent, seconds
+from ops.units import MISSING, byte_size, milliseconds, percent, seconds
 
 
 def show(plan: Mapping[str, Any], console: Console) -> None:
@@ -117,14 +117,18 @@ def _check(check: Mapping[str, Any]) -> Table:
     table = Table(title="predicted and simulated seconds of a round")
     for column in ("predicted", "simulated, all on", "error", "simulated with failures"):
         table.add_column(column, justify="right")
-    failing = check["with_failures_s"]
+    error, failing = check["error"], check["with_failures_s"]
     table.add_row(
-        f"{check['predicted_s']:.2f}",
-        f"{check['simulated_s']:.2f}",
-        f"{100 * check['error']:+.1f} %",
-        "–" if failing is None else f"{failing:.2f}",
+        _round(check["predicted_s"]),
+        _round(check["simulated_s"]),
+        MISSING if error is None else f"{100 * error:+.1f} %",
+        MISSING if failing is None else _round(failing),
     )
     return table
+
+
+def _round(duration: float | None) -> str:
+    return "none closes" if duration is None else f"{duration:.2f}"
 
 
 def _cuts(cuts: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from ops.errors import SettingsWrong
 
 NOTICEABLE = 0.3
 STRONG = 0.5
+MOST_IMAGES = 1e12
+FORM = 'write {"device": {"label": images}}'
 
 Level = Literal["even", "noticeable", "strong"]
 
@@ -69,10 +72,12 @@ def read_counts(path: Path) -> NDArray[np.float64]:
     """
     try:
         data = json.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise SettingsWrong(f"--labels {path}: it is nested too deeply; {FORM}") from None
     except (OSError, ValueError) as exc:
         raise SettingsWrong(f"--labels {path}: it cannot be read as JSON ({exc})") from exc
     if not isinstance(data, Mapping) or not data:
-        raise SettingsWrong(f'--labels {path}: write {{"device": {{"label": images}}}}')
+        raise SettingsWrong(f"--labels {path}: {FORM}")
     rows = {str(name): _row(path, str(name), entry) for name, entry in data.items()}
     labels = sorted({label for row in rows.values() for label in row})
     return np.array([[row.get(label, 0.0) for label in labels] for row in rows.values()])
@@ -82,11 +87,14 @@ def _row(path: Path, name: str, entry: object) -> dict[str, float]:
     if isinstance(entry, Sequence) and not isinstance(entry, str):
         entry = {str(label): images for label, images in enumerate(entry)}
     if not isinstance(entry, Mapping):
-        raise SettingsWrong(f"--labels {path}: {name} = {entry!r}: give images by label")
+        raise SettingsWrong(
+            f"--labels {path}: {name} = {reprlib.repr(entry)}: give images by label"
+        )
     for label, images in entry.items():
-        if type(images) not in (int, float) or not 0 <= images < math.inf:
+        if type(images) not in (int, float) or not 0 <= images <= MOST_IMAGES:
             raise SettingsWrong(
-                f"--labels {path}: {name}.{label} = {images!r}: it must be a number from 0"
+                f"--labels {path}: {name}.{label} = {reprlib.repr(images)}: it must be a number "
+                f"from 0 to {MOST_IMAGES:g}"
             )
     if not sum(entry.values()):
         raise SettingsWrong(f"--labels {path}: {name} has no images")

@@ -20,6 +20,9 @@ from ops.simulator.world import World
 T = TypeVar("T")
 RESEND_S = 0.2
 """The least time until TCP sends a lost packet again."""
+MOST_RESEND_S = 120.0
+"""The most; so has Linux (RFC 6298 wants at least 60). Without it the mean delay would not exist
+from a loss of one half on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +41,19 @@ class LinkProfile:
 
     @property
     def mean_delay_s(self) -> float:
-        """Of a packet, beside the time to send it; every resend waits twice as long as the last."""
-        if self.loss >= 0.5:
-            return math.inf
-        wait = max(RESEND_S, 2 * self.latency_s)
-        return self.latency_s + self.jitter_s + wait * self.loss / (1 - 2 * self.loss)
+        """Of a packet, beside the time to send it; each wait is twice as long as the one before."""
+        delay, share = self.latency_s + self.jitter_s, self.loss
+        wait = self.first_resend_s
+        while wait < MOST_RESEND_S:
+            delay += share * wait
+            share *= self.loss
+            wait *= 2
+        return delay + MOST_RESEND_S * share / (1 - self.loss)
+
+    @property
+    def first_resend_s(self) -> float:
+        """How long a packet that is lost for the first time is waited for."""
+        return min(MOST_RESEND_S, max(RESEND_S, 2 * self.latency_s))
 
 
 IDEAL = LinkProfile()
@@ -107,10 +118,10 @@ class Pipe(Generic[T]):
         if profile.jitter_s:
             delay += self._rng.expovariate(1 / profile.jitter_s)
         if profile.loss:
-            wait = max(RESEND_S, 2 * profile.latency_s)
+            wait = profile.first_resend_s
             while self._rng.random() < profile.loss:
                 delay += wait
-                wait *= 2
+                wait = min(MOST_RESEND_S, 2 * wait)
         self._last = max(self._last, self._free + delay)
         self._world.at(self._last, lambda: self._arrive(item))
 

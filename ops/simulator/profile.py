@@ -12,12 +12,14 @@
     step_s = 0.001
 
 Every key of :class:`Group` and :class:`Server` may be given; what is missing has its default.
+Only a plain number may be ``inf``, and only where :data:`LIMITS` allow it: without a limit.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +34,11 @@ from ops.simulator.programs import Device
 from ops.simulator.world import World
 
 FOLDER = Path(__file__).parent / "profiles"
+
+
+MOST_SHARE = 1e9
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=MOST_SHARE)]
 
 
 class _Spread(BaseModel):
@@ -57,7 +64,7 @@ class Constant(_Spread):
 class Uniform(_Spread):
     """Evenly between two values."""
 
-    uniform: tuple[float, float]
+    uniform: tuple[Finite, Finite]
 
     @property
     def values(self) -> list[float]:
@@ -78,8 +85,8 @@ class Uniform(_Spread):
 class LogNormal(_Spread):
     """Around a median, with the standard deviation ``sigma`` of the logarithm."""
 
-    lognormal: float = Field(gt=0)
-    sigma: float = Field(ge=0)
+    lognormal: float = Field(gt=0, allow_inf_nan=False)
+    sigma: float = Field(ge=0, le=10)
     at_most: float = Field(default=math.inf, gt=0)
 
     @property
@@ -95,8 +102,8 @@ class LogNormal(_Spread):
 class Choice(_Spread):
     """One of several, with weights or all alike."""
 
-    choice: list[float | Literal["auto"]] = Field(min_length=1)
-    weights: list[Annotated[float, Field(ge=0)]] | None = None
+    choice: list[Finite | Literal["auto"]] = Field(min_length=1)
+    weights: list[Share] | None = None
 
     @property
     def values(self) -> list[float | Literal["auto"]]:
@@ -149,7 +156,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "cut": (1, 1024),
     "forward_s": (0, 3600),
     "backward_ratio": (0, 1000),
-    "memory_mb": (0, math.inf),
+    "memory_mb": (0, 1e9),
     "samples": (1, 1e9),
     "test_samples": (0, 1e6),
     "up_bytes_per_s": (1, math.inf),
@@ -173,7 +180,7 @@ class Group(BaseModel):
 
     name: str | None = Field(default=None, min_length=1, max_length=40)
     """What people call them; without it "group 1" and so on."""
-    share: float = Field(default=1.0, gt=0)
+    share: float = Field(default=1.0, gt=0, le=MOST_SHARE)
     """Of all devices, beside the other groups'."""
     cut: Spread = Constant(constant=2)
     """Cut layers, or "auto": as measured."""
@@ -243,7 +250,7 @@ class Group(BaseModel):
         )
 
 
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=3600)]
 
 
 class Server(BaseModel):
@@ -251,14 +258,14 @@ class Server(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    step_s: Amount = 0.001
-    block_s: Amount = 0.0005
-    merge_s: Amount = 0.5
+    step_s: Seconds = 0.001
+    block_s: Seconds = 0.0005
+    merge_s: Seconds = 0.5
     """Closing a round."""
     memory_mb: float = Field(default=math.inf, gt=0)
-    up_bytes_per_s: float = Field(default=1.25e8, gt=0)
-    down_bytes_per_s: float = Field(default=1.25e8, gt=0)
-    latency_s: Amount = 0.0005
+    up_bytes_per_s: float = Field(default=1.25e8, ge=1)
+    down_bytes_per_s: float = Field(default=1.25e8, ge=1)
+    latency_s: float = Field(default=0.0005, ge=0, le=60)
     """A gigabit to the broker beside it."""
 
     @property
@@ -326,13 +333,15 @@ def load_profile(name: str) -> Profile:
         raise SettingsWrong(
             f"there is no profile {name!r}: give a file, or one of {', '.join(bundled())}"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+    except RecursionError:
+        raise SettingsWrong(f"the profile {path} cannot be read: nested too deeply") from None
+    except (OSError, ValueError) as exc:  # also what is no UTF-8, no TOML, or too long a number
         raise SettingsWrong(f"the profile {path} cannot be read: {exc}") from exc
     try:
         return Profile.model_validate(data)
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"] if part != "float")
         raise SettingsWrong(
-            f"{path}: {where or 'profile'} = {first['input']!r}: {first['msg']}"
+            f"{path}: {where or 'profile'} = {reprlib.repr(first['input'])}: {first['msg']}"
         ) from None

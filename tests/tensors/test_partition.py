@@ -93,7 +93,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path: Path, lists: object, messag
         partition(LABELS, 2, f"lists:{file}", 0)
 
 
-@pytest.mark.parametrize("content", [None, "[[1], [2", "\udcff"])
+@pytest.mark.parametrize("content", [None, "[[1], [2", "\udcff", 99_999 * "["])
 def test_a_list_file_that_cannot_be_read_is_named(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "lists.json"
     if content is not None:

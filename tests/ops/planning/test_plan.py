@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tomllib
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from broker.errors import ConfigError
 from coordinator.settings import CoordinatorSettings
 from ops.cli import app
 from ops.errors import SettingsWrong
 from ops.planning import PlanSettings, make_plan, skew_of
-from ops.planning.show import toml
+from ops.planning.show import show, toml
 from ops.planning.skew import read_counts
 from ops.simulator.profile import bundled
 from tensors.partition import partition
@@ -66,6 +69,45 @@ def test_a_server_with_little_memory_gets_one_network(tmp_path: Path) -> None:
     assert "12" in made["advice"]["reasons"][0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"strategy": "averaging"}])
+def test_a_server_with_no_memory_to_speak_of(tmp_path: Path, settings: dict[str, Any]) -> None:
+    made = plan(server_of(tmp_path, "memory_mb = 0.001"), devices=3, settings=settings)
+    strategy = settings.get("strategy", "sequential")
+    (warning,) = (text for text in made["warnings"] if "no strategy fits" in text)
+    assert f"has 0.001 MiB, {strategy} takes " in warning
+    assert "which is too much as well" in made["advice"]["reasons"][0]
+
+
+def test_a_strategy_that_does_not_fit_is_warned_of(tmp_path: Path) -> None:
+    profile = server_of(tmp_path, "memory_mb = 30")
+    asked = {"devices": 30, "limits": {"last_cut": 2}}
+    wanted = "only sequential and cascade would fit"
+    advised = plan(profile, **asked)
+    assert advised["advice"]["strategy"] == "sequential"
+    assert not any(wanted in warning for warning in advised["warnings"])
+    kept = plan(profile, **asked, settings={"strategy": "averaging"})
+    assert any(wanted in warning for warning in kept["warnings"])
+
+
+@pytest.mark.parametrize("loss", [0.5, 0.7, 0.9])
+def test_links_that_lose_most_packets(tmp_path: Path, loss: float) -> None:
+    path = tmp_path / "profile.toml"
+    path.write_text(f"[[group]]\nloss = {loss}\n")
+    made = plan(str(path), devices=3)
+    assert json.dumps(made, allow_nan=False)
+    assert made["slowest_s"] > 10
+    assert (made["round_s"] is None) == (loss == 0.9)
+    assert any("3 of 3 devices lose at least 5 %" in warning for warning in made["warnings"])
+
+
+def test_a_check_of_rounds_that_never_close() -> None:
+    made = plan("lan", devices=2, settings={"round_deadline_s": "0.1"}, check=True, check_rounds=1)
+    assert set(made["check"].values()) == {None}
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(made, console)
+    assert "none closes" in console.export_text()
+
+
 def test_a_busy_server_is_the_bottleneck(tmp_path: Path) -> None:
     made = plan(server_of(tmp_path, "step_s = 0.5"), devices=10)
     assert made["bottleneck"].startswith("server")
@@ -112,13 +154,23 @@ def test_uneven_labels_are_warned_of(tmp_path: Path) -> None:
         ('{"a": 3}', "a = 3: give images by label"),
         ('{"a": {"cat": -1}}', "a.cat = -1"),
         ('{"a": [0, 0]}', "a has no images"),
+        ('{"a": {"cat": 1' + 400 * "0" + "}}", r"a.cat = 10+\.\.\.0+: .* from 0 to 1e\+12"),
+        ('{"a": {"cat": 1e308, "dog": 1e308}}', r"a.cat = 1e\+308"),
+        ('{"a": {"cat": NaN}}', r"a.cat = nan"),
+        ('{"a": {"cat": 1' + 5000 * "0" + "}}", "cannot be read as JSON .*digits"),
+        (99_999 * "[" + 99_999 * "]", "nested too deeply"),
+        (
+            '{"a": {"cat": ' + 500 * "[" + 500 * "]" + "}}",
+            r"a.cat = \[\[.*\.\.\..*must be a number",
+        ),
     ],
 )
 def test_label_files_that_cannot_be(tmp_path: Path, text: str, wanted: str) -> None:
     path = tmp_path / "labels.json"
     path.write_text(text)
-    with pytest.raises(SettingsWrong, match=wanted):
+    with pytest.raises(SettingsWrong, match=wanted) as caught:
         read_counts(path)
+    assert len(str(caught.value).removeprefix(f"--labels {path}")) < 300
 
 
 @pytest.mark.parametrize(
@@ -128,6 +180,9 @@ def test_label_files_that_cannot_be(tmp_path: Path, text: str, wanted: str) -> N
         (["lan", "--cuts", "5-2"], "--cuts 5-2"),
         (["lan", "--by", "group"], "--by group"),
         (["lan", "--rounds-per-day", "0"], "--rounds-per-day 0"),
+        (["lan", "--rounds-per-day", "nan"], "--rounds-per-day nan: it must be above 0"),
+        (["lan", "--rounds-per-day", "inf"], "--rounds-per-day inf: it must be above 0"),
+        (["lan", "--rounds-per-day", "1e9"], "--rounds-per-day 1e+09: it must be above 0 and at"),
         (["lan", "--set", "network=x"], "--width"),
         (["lan", "--set", "memory_budget_mb=1"], "no allowed cut fits 20 of 20"),
         (["lan", "--set", "speed=1"], "speed"),
@@ -135,5 +190,5 @@ def test_label_files_that_cannot_be(tmp_path: Path, text: str, wanted: str) -> N
 )
 def test_what_cannot_be_planned(arguments: list[str], wanted: str) -> None:
     done = CliRunner().invoke(app, ["plan", *arguments])
-    assert isinstance(done.exception, Exception)
+    assert isinstance(done.exception, (SettingsWrong, ConfigError))
     assert wanted in str(done.exception)
