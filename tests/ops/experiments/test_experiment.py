@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.ops.experiments.test_spec import GOOD
 
 
@@ -113,6 +115,7 @@ def test_a_folder_is_one_calls_at_a_time(tmp_path: Path) -> None:
     assert "another call is at work" in log
 
 
+@pytest.mark.slow
 def test_what_is_taken_in_pieces_has_one_table_and_one_file(tmp_path: Path) -> None:
     file, out = tmp_path / "try.toml", tmp_path / "out"
     text = GOOD.replace("[3, 4]", "[3]")
