@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
-from torch import Tensor
-
 from coordinator.aggregation import Aggregation, Model
 from coordinator.errors import BatchRefused
 from coordinator.server_copy import Entry, ServerCopy, Step
@@ -64,19 +62,9 @@ class Cascade:
         self._learning_rate = learning_rate
         self._samples.clear()
 
-    def step(
-        self,
-        device: str,
-        cut: int,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        want_gradient: bool,
-        log_prior: Tensor | None = None,
-    ) -> Step:
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
         """See :class:`coordinator.engines.Engine`; a step of one batch."""
-        entry = Entry(device, cut, features, labels, log_prior)
-        (outcome,) = self.step_together([entry], want_gradients=want_gradient)
+        (outcome,) = self.step_together([batch], want_gradients=want_gradient)
         if isinstance(outcome, BatchRefused):
             raise outcome
         return outcome

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
-from torch import Tensor
-
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import Cascade
 from coordinator.errors import BatchRefused
@@ -37,19 +35,8 @@ class Engine(Protocol):
         """Start a round from ``model``."""
         ...
 
-    def step(
-        self,
-        device: str,
-        cut: int,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        want_gradient: bool,
-        log_prior: Tensor | None = None,
-    ) -> Step:
-        """Train on one batch of ``device``, entering at ``cut``.
-
-        With ``log_prior`` (K,) on the loss that it calibrates (``tensors.losses.cross_entropy``).
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
+        """Train on one batch of a device, entering at its cut.
 
         Raises :class:`BatchRefused` and changes nothing if the loss or the gradient at the cut is
         not finite (``diverged``) or cannot be computed (``not_computable``).
@@ -93,20 +80,10 @@ class Sequential:
         self._shared.load(model, learning_rate)
         self._samples.clear()
 
-    def step(
-        self,
-        device: str,
-        cut: int,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        want_gradient: bool,
-        log_prior: Tensor | None = None,
-    ) -> Step:
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
         """See :class:`Engine`."""
-        entry = Entry(device, cut, features, labels, log_prior)
-        step = self._shared.step(entry, want_gradient=want_gradient)
-        self._samples[cut] += step.images
+        step = self._shared.step(batch, want_gradient=want_gradient)
+        self._samples[batch.cut] += step.images
         return step
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
@@ -145,20 +122,10 @@ class Averaging:
         self._learning_rate = learning_rate
         self._replicas.clear()
 
-    def step(
-        self,
-        device: str,
-        cut: int,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        want_gradient: bool,
-        log_prior: Tensor | None = None,
-    ) -> Step:
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
         """See :class:`Engine`."""
-        replica = self._replicas.get(device) or self._replicate(device, cut)
-        entry = Entry(device, cut, features, labels, log_prior)
-        return replica.step(entry, want_gradient=want_gradient)
+        replica = self._replicas.get(batch.device) or self._replicate(batch.device, batch.cut)
+        return replica.step(batch, want_gradient=want_gradient)
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """Never asked: it does not gather."""

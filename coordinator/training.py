@@ -189,14 +189,7 @@ class RoundInProgress:
                 ledger.wait(batch)
                 self._waiting.append(waiting)
                 return []
-            step = self._engine.step(
-                device,
-                cut,
-                features,
-                labels,
-                want_gradient=self._gradients is not None,
-                log_prior=prior,
-            )
+            step = self._engine.step(waiting.entry, want_gradient=self._gradients is not None)
         except BatchRefused as exc:
             return self._refuse(device, batch, exc)
         return self._applied(waiting, step, self._clock() - started)

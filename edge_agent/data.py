@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,25 +39,17 @@ class DeviceData:
 
     def stream(self, assignment: Assignment, device: str) -> BatchStream | TorchBatchStream:
         """Training batches by position, the same for the same seed and device."""
+        about: dict[str, Any] = {
+            "batch_size": assignment.batch_size,
+            "seed": assignment.seed,
+            "device": device,
+            "augment": assignment.augment,
+        }
         if self.resident is not None:
             from tensors.batches_torch import TorchBatchStream
 
-            return TorchBatchStream(
-                self.resident,
-                self.train_rows,
-                batch_size=assignment.batch_size,
-                seed=assignment.seed,
-                device=device,
-                augment=assignment.augment,
-            )
-        return BatchStream(
-            self.train,
-            self.train_rows,
-            batch_size=assignment.batch_size,
-            seed=assignment.seed,
-            device=device,
-            augment=assignment.augment,
-        )
+            return TorchBatchStream(self.resident, self.train_rows, **about)
+        return BatchStream(self.train, self.train_rows, **about)
 
     def label_counts(self, classes: int) -> np.ndarray:
         """How many training images are of each of so many classes: int64 (classes,)."""

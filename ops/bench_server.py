@@ -254,9 +254,7 @@ def _server(way: str, engine: Sequential | Cascade, most: int) -> Serve:
     """How this way trains on one batch of every device; raises what a refusal raises."""
 
     def in_turn(entries: Sequence[Entry]) -> list[Step]:
-        return [
-            engine.step(e.device, e.cut, e.features, e.labels, want_gradient=True) for e in entries
-        ]
+        return [engine.step(entry, want_gradient=True) for entry in entries]
 
     def together(entries: Sequence[Entry]) -> list[Step]:
         steps = []

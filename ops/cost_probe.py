@@ -280,8 +280,8 @@ def _first_images(entry: Entry) -> Entry:
 def _train(engine: Engine, entries: Sequence[Entry]) -> None:
     """One step on each batch, or on as many at once as the strategy takes."""
     if not engine.gathers:
-        for e in entries:
-            engine.step(e.device, e.cut, e.features, e.labels, want_gradient=True)
+        for entry in entries:
+            engine.step(entry, want_gradient=True)
         return
     for chosen in _chunks(entries, TOGETHER):
         for outcome in engine.step_together(chosen, want_gradients=True):

@@ -1,6 +1,6 @@
 """Thresholds of early exits: chosen on one part of the held-out images, judged on the other.
 
-:func:`exit_table` does it for any model; ``splitfleet exits`` for that of a coordinator's folder.
+:func:`judge_exits` does it for any model; ``splitfleet exits`` for that of a coordinator's folder.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Judged:
     curve: Curve
 
 
-def exit_table(
+def judge_exits(
     state: State,
     spec: NetworkSpec,
     cuts: Sequence[int],
@@ -89,11 +89,11 @@ def exit_table(
     *,
     settings: ExitSettings | None = None,
     compute: Compute | None = None,
-) -> list[Row]:
-    """A flat row for each cut: its threshold, and what that does to images it was not chosen on.
+) -> list[Judged]:
+    """For each cut its threshold, what that does to images it was not chosen on, and the curve.
 
     ``state`` holds every block and exit head of the network ``spec``; ``dataset`` are held-out
-    images, ``codec`` is that of activations. Accuracies and rates are shares, 0 to 1:
+    images, ``codec`` is that of activations. In a row accuracies and rates are shares, 0 to 1:
 
     - ``wanted`` (accuracy, offload), ``wanted_value``, ``level``; ``reached``, whether on the
       calibration part; ``calibration_offload_rate`` and ``calibration_accuracy`` there
@@ -105,21 +105,6 @@ def exit_table(
 
     Raises ``NetworkError``, ``CodecError``, ``ExitRuleError``; ``DataError`` for too few images.
     """
-    judged = judge_exits(state, spec, cuts, dataset, codec, settings=settings, compute=compute)
-    return [found.row for found in judged]
-
-
-def judge_exits(
-    state: State,
-    spec: NetworkSpec,
-    cuts: Sequence[int],
-    dataset: Dataset,
-    codec: str,
-    *,
-    settings: ExitSettings | None = None,
-    compute: Compute | None = None,
-) -> list[Judged]:
-    """What :func:`exit_table` does, with the curves."""
     settings = settings or ExitSettings()
     first, second = _split(len(dataset), settings)
     evaluator = Evaluator(build_network(spec), compute or Compute("cpu"), dataset)

@@ -23,7 +23,7 @@ COLUMNS = (
     "ensemble_weight",
     "ensemble_accuracy",
 )
-"""See ``ops.exits.exit_table``."""
+"""See ``ops.exits.judge_exits``."""
 
 
 def exits_csv(results: Results) -> str:

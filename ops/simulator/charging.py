@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from coordinator.aggregation import Aggregation, Model
 from coordinator.engines import Engine, Entry, Outcome, Step
@@ -151,21 +150,10 @@ class ChargedEngine:
         """Free of charge."""
         self._engine.begin(model, learning_rate)
 
-    def step(
-        self,
-        device: str,
-        cut: int,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        want_gradient: bool,
-        log_prior: Tensor | None = None,
-    ) -> Step:
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
         """Takes a step."""
-        self._meter.spend(self._cost.batch_s(cut, self._blocks))
-        return self._engine.step(
-            device, cut, features, labels, want_gradient=want_gradient, log_prior=log_prior
-        )
+        self._meter.spend(self._cost.batch_s(batch.cut, self._blocks))
+        return self._engine.step(batch, want_gradient=want_gradient)
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """Takes a step for each batch."""

@@ -79,39 +79,22 @@ class _Counting:
         del learning_rate
         self._model = model
 
-    def step(
-        self,
-        device: str,
-        cut: int,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        want_gradient: bool,
-        log_prior: Tensor | None = None,
-    ) -> Step:
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
         """Count a batch. Raises ``BatchRefused`` if it is to diverge."""
-        number, position = name_of(labels.tolist())
-        del number, log_prior
-        if not self._witness(device, position):
+        images = len(batch.labels)
+        _, position = name_of(batch.labels.tolist())
+        if not self._witness(batch.device, position):
             raise BatchRefused("diverged")
-        self.count(device, cut, len(labels))
-        gradient = torch.ones_like(features) if want_gradient else None
-        return Step(1.0, 0, len(labels), gradient)
+        self.count(batch.device, batch.cut, images)
+        gradient = torch.ones_like(batch.features) if want_gradient else None
+        return Step(1.0, 0, images, gradient)
 
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """One after another: who only counts gains nothing by counting together."""
         outcomes: list[Outcome] = []
         for batch in batches:
             try:
-                outcomes.append(
-                    self.step(
-                        batch.device,
-                        batch.cut,
-                        batch.features,
-                        batch.labels,
-                        want_gradient=want_gradients,
-                    )
-                )
+                outcomes.append(self.step(batch, want_gradient=want_gradients))
             except BatchRefused as exc:
                 outcomes.append(exc)
         return outcomes

@@ -158,8 +158,8 @@ def test_a_step_of_one_batch_is_sequentials(rule: RateRule) -> None:
             each.begin(start, RATE)
         for cut, seed in ((2, 0), (5, 0), (9, 0), (3, 0), (2, 1)):
             entry = entry_at(cut, seed)
-            theirs = sequential.step("d", cut, entry.features, entry.labels, want_gradient=True)
-            ours = engine.step("d", cut, entry.features, entry.labels, want_gradient=True)
+            theirs = sequential.step(entry, want_gradient=True)
+            ours = engine.step(entry, want_gradient=True)
             assert (ours.loss, ours.correct, ours.images) == (
                 theirs.loss,
                 theirs.correct,

@@ -106,7 +106,7 @@ def test_if_all_are_refused_nothing_changes(spoil: Callable[[Tensor], Tensor]) -
     bad = [spoilt(entry_at(cut), spoil) for cut in (2, 5)]
     assert results(engine.step_together(bad, want_gradients=True)) == ["diverged"] * 2
     with pytest.raises(BatchRefused, match="diverged"):
-        engine.step("bad", 2, bad[0].features, bad[0].labels, want_gradient=True)
+        engine.step(bad[0], want_gradient=True)
     assert_same(close(engine).state, START.state)
     for each in (engine, untouched):
         train(each, entry_at(3))

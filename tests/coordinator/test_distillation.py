@@ -46,9 +46,8 @@ def expected_logits(cut: int, features: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_has_the_answers_from_before_it(kind: type[Sequential | Averaging]) -> None:
     features = features_at(3)
-    step = engine_of(kind).step(
-        "d", 3, torch.from_numpy(features), torch.arange(8) % CLASSES, want_gradient=True
-    )
+    batch = Entry("d", 3, torch.from_numpy(features), torch.arange(8) % CLASSES)
+    step = engine_of(kind).step(batch, want_gradient=True)
     assert step.logits is not None
     assert not step.logits.requires_grad
     np.testing.assert_allclose(step.logits.numpy(), expected_logits(3, features), rtol=1e-4)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.contribution import Contribution
-from coordinator.engines import Averaging, Engine, Sequential, Step
+from coordinator.engines import Averaging, Engine, Entry, Sequential, Step
 from coordinator.errors import BatchRefused
 from tensors.networks import CutNetwork, State, read_state
 from tensors.training import Compute
@@ -35,11 +35,9 @@ class Trained:
         self.engine.begin(model, rate)
         self.samples.clear()
 
-    def step(
-        self, device: str, cut: int, features: Tensor, labels: Tensor, *, want_gradient: bool
-    ) -> Step:
-        step = self.engine.step(device, cut, features, labels, want_gradient=want_gradient)
-        self.samples[device] += step.images
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
+        step = self.engine.step(batch, want_gradient=want_gradient)
+        self.samples[batch.device] += step.images
         return step
 
 
@@ -59,7 +57,7 @@ def batch_at(cut: int, seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
 
 def feed(engine: Trained, device: str, cut: int, *seeds: int) -> None:
     for seed in seeds:
-        engine.step(device, cut, *batch_at(cut, seed), want_gradient=True)
+        engine.step(Entry(device, cut, *batch_at(cut, seed)), want_gradient=True)
 
 
 def close(
@@ -113,7 +111,7 @@ def test_a_step_is_that_of_plain_pytorch(kind: type[Sequential | Averaging]) -> 
     engine, reference = make_engine(kind), Reference(3)
     for seed in range(3):
         features, labels = batch_at(3, seed)
-        step = engine.step("d", 3, features, labels, want_gradient=True)
+        step = engine.step(Entry("d", 3, features, labels), want_gradient=True)
         loss, gradient, correct = reference.step(3, features, labels)
         assert step.loss == pytest.approx(loss, rel=1e-5)
         assert (step.correct, step.images) == (correct, 8)
@@ -131,7 +129,7 @@ def test_without_feedback_no_gradient_is_computed_and_the_learning_is_the_same(
     results = []
     for want_gradient in (True, False):
         engine = make_engine(kind)
-        step = engine.step("d", 3, *batch_at(3), want_gradient=want_gradient)
+        step = engine.step(Entry("d", 3, *batch_at(3)), want_gradient=want_gradient)
         assert (step.gradient is not None) is want_gradient
         results.append(close(engine, 3))
     assert_close(results[0].state, results[1].state)
@@ -145,7 +143,7 @@ def test_every_way_of_computing_learns_about_the_same(
     moves = []
     for compute in (CPU, Compute("cpu", bf16=bf16, channels_last=True)):
         engine = make_engine(kind, compute=compute)
-        engine.step("d", 3, *batch_at(3, size=32), want_gradient=True)
+        engine.step(Entry("d", 3, *batch_at(3, size=32)), want_gradient=True)
         merged = close(engine, 3).state
         weights = [n for n in merged if n.endswith(".weight")]
         moves.append(np.concatenate([(merged[n] - START.state[n]).ravel() for n in weights]))
@@ -189,7 +187,7 @@ def test_a_round_begins_with_what_it_is_given(kind: type[Sequential | Averaging]
 def test_averaging_gives_every_device_its_own_replica() -> None:
     engine = make_engine(Averaging)
     feed(engine, "a", 2, 0)
-    alone, together = Reference(2), engine.step("b", 2, *batch_at(2, 1), want_gradient=True)
+    alone, together = Reference(2), engine.step(Entry("b", 2, *batch_at(2, 1)), want_gradient=True)
     loss, *_ = alone.step(2, *batch_at(2, 1))
     assert together.loss == pytest.approx(loss, rel=1e-5)
 
@@ -197,7 +195,7 @@ def test_averaging_gives_every_device_its_own_replica() -> None:
 def test_sequential_gives_all_devices_one_network_in_the_order_of_arrival() -> None:
     engine, shared = make_engine(Sequential), Reference(2)
     for device, cut, seed in (("a", 2, 0), ("b", 5, 0), ("a", 2, 1), ("c", 4, 0)):
-        step = engine.step(device, cut, *batch_at(cut, seed), want_gradient=True)
+        step = engine.step(Entry(device, cut, *batch_at(cut, seed)), want_gradient=True)
         loss, *_ = shared.step(cut, *batch_at(cut, seed))
         assert step.loss == pytest.approx(loss, rel=1e-4)
     merged = close(engine, 2)
@@ -309,7 +307,9 @@ def test_a_replica_that_was_taken_out_begins_anew() -> None:
     feed(engine, "a", 2, 0)
     assert engine.engine.finish("a")[0]
     assert engine.engine.finish("a") == ({}, {})
-    steps = [each.step("a", 2, *batch_at(2, 1), want_gradient=False) for each in (engine, fresh)]
+    steps = [
+        each.step(Entry("a", 2, *batch_at(2, 1)), want_gradient=False) for each in (engine, fresh)
+    ]
     assert steps[0].loss == steps[1].loss
 
 
@@ -342,7 +342,7 @@ def test_a_refused_batch_leaves_no_trace(
     features, labels = batch_at(3, 2)
     features = spoil(features.clone())
     with pytest.raises(BatchRefused) as caught:
-        engine.step("d", 3, features, labels[: len(features)], want_gradient=want_gradient)
+        engine.step(Entry("d", 3, features, labels[: len(features)]), want_gradient=want_gradient)
     assert caught.value.reason.isidentifier()
     for each in (engine, untouched):
         feed(each, "d", 3, 4)
@@ -356,7 +356,7 @@ def test_a_first_batch_that_is_refused_is_no_holder(kind: type[Sequential | Aver
     engine = make_engine(kind)
     features, labels = batch_at(3)
     with pytest.raises(BatchRefused):
-        engine.step("d", 3, not_finite(features), labels, want_gradient=True)
+        engine.step(Entry("d", 3, not_finite(features), labels), want_gradient=True)
     assert_same(close(engine, 3).state, START.state)
 
 
@@ -366,7 +366,7 @@ def test_a_server_copy_that_has_diverged_is_left_out(kind: type[Sequential | Ave
     engine.begin(START, 1e38)
     for seed in range(4):
         try:
-            engine.step("d", 3, *batch_at(3, seed), want_gradient=False)
+            engine.step(Entry("d", 3, *batch_at(3, seed)), want_gradient=False)
         except BatchRefused:
             break
     else:

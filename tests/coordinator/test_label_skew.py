@@ -48,7 +48,7 @@ def test_a_step_is_on_the_calibrated_loss(kind: str) -> None:
         engine = KINDS[kind](copy.deepcopy(NETWORK), CPU, momentum=0.9, weight_decay=0.0)
         engine.begin(START, 0.05)
         features = torch.from_numpy(features_at(3))
-        step = engine.step("d", 3, features, labels, want_gradient=True, log_prior=prior)
+        step = engine.step(Entry("d", 3, features, labels, prior), want_gradient=True)
         assert step.loss == pytest.approx(expected_loss(3, 0, labels, prior), rel=1e-5)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from broker.envelopes import Envelope
 from broker.messages import Activations, DeviceParameters, Gradients, Message, Receipt, from_ranges
 from coordinator.aggregation import Aggregation, Model, block_of, half_of
 from coordinator.contribution import Contribution
-from coordinator.engines import Averaging, Step
+from coordinator.engines import Averaging, Entry, Step
 from coordinator.gradients import GradientEncoder
 from coordinator.intake import Intake
 from coordinator.observer import Observer
@@ -295,17 +294,8 @@ class Enormous:
 
     def begin(self, model: Model, learning_rate: float) -> None: ...
 
-    def step(
-        self,
-        device: str,
-        cut: int,
-        features: torch.Tensor,
-        labels: torch.Tensor,
-        *,
-        want_gradient: bool,
-        log_prior: torch.Tensor | None = None,
-    ) -> Step:
-        return Step(1.0, 0, len(labels), features * 0 + 1e30)
+    def step(self, batch: Entry, *, want_gradient: bool) -> Step:
+        return Step(1.0, 0, len(batch.labels), batch.features * 0 + 1e30)
 
     def finish(self, device: str) -> tuple[State, State]:
         return {}, {}

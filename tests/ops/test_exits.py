@@ -17,7 +17,7 @@ from coordinator.store import Checkpoint, Store
 from ops import exits
 from ops.cli import main
 from ops.exit_report import CURVE_POINTS
-from ops.exits import ExitSettings, exit_table, judge_exits
+from ops.exits import ExitSettings, judge_exits
 from tensors.calibration import share_interval
 from tensors.datasets import Dataset
 from tensors.errors import DataError, NetworkError
@@ -54,8 +54,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> CutAnswers:
 
 
 def table(**changes: Any) -> dict[str, Any]:
-    (row,) = exit_table(STATE, SPEC, [2], IMAGES, "fp32", settings=ExitSettings(**changes))
-    return row
+    (found,) = judge_exits(STATE, SPEC, [2], IMAGES, "fp32", settings=ExitSettings(**changes))
+    return found.row
 
 
 class TestTable:
@@ -138,16 +138,17 @@ class TestTable:
     def test_one_image_cannot_be_split(self) -> None:
         one = replace(IMAGES, images=IMAGES.images[:1], labels=IMAGES.labels[:1])
         with pytest.raises(DataError, match="cannot be split"):
-            exit_table(STATE, SPEC, [2], one, "fp32")
+            judge_exits(STATE, SPEC, [2], one, "fp32")
 
     def test_two_images_can(self) -> None:
         two = replace(IMAGES, images=IMAGES.images[:2], labels=IMAGES.labels[:2])
-        (row,) = exit_table(STATE, SPEC, [2], two, "fp32", settings=ExitSettings(accuracy=0.0))
+        (found,) = judge_exits(STATE, SPEC, [2], two, "fp32", settings=ExitSettings(accuracy=0.0))
+        row = found.row
         assert (row["calibration_images"], row["test_images"]) == (1, 1)
 
     def test_a_cut_that_is_none_is_refused(self) -> None:
         with pytest.raises(NetworkError, match="cuts 1 to 9"):
-            exit_table(STATE, SPEC, [10], IMAGES, "fp32")
+            judge_exits(STATE, SPEC, [10], IMAGES, "fp32")
 
 
 @pytest.fixture
@@ -184,14 +185,14 @@ class TestCommand:
         result = json.loads(capsys.readouterr().out)
         assert (result["run"], result["version"], result["codec"]) == ("a-run", 2, "fp32")
         settings = ExitSettings(accuracy=0.2)
-        rows = exit_table(STATE, SPEC, [2, 5], IMAGES, "fp32", settings=settings)
-        for found, row in zip(result["cuts"], rows, strict=True):
+        judged = judge_exits(STATE, SPEC, [2, 5], IMAGES, "fp32", settings=settings)
+        for found, wanted in zip(result["cuts"], judged, strict=True):
             curve = found.pop("curve")
-            assert found == row
+            assert found == wanted.row
             rates = [point["offload_rate"] for point in curve]
             assert rates == sorted(rates, reverse=True)
             assert (rates[0], rates[-1]) == (1, 0)
-            assert curve[0]["accuracy"] == row["server_accuracy"]
+            assert curve[0]["accuracy"] == wanted.row["server_accuracy"]
             assert len(curve) <= CURVE_POINTS
 
     @pytest.mark.parametrize(("asked", "found"), [("latest", 2), ("best", 1), ("1", 1), ("2", 2)])
