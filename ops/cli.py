@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from broker.config import BrokerConfig
-from ops import cli_bench, cli_exits, cli_experiment, cli_learning, cli_plan, cli_simulator, run
+from ops import (
+    cli_bench,
+    cli_exits,
+    cli_experiment,
+    cli_learning,
+    cli_model,
+    cli_plan,
+    cli_simulator,
+    run,
+)
 from ops.errors import OpsError, SettingsWrong
 
 app = typer.Typer(
@@ -25,6 +34,7 @@ app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
+cli_model.register(app)
 cli_plan.register(app)
 cli_learning.register(cli_bench.bench)
 
