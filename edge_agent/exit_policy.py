@@ -269,12 +269,16 @@ def chance_of_at_most(successes: int, trials: int, probability: float) -> float:
     ``probability`` counts as at most :data:`MOST_AGREEMENT`.
     """
     p = min(probability, MOST_AGREEMENT)
-    return min(
-        1.0,
-        math.fsum(
-            math.comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in range(successes + 1)
-        ),
-    )
+    if p <= 0 or successes >= trials:
+        return 1.0
+    log_ways = math.lgamma(trials + 1) - math.lgamma(successes + 1)
+    log_ways -= math.lgamma(trials - successes + 1)
+    term = math.exp(log_ways + successes * math.log(p) + (trials - successes) * math.log1p(-p))
+    total = term
+    for k in range(successes, 0, -1):
+        term *= k / (trials - k + 1) * ((1 - p) / p)
+        total += term
+    return min(1.0, total)
 
 
 def _bucket(per_h: float | None, burst_s: float, clock: Callable[[], float]) -> TokenBucket | None:

@@ -103,7 +103,7 @@ def read_picture(
         raise InputError(
             f"this is not a readable picture ({exc}): send a whole JPEG, PNG or WebP"
         ) from exc
-    (image,) = normalise(pixels[None], mean, std)
+    image: NDArray[np.float32] = normalise(pixels[None], mean, std)[0]
     return image
 
 
