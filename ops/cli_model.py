@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,14 @@ StateDir = Annotated[Path, typer.Option(help="a coordinator's --state-dir")]
 Version = Annotated[str, typer.Argument(help="a number, best or latest")]
 AsJson = Annotated[bool, typer.Option("--json")]
 DEFAULT_STATE = Path("coordinator-state")
+
+
+class Format(StrEnum):
+    """What can be exported."""
+
+    model = "model"
+    pt2 = "pt2"
+    onnx = "onnx"
 
 
 def register(app: typer.Typer) -> None:
@@ -61,3 +70,60 @@ def rollback(*, state_dir: StateDir = DEFAULT_STATE) -> None:
     from ops import models
 
     models.rollback(state_dir)
+
+
+@model.command()
+def export(
+    version: Annotated[str, typer.Argument(help="a number, best, latest or serving")] = "serving",
+    *,
+    to: Annotated[Path, typer.Option(help="the file to write")],
+    kind: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="model: the whole network, for splitfleet predict; pt2 (torch.export) and onnx: "
+            "the device's half with its exit",
+        ),
+    ] = Format.model,
+    cut: Annotated[int | None, typer.Option(help="of a device's half")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="τ of every exit; default: calibrated on held-out images")
+    ] = None,
+    accuracy: Annotated[float | None, typer.Option(help="calibrate to it, e.g. 0.9")] = None,
+    offload: Annotated[float | None, typer.Option(help="calibrate to it, e.g. 0.3")] = None,
+    level: Annotated[
+        float | None, typer.Option(help="promise it with this probability, e.g. 0.95")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="entropy, max_softmax or margin")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="class names, scale, held-out images; default: the run's")
+    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    download: Annotated[bool | None, typer.Option(help="fetch a public data set")] = None,
+    state_dir: StateDir = DEFAULT_STATE,
+) -> None:
+    """Write a version to a file that answers without a fleet, checked against PyTorch."""
+    from ops import export as exporting
+    from ops import run
+    from ops.errors import SettingsWrong
+    from ops.exits import ExitSettings
+
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise SettingsWrong(f"--threshold {threshold:g}: confidence lies between 0 and 1")
+    wishes = {"accuracy": accuracy, "offload": offload, "level": level, "rule": rule}
+    if threshold is not None and any(wishes[key] is not None for key in wishes if key != "rule"):
+        raise SettingsWrong("--threshold says it all: leave --accuracy, --offload, --level out")
+    exporting.export(
+        exporting.Source(
+            state_dir=state_dir,
+            version=version,
+            dataset=dataset,
+            data_root=data_root,
+            download=download,
+        ),
+        to,
+        kind.value,
+        cut=cut,
+        threshold=threshold,
+        exits=run.settings_of(ExitSettings, "exits", None, wishes),
+    )

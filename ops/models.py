@@ -7,7 +7,7 @@ whatever was promoted.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from coordinator.errors import StoreError
 from coordinator.serving_choice import ServingChoice, read_choice, write_choice
-from coordinator.store import Kept, Store
+from coordinator.store import Checkpoint, Kept, Store
 from ops import bench_rows
 from ops.checkpoints import load_checkpoint, open_store
 from ops.errors import SettingsWrong
@@ -32,6 +32,8 @@ class Versions:
 
     run: str
     store: Store
+    identity: dict[str, Any]
+    """The run's settings as written."""
     kept: list[Kept]
     choice: ServingChoice
 
@@ -76,8 +78,8 @@ def read_versions(state_dir: Path) -> Versions:
 
     Raises :class:`SettingsWrong` if there is no run, ``StoreError``.
     """
-    run, store, _ = open_store(state_dir)
-    return Versions(run, store, store.kept(), read_choice(store.folder))
+    run, store, identity = open_store(state_dir)
+    return Versions(run, store, identity, store.kept(), read_choice(store.folder))
 
 
 def list_versions(state_dir: Path, *, as_json: bool) -> None:
@@ -94,10 +96,7 @@ def list_versions(state_dir: Path, *, as_json: bool) -> None:
 
 def show_version(state_dir: Path, version: str, *, as_json: bool) -> None:
     """Print all there is to say of one version; its files are verified."""
-    versions = read_versions(state_dir)
-    if version == "serving":
-        version = "latest" if versions.choice.version is None else str(versions.choice.version)
-    checkpoint = load_checkpoint(versions.store, version, _WORD)
+    versions, checkpoint = _load(state_dir, version)
     found = [kept for kept in versions.kept if kept.manifest.get("version") == checkpoint.version]
     if not found:
         raise SettingsWrong(f"version {version} is being removed by its coordinator: take another")
@@ -127,6 +126,15 @@ def show_version(state_dir: Path, version: str, *, as_json: bool) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<21} {value}")
+
+
+def load_version(state_dir: Path, version: str) -> tuple[str, Store, dict[str, Any], Checkpoint]:
+    """Run, its store and settings, and a version: a number, best, latest or serving.
+
+    Raises :class:`SettingsWrong` if there is none, ``StoreError`` if it is damaged.
+    """
+    versions, checkpoint = _load(state_dir, version)
+    return versions.run, versions.store, versions.identity, checkpoint
 
 
 def promote(state_dir: Path, version: str) -> None:
@@ -159,6 +167,13 @@ def rollback(state_dir: Path) -> None:
     _choose(versions, choice)
 
 
+def _load(state_dir: Path, version: str) -> tuple[Versions, Checkpoint]:
+    versions = read_versions(state_dir)
+    if version == "serving":
+        version = "latest" if versions.choice.version is None else str(versions.choice.version)
+    return versions, load_checkpoint(versions.store, version, _WORD)
+
+
 def _choose(versions: Versions, choice: ServingChoice) -> None:
     folder = versions.store.folder
     write_choice(folder, choice)
@@ -167,7 +182,7 @@ def _choose(versions: Versions, choice: ServingChoice) -> None:
         # Its coordinator removed it between the check and the choice, which keeps it from now on.
         write_choice(folder, versions.choice)
         raise StoreError(f"version {version} was removed in this moment: choose another one")
-    now = Versions(versions.run, versions.store, versions.store.kept(), choice)
+    now = replace(versions, kept=versions.store.kept(), choice=choice)
     print(_sentence(now))
 
 

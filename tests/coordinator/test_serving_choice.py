@@ -88,7 +88,9 @@ def test_a_full_disk_leaves_the_choice_as_it_was(
 
 class TestStore:
     def test_what_was_chosen_is_never_removed(self, tmp_path: Path) -> None:
-        store = make_state(tmp_path, (0.1, 0.9), keep=2)
+        make_state(tmp_path, (0.1, 0.9))
+        store = Store(tmp_path, keep=2)
+        assert store.current() is not None
         write_choice(store.folder, ServingChoice().promote(0).promote(1))
         for version in range(3, 9):
             store.save(make_version(version, score=0.2))
