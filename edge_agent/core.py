@@ -31,6 +31,7 @@ from broker.messages import (
     Receipt,
     Request,
     Round,
+    Serving,
     Status,
 )
 from broker.topics import Topics
@@ -107,6 +108,7 @@ class AgentCore:
         self._connected = False
         self._assignment: Assignment | None = None
         self._round: Round | None = None
+        self._serving: Serving | None = None
         self._manifest: Manifest | None = None
         self._place: Workplace | None = None
         self._probe: Probe | None = None
@@ -153,6 +155,8 @@ class AgentCore:
                 self._manifest = message
             case Prediction() if self._inference is not None:
                 self._inference.answer(message)
+            case Serving():
+                return self._served(message)
             case Coordinator():
                 return self._coordinator(message)
             case Command(command="stop"):
@@ -246,6 +250,8 @@ class AgentCore:
             if same == self._assignment:
                 return []
         before, self._assignment = self._assignment, assignment
+        if self._serving is not None and self._serving.run != assignment.run:
+            self._serving = None
         out = list[Effect](self._place.leave() if self._place is not None else [])
         self._place = self._probe = None
         self._question.close()
@@ -310,18 +316,30 @@ class AgentCore:
         place.inference = None
         if announced.phase == "finished":
             return out + self._become(Phase.FINISHED)
-        if announced.phase == "gathering":
+        serving = self._serving
+        if announced.phase == "gathering" or (announced.phase == "inference" and serving is None):
             return out + self._become(Phase.WAITING)
         if place.holding.version != announced.version:
             self._become(Phase.FETCHING)
             wanted = Request(what="parameters", version=announced.version)
             return out + self._ask(up(self._device, wanted))
         if announced.phase == "inference":
-            place.start_answering(announced)
+            assert serving is not None
+            place.start_answering(announced, serving)
             self._question.close()
             return out + self._become(Phase.ANSWERING)
         self._become(Phase.ENTERING)
         return out + self._ask(place.join(announced))
+
+    def _served(self, serving: Serving) -> list[Effect]:
+        """How images are answered; what is measured at the end of a run may have waited for it."""
+        if self._assignment is not None and serving.run != self._assignment.run:
+            return []
+        self._serving = serving
+        announced = self._round
+        if announced is None or announced.phase != "inference" or self.phase is not Phase.WAITING:
+            return []
+        return self._advance()
 
     def _parameters(self, message: Parameters) -> list[Effect]:
         place, announced, attempt = self._place, self._round, self.attempt

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.messages import Serving
+from tensors.calibration import OFFLOAD_ALL
 from tensors.exit_rules import ExitRule, exits
 
 LONGEST_S = 600.0
@@ -52,6 +54,30 @@ class Policy:
     timeout_s: float
     audit_share: float = 0.0
     agreement: float | None = None
+
+
+def policy_of(serving: Serving, cut: int) -> Policy | None:
+    """What is served for a cut; None if its exit was never trained: then it answers nothing."""
+    served = serving.cuts.get(str(cut))
+    if served is None:
+        return None
+    return Policy(
+        rule=serving.exit_rule,
+        threshold=served.threshold,
+        timeout_s=serving.offload_timeout_s,
+        audit_share=serving.audit_share,
+        agreement=served.agreement,
+    )
+
+
+def measuring_policy_of(serving: Serving, cut: int) -> Policy:
+    """The same to measure a fleet with: without audits, and an untrained exit asks about all."""
+    policy = policy_of(serving, cut)
+    if policy is None:
+        return Policy(
+            rule=serving.exit_rule, threshold=OFFLOAD_ALL, timeout_s=serving.offload_timeout_s
+        )
+    return replace(policy, audit_share=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,21 @@ import numpy as np
 
 from broker.envelopes import Envelope, up
 from broker.errors import MessageError
-from broker.messages import Assignment, DeviceParameters, Receipt, Report, Request, Round
+from broker.messages import (
+    Assignment,
+    DeviceParameters,
+    Receipt,
+    Report,
+    Request,
+    Round,
+    Serving,
+)
 from edge_agent.attempt import Attempt, Learner, Stream
 from edge_agent.encoding import ActivationEncoder
+from edge_agent.exit_policy import measuring_policy_of
 from edge_agent.holding import Holding, SnapshotStore
 from edge_agent.offline import OfflineLimits
-from edge_agent.predictor import InferenceRun, Policy
+from edge_agent.predictor import InferenceRun
 from edge_agent.quota import quota_of
 from tensors.codecs import parse_codec
 
@@ -188,18 +197,16 @@ class Workplace:
 
     # -- inference --------------------------------------------------------------------------------
 
-    def start_answering(self, announced: Round) -> None:
-        """Begin to answer the test images."""
+    def start_answering(self, announced: Round, serving: Serving) -> None:
+        """Begin to answer the test images, as it is served."""
         assignment = self._assignment
+        assert assignment.cut is not None
         self.inference = InferenceRun(
             self._learner.predictor(),
             parse_codec(assignment.activation_codec),
             self._data.test_batches(assignment.batch_size),
-            Policy(
-                rule=assignment.exit_rule,
-                threshold=assignment.threshold,
-                timeout_s=assignment.offload_timeout_s,
-            ),
+            measuring_policy_of(serving, assignment.cut),
+            run=announced.run,
             version=announced.version,
             clock=self._clock,
         )

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.messages import Features, Prediction
+from edge_agent.exit_policy import Policy
 from edge_agent.learner import TorchPredictor
-from edge_agent.predictor import InferenceRun, Policy
+from edge_agent.predictor import InferenceRun
 from tensors.codecs import parse_codec
 from tensors.decoding import decode
 from tensors.networks import build_network
 from tests.fake_device import FakePredictor, probabilities_of
-from tests.tiny import CLASSES, CPU, SIZE, SPEC, Array, Clock, make_batch
+from tests.tiny import CLASSES, CPU, RUN, SIZE, SPEC, Array, Clock, make_batch
 
 TIMEOUT_S = 5.0
 
@@ -37,6 +38,7 @@ class Desk:
             parse_codec(codec),
             list(batches),
             Policy(rule="max_softmax", threshold=0.5, timeout_s=TIMEOUT_S),
+            run=RUN,
             version=3,
             clock=self.clock,
             pending=2,
@@ -152,9 +154,9 @@ def test_offload_time_is_per_request() -> None:
     desk = Desk(batch_of((1, 0.9, 1)), batch_of((1, 0.1, 1)), batch_of((1, 0.1, 1)))
     desk.work()
     desk.clock.advance(0.1)
-    desk.answer(1, probabilities_of(1))
+    desk.answer(0, probabilities_of(1))
     desk.clock.advance(0.2)
-    desk.answer(2, probabilities_of(1))
+    desk.answer(1, probabilities_of(1))
     assert desk.run.result().offload_ms == pytest.approx((100 + 300) / 2)
 
 
