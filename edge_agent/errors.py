@@ -4,6 +4,7 @@ AgentError
 ├── TrainingError      a batch could not be learnt from (not finite, wrong shape)
 ├── AssignmentError    the coordinator asks for something this device cannot or may not do
 ├── StateError         the device's own state folder is unreadable or cannot be written
+├── ListenError        the HTTP API cannot listen where it should
 ├── InputError         what is to be answered is no picture, or not one the network takes
 └── Unanswered         a request to answer pictures that got no answer, by its own fault or not
     ├── NotReady       there are no trained parameters to answer with yet
@@ -48,3 +49,7 @@ class Overloaded(Unanswered):
 
 class Stopped(Unanswered):
     """The agent is not running, or it stopped before it could answer."""
+
+
+class ListenError(AgentError):
+    """The HTTP API cannot listen where it should; says where and why."""

@@ -17,6 +17,7 @@ from ops import (
     cli_learning,
     cli_model,
     cli_plan,
+    cli_predict,
     cli_simulator,
     run,
 )
@@ -36,6 +37,7 @@ cli_experiment.register(app)
 cli_exits.register(app)
 cli_model.register(app)
 cli_plan.register(app)
+cli_predict.register(app)
 cli_learning.register(cli_bench.bench)
 
 BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
