@@ -10,13 +10,14 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 from broker.drive import Call, Effect, Event
-from broker.envelopes import Envelope
+from broker.envelopes import Envelope, channel
 from broker.link import Arrival, Link
+from broker.messages import LOSSY
 from broker.topics import Address
 
 WAITING = 1024
-"""Events that wait for a machine. A branch that is full holds up all: the senders' credits, or what
-a machine refuses at once when there is too much, have to keep it from that."""
+"""Events that wait for a machine. A branch that is full holds up all, which the senders' credits
+have to keep it from; but what may be lost is dropped then."""
 
 
 class Branch:
@@ -50,20 +51,25 @@ class Branch:
         """Add an event; waits while the branch is full."""
         await self._events.put(event)
 
-    def call(self, run: Callable[[], Sequence[Effect]]) -> bool:
-        """Have ``run`` called in the machine's thread; False, and not done, if too much waits."""
+    def offer(self, event: Event) -> bool:
+        """Add an event; False if the branch is full."""
         try:
-            self._events.put_nowait(Call(run))
+            self._events.put_nowait(event)
         except asyncio.QueueFull:
             return False
         return True
+
+    def call(self, run: Callable[[], Sequence[Effect]]) -> bool:
+        """Have ``run`` called in the machine's thread; False, and not done, if too much waits."""
+        return self.offer(Call(run))
 
 
 class Branches:
     """Hands what a link receives to the machines it is for.
 
     ``route`` names the branches of an address, one or several; a message for none is dropped and
-    counted. Changes of the connection are for all.
+    counted, and so is one of QoS 0 that finds a branch full: a machine with too much to do holds up
+    the others only for what must not be lost. Changes of the connection are for all.
     """
 
     def __init__(
@@ -83,11 +89,16 @@ class Branches:
         """Read the link until cancelled."""
         while True:
             event = await self._link.receive()
-            names: Collection[str] = self._branches
-            if isinstance(event, Arrival):
-                address = event.envelope.address
-                names = self._route(address)
-                if not names:
-                    self._link.drop("unexpected_topic", address.device, f"nobody takes {address}")
+            if not isinstance(event, Arrival):
+                for branch in self._branches.values():
+                    await branch.put(event)
+                continue
+            address = event.envelope.address
+            names = self._route(address)
+            if not names:
+                self._link.drop("unexpected_topic", address.device, f"nobody takes {address}")
             for name in names:
-                await self._branches[name].put(event)
+                if channel(address) not in LOSSY:
+                    await self._branches[name].put(event)
+                elif not self._branches[name].offer(event):
+                    self._link.drop("too_busy", address.device, f"{name} has too much to do")

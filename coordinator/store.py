@@ -64,6 +64,8 @@ class Checkpoint:
     """What the scheduler has learnt about the fleet, as JSON."""
     score: float | None = None
     """How good the model is, higher is better; None if that was not measured."""
+    policies: dict[str, Any] = field(default_factory=dict)
+    """What its exits are to do, as JSON; see ``coordinator.exit_policies``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "trained_cuts": checkpoint.trained_cuts,
         "sha256": {name: _sha256(data) for name, data in files.items()},
         "score": checkpoint.score,
+        "policies": checkpoint.policies,
         "scheduler": checkpoint.scheduler,
         "history": checkpoint.history,
         "registry": checkpoint.registry,
@@ -315,6 +318,7 @@ def _load(folder: Path) -> Checkpoint:
             residual=residual,
             scheduler=manifest.get("scheduler", {}),
             score=manifest.get("score"),
+            policies=manifest.get("policies", {}),
         )
     except (KeyError, TypeError) as exc:
         raise StoreError(f"{folder / 'manifest.json'} is damaged: {exc!r}") from exc

@@ -84,6 +84,7 @@ class _Model:
     predictor: Predictor
     codec: Codec
     shape: tuple[int, ...] | None
+    message_images: int
 
 
 class Answers:
@@ -134,12 +135,15 @@ class Answers:
         codec: Codec,
         *,
         shape: tuple[int, ...] | None = None,
+        message_images: int | None = None,
     ) -> None:
         """Answer with this version from now on; images have this shape (C, H, W), if it is given.
 
+        The coordinator takes ``message_images`` at once, if that is less than this device sends.
         What is offloaded with another version of the same run may still be answered.
         """
-        before, self._model = self._model, _Model(run, version, predictor, codec, shape)
+        most = min(self._bounds.message_images, message_images or self._bounds.message_images)
+        before, self._model = self._model, _Model(run, version, predictor, codec, shape, most)
         self._policy.use(policy, run=run, version=version)
         if before is not None and before.run != run:
             self._offloads.give_up("superseded")
@@ -169,11 +173,14 @@ class Answers:
         images: NDArray[Any],
         labels: NDArray[Any] | None = None,
         deadline_s: float | None = None,
+        *,
+        asked: float | None = None,
     ) -> int:
         """Request an answer for images (float32, N×C×H×W); its ticket, to know the answer by.
 
         With ``labels`` (N,) accuracy is counted. An answer is there in ``deadline_s`` seconds, the
-        exit's own if it must be; what has not been looked at by then fails.
+        exit's own if it must be; what has not been looked at by then fails. ``asked`` is when that
+        was, on the clock, if it was earlier.
 
         Raises:
             InputError: the images, the labels or the deadline are not what they should be.
@@ -190,7 +197,7 @@ class Answers:
             raise InputError(f"{labels.shape} labels for {len(images)} images: give one for each")
         if deadline_s is not None and not deadline_s > 0:
             raise InputError(f"a deadline of {deadline_s} s: must be above 0")
-        now = self._clock()
+        now = self._clock() if asked is None else asked
         number, self._next_ticket = self._next_ticket, self._next_ticket + 1
         deadline = None if deadline_s is None else now + deadline_s
         self._waiting.add(Ticket(number, images, labels, now, deadline))
@@ -279,6 +286,7 @@ class Answers:
         sure: NDArray[np.float64],
         finite: NDArray[np.bool_],
     ) -> list[Features]:
+        assert self._model is not None
         now = self._clock()
         rows = [(ticket, row) for ticket in tickets for row in range(ticket.open)]
         elapsed = np.array([now - ticket.asked for ticket, _ in rows])
@@ -303,7 +311,7 @@ class Answers:
                 self._offloads.hold(image, "timeout")
             else:
                 asking.append((index, image))
-        messages, step = [], self._bounds.message_images
+        messages, step = [], self._model.message_images
         for first in range(0, len(asking), step):
             part = dict(asking[first : first + step])
             wanted = np.isin(np.arange(len(rows)), list(part))

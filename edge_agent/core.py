@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+
+import numpy as np
 
 from broker.drive import Effect, Subscribe
 from broker.envelopes import Envelope, up
@@ -62,6 +64,8 @@ class Phase(StrEnum):
     FINISHED = "finished"
 
 
+OnVersion = Callable[[Assignment, int, Mapping[str, np.ndarray]], None]
+"""Called with the assignment, whose cut it is for, a version and its parameters."""
 _ANSWERING = (Phase.ANSWERING, Phase.REPORTING)
 
 
@@ -116,6 +120,8 @@ class AgentCore:
         self._next_heartbeat = clock() + heartbeat_s
         self.phase = Phase.JOINING
         self.problem: str | None = None
+        self.on_version: OnVersion | None = None
+        """Told of every version of the parameters it comes to hold, from then on."""
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -275,6 +281,7 @@ class AgentCore:
             )
         except (AssignmentError, TensorsError) as exc:
             return self._cannot(exc)
+        self._hand_over()
         return out + self._advance()
 
     def _measured(self, probe: Probe) -> list[Effect]:
@@ -359,6 +366,7 @@ class AgentCore:
             out += self._become(Phase.WAITING)
         if not place.holding.take(message.version, state):
             return out
+        self._hand_over()
         self._answered(Phase.FETCHING)
         return out + self._advance()
 
@@ -389,6 +397,11 @@ class AgentCore:
         assert self._round is not None
         self._become(Phase.REPORTING)
         return self._ask(self._place.end_answering(self._round))
+
+    def _hand_over(self) -> None:
+        held = None if self._place is None else self._place.held
+        if self.on_version is not None and self._assignment is not None and held is not None:
+            self.on_version(self._assignment, *held)
 
     # -- small parts ------------------------------------------------------------------------------
 

@@ -136,9 +136,11 @@ class LearnerFactory:
         self._precision: Precision = precision
         self._memory_format: MemoryFormat = memory_format
         self.compute: Compute | None = None
+        self._threads = torch.get_num_threads()
 
     def build(self, assignment: Assignment) -> TorchLearner:
         """The learner for an assignment with a cut. Raises :class:`AssignmentError`."""
+        torch.set_num_threads(self._threads)  # of this thread; another may answer with fewer
         spec = self._spec(assignment)
         assert assignment.cut is not None
         cut = assignment.cut
@@ -162,6 +164,27 @@ class LearnerFactory:
             distill_temperature=assignment.distill_temperature,
         )
         return TorchLearner(half, self.compute, trainer)
+
+    def predictor(self, assignment: Assignment, state: Mapping[str, np.ndarray]) -> TorchPredictor:
+        """What answers with ``state``, a copy of its own; with one thread, which it is to stay in.
+
+        Computed as the settings say, where they leave it open in float32: nothing is timed. Raises
+        :class:`AssignmentError`, and ``TensorsError`` for a state that does not fit.
+        """
+        torch.set_num_threads(1)
+        spec = self._spec(assignment)
+        assert assignment.cut is not None
+        compute = choose_compute(
+            lambda: build_network(spec),
+            (1, spec.channels, spec.size, spec.size),
+            device=self._device,
+            precision="fp32" if self._precision == "auto" else self._precision,
+            memory_format=("contiguous" if self._memory_format == "auto" else self._memory_format),
+        )
+        half = build_network(spec).device_half(assignment.cut)
+        write_state(half, state)
+        compute.place(half)
+        return TorchPredictor(half, compute)
 
     def measure(self, assignment: Assignment) -> Measurement:
         """Time every block and exit of the assignment's network on this device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -79,6 +79,12 @@ class Workplace:
         self._settled: tuple[str, int, int] | None = None
         if assignment.label_skew == "calibrated":
             learner.calibrate(data.label_counts(assignment.network.classes))
+
+    @property
+    def held(self) -> tuple[int, Mapping[str, np.ndarray]] | None:
+        """The version its rounds start from, and its parameters, which nobody changes."""
+        version = self.holding.version
+        return None if version is None else (version, self._learner.start.state)
 
     # -- rounds -----------------------------------------------------------------------------------
 
