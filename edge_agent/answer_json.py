@@ -74,7 +74,7 @@ class Problem(BaseModel):
     error: str
 
 
-class Health(BaseModel):
+class HealthReport(BaseModel):
     """Whether a device can answer, and with what."""
 
     model_config = ConfigDict(frozen=True)

@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 
 from edge_agent.answer_json import (
     MAX_TOP,
-    Health,
+    HealthReport,
     PictureAnswer,
     PictureError,
     Predictions,
@@ -35,6 +35,7 @@ from edge_agent.answer_json import (
     picture_answers,
 )
 from edge_agent.answers import Answer
+from edge_agent.enquiries import Health
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Unanswered
 from edge_agent.pictures import PictureSpec
 
@@ -54,17 +55,14 @@ class Answerer(Protocol):
         """What pictures are made into."""
         ...
 
-    @property
-    def classes(self) -> Sequence[str]:
-        """Their names, by label."""
-        ...
-
-    async def predict(self, images: NDArray[np.float32], deadline_s: float | None = None) -> Answer:
+    async def predict(
+        self, images: NDArray[np.float32], *, deadline_s: float | None = None
+    ) -> Answer:
         """Answer images (N×C×H×W). Raises :class:`AgentError`; cancelling withdraws it."""
         ...
 
     async def health(self) -> Health:
-        """How it is."""
+        """How it is. Raises :class:`Unanswered`."""
         ...
 
 
@@ -82,7 +80,9 @@ class Limits:
     body_s: float = 20.0
     """For a body to arrive."""
     answer_s: float = 30.0
-    """For its pictures to be answered."""
+    """For its pictures to be answered: by the exit, if nobody else has by then."""
+    grace_s: float = 2.0
+    """How much later that answer may come."""
     retry_s: int = 1
     """After how long a client that was sent away should come back."""
 
@@ -100,7 +100,9 @@ class _Gone(Exception):
 
 
 class HttpApi:
-    """The application over an :class:`Answerer`. :meth:`close` it when it serves no more.
+    """The application over an :class:`Answerer`; ``classes`` are the names of its labels.
+
+    :meth:`close` it when it serves no more.
 
     With a ``token`` clients must show it (``Authorization: Bearer TOKEN``). Without one, requests
     must name a loopback address as their host: a page in a browser must not reach what listens
@@ -108,9 +110,15 @@ class HttpApi:
     """
 
     def __init__(
-        self, answerer: Answerer, *, token: str | None = None, limits: Limits | None = None
+        self,
+        answerer: Answerer,
+        classes: Sequence[str],
+        *,
+        token: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._answerer = answerer
+        self._classes = classes
         self._token = token
         self._limits = limits or Limits()
         self._active = 0
@@ -138,9 +146,9 @@ class HttpApi:
             "/healthz",
             self._healthz,
             methods=["GET"],
-            response_model=Health,
+            response_model=HealthReport,
             summary="Whether this device can answer",
-            responses={503: {"model": Health, "description": "Not yet"}},
+            responses={503: {"model": HealthReport, "description": "Not yet"}},
         )
 
     def close(self) -> None:
@@ -151,8 +159,22 @@ class HttpApi:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def _healthz(self) -> Response:
-        health = await self._answerer.health()
-        return JSONResponse(health.model_dump(), 200 if health.ready else 503)
+        try:
+            found = await self._answerer.health()
+        except Unanswered:
+            return JSONResponse(HealthReport(ready=False).model_dump(), 503)
+        report = HealthReport(
+            ready=found.version is not None,
+            run=found.run,
+            version=found.version,
+            cut=found.cut,
+            online=found.online,
+            waiting=found.waiting,
+            asked=found.open,
+            threshold=found.threshold,
+            threshold_in_force=found.threshold_in_force,
+        )
+        return JSONResponse(report.model_dump(), 200 if report.ready else 503)
 
     async def _predict(
         self,
@@ -213,11 +235,11 @@ class HttpApi:
             raise _Gone from exc
         except TimeoutError:
             raise _Refused(408, "the pictures took too long to arrive: send less at once") from None
+        limits = self._limits
+        within = min(timeout_s or limits.answer_s, limits.answer_s)
         try:
-            async with asyncio.timeout(
-                min(timeout_s or self._limits.answer_s, self._limits.answer_s)
-            ):
-                return await self._unless_gone(request, self._answered(pictures, top, timeout_s))
+            async with asyncio.timeout(within + limits.grace_s):
+                return await self._unless_gone(request, self._answered(pictures, top, within))
         except TimeoutError:
             raise _Refused(504, "no answer in time: allow more, or ask less at once") from None
         except InputError as exc:
@@ -309,9 +331,9 @@ class HttpApi:
             await asyncio.gather(working, watching, return_exceptions=True)
 
     async def _answered(
-        self, pictures: list[tuple[str, bytes]], top: int, timeout_s: float | None
+        self, pictures: list[tuple[str, bytes]], top: int, within_s: float
     ) -> Predictions:
-        spec, classes = self._answerer.pictures, self._answerer.classes
+        spec = self._answerer.pictures
         loop = asyncio.get_running_loop()
         images: dict[int, NDArray[np.float32]] = {}
         entries: list[PictureAnswer | PictureError | None] = [None] * len(pictures)
@@ -324,9 +346,9 @@ class HttpApi:
                 entries[index] = PictureError(file=name, error=str(exc))
         if not images:
             raise InputError("none of these is a picture: " + _errors(entries))
-        answer = await self._answerer.predict(np.stack(list(images.values())), timeout_s)
+        answer = await self._answerer.predict(np.stack(list(images.values())), deadline_s=within_s)
         names = [pictures[index][0] for index in images]
-        answered = picture_answers(answer, names, classes, top)
+        answered = picture_answers(answer, names, self._classes, top)
         for index, entry in zip(images, answered, strict=True):
             entries[index] = entry
         return Predictions(

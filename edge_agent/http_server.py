@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from edge_agent.errors import ListenError, StateError
 
 if TYPE_CHECKING:
     from edge_agent.http_api import HttpApi
+
+log = logging.getLogger("splitfleet.agent")
 
 CONNECTIONS = 64
 """Open at once; further ones are sent away."""
@@ -88,6 +91,7 @@ async def serve_http(api: HttpApi, listening: socket.socket) -> AsyncIterator[in
     """Serve the API on a socket; yields the port. Both are closed at the end."""
     import uvicorn
 
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     started = asyncio.Event()
 
     class Server(uvicorn.Server):
@@ -115,6 +119,12 @@ async def serve_http(api: HttpApi, listening: socket.socket) -> AsyncIterator[in
     )
     server = Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listening]), name="http")
+
+    def ended(_: object) -> None:
+        if not server.should_exit:
+            log.error("the HTTP API has ended; the agent goes on without it")
+
+    serving.add_done_callback(ended)
     starting = asyncio.create_task(started.wait())
     try:
         await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)

@@ -202,6 +202,12 @@ def agent(
     state_dir: Annotated[Path | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option()] = None,
     exit_when_finished: Annotated[bool | None, typer.Option()] = None,
+    http: Annotated[
+        str | None, typer.Option(help="answer pictures over HTTP at HOST:PORT, see docs")
+    ] = None,
+    http_token_file: Annotated[
+        Path | None, typer.Option(help="the token clients must show; needed beyond this machine")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     log_level: LogLevel = "info",
@@ -223,6 +229,8 @@ def agent(
         "state_dir": state_dir,
         "threads": threads,
         "exit_when_finished": exit_when_finished,
+        "http": http,
+        "http_token_file": http_token_file,
     }
     serve_agent(flags, {"url": broker}, config, log_level=log_level, until_eof=until_eof)
 

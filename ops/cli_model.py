@@ -87,7 +87,7 @@ def export(
     ] = Format.model,
     cut: Annotated[int | None, typer.Option(help="of a device's half")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="τ of every exit; default: calibrated on held-out images")
+        float | None, typer.Option(help="τ of every exit; default: those it served with")
     ] = None,
     accuracy: Annotated[float | None, typer.Option(help="calibrate to it, e.g. 0.9")] = None,
     offload: Annotated[float | None, typer.Option(help="calibrate to it, e.g. 0.3")] = None,
@@ -104,14 +104,15 @@ def export(
 ) -> None:
     """Write a version to a file that answers without a fleet, checked against PyTorch."""
     from ops import export as exporting
-    from ops import run
     from ops.errors import SettingsWrong
     from ops.exits import ExitSettings
+    from ops.run import settings_of
 
     if threshold is not None and not 0 <= threshold <= 1:
         raise SettingsWrong(f"--threshold {threshold:g}: confidence lies between 0 and 1")
-    wishes = {"accuracy": accuracy, "offload": offload, "level": level, "rule": rule}
-    if threshold is not None and any(wishes[key] is not None for key in wishes if key != "rule"):
+    flags = {"accuracy": accuracy, "offload": offload, "level": level}
+    checked = settings_of(ExitSettings, "exits", None, flags | {"rule": rule})
+    if threshold is not None and any(value is not None for value in flags.values()):
         raise SettingsWrong("--threshold says it all: leave --accuracy, --offload, --level out")
     exporting.export(
         exporting.Source(
@@ -124,6 +125,11 @@ def export(
         to,
         kind.value,
         cut=cut,
-        threshold=threshold,
-        exits=run.settings_of(ExitSettings, "exits", None, wishes),
+        wishes=exporting.Wishes(
+            threshold=threshold,
+            accuracy=accuracy,
+            offload=offload,
+            level=level,
+            rule=None if rule is None else checked.rule,
+        ),
     )

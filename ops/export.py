@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,17 @@ import numpy as np
 import torch
 
 from coordinator.service import held_out_images
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import Checkpoint
 from ops.checkpoints import settings_of_run
 from ops.errors import OpsError, SettingsWrong
 from ops.exits import ExitSettings, judge_exits
 from ops.model_file import KEY, CutCard, ModelCard, read_model, write_bytes, write_model
 from ops.models import load_version
+from ops.run import settings_of
 from ops.units import byte_size, percent
+from tensors.datasets import Dataset
+from tensors.exit_rules import ExitRule
 from tensors.networks import CutNetwork, Exits, NetworkSpec, build_network, write_state
 
 Format = Literal["model", "pt2", "onnx"]
@@ -50,18 +55,36 @@ class Source:
     download: bool | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What thresholds shall be: given, or calibrated; else those the version served with."""
+
+    threshold: float | None = None
+    accuracy: float | None = None
+    offload: float | None = None
+    level: float | None = None
+    rule: ExitRule | None = None
+
+    @property
+    def flags(self) -> dict[str, float | None]:
+        """What is calibrated to."""
+        return {"accuracy": self.accuracy, "offload": self.offload, "level": self.level}
+
+    @property
+    def calibrate(self) -> bool:
+        """Whether anything is."""
+        return any(value is not None for value in self.flags.values())
+
+
 def export(
     source: Source,
     to: Path,
     kind: Format,
     *,
     cut: int | None,
-    threshold: float | None,
-    exits: ExitSettings,
+    wishes: Wishes,
 ) -> None:
     """Write ``to``, check it, and say what it holds.
-
-    ``threshold`` is taken for every exit; without it each is calibrated on held-out images.
 
     Raises :class:`SettingsWrong`, ``StoreError``, ``DataError``; :class:`OpsError` if what was
     written does not answer as PyTorch does. ``to`` is then as it was before.
@@ -70,7 +93,7 @@ def export(
         raise SettingsWrong(f"--to {to}: that is a folder; name a file in it")
     if kind == "onnx":
         _need_onnx()
-    card, network = _load(source, threshold, exits)
+    card, network = _load(source, wishes)
     if kind == "model":
         _export_model(to, card, network)
         print(f"{to}: {_sentence(card)}, {byte_size(to.stat().st_size)}")
@@ -92,9 +115,7 @@ def export(
     )
 
 
-def _load(
-    source: Source, threshold: float | None, exits: ExitSettings
-) -> tuple[ModelCard, CutNetwork]:
+def _load(source: Source, wishes: Wishes) -> tuple[ModelCard, CutNetwork]:
     run, store, identity, checkpoint = load_version(source.state_dir, source.version)
     given = {"dataset": source.dataset, "data_root": source.data_root, "download": source.download}
     made = settings_of_run(store.folder, identity, given)
@@ -106,23 +127,8 @@ def _load(
         )
     spec = NetworkSpec(**made.network.model_dump())
     network = build_network(spec)
-    state = checkpoint.model.state
-    write_state(network, state)
-    cuts: dict[int, CutCard]
-    trained: Sequence[int] = sorted(checkpoint.trained_cuts)
-    if threshold is not None or not trained:
-        fixed = CutCard(threshold=0.7 if threshold is None else threshold)
-        cuts = dict.fromkeys(trained, fixed)
-    else:
-        judged = judge_exits(state, spec, trained, images, made.codec, settings=exits)
-        cuts = {
-            found.row["cut"]: CutCard(
-                threshold=found.row["threshold"],
-                accuracy=found.row["accuracy"],
-                offload_rate=found.row["offload_rate"],
-            )
-            for found in judged
-        }
+    write_state(network, checkpoint.model.state)
+    rule: ExitRule = wishes.rule or checkpoint.policies.get("basis", {}).get("exit_rule", "entropy")
     card = ModelCard(
         run=run,
         version=checkpoint.version,
@@ -132,10 +138,61 @@ def _load(
         classes=images.classes,
         mean=images.mean,
         std=images.std,
-        exit_rule=exits.rule,
-        cuts=cuts,
+        exit_rule=rule,
+        cuts=_cuts(checkpoint, made, images, wishes, rule),
     )
     return card, network.eval()
+
+
+def _cuts(
+    checkpoint: Checkpoint,
+    made: CoordinatorSettings,
+    images: Dataset,
+    wishes: Wishes,
+    rule: ExitRule,
+) -> dict[int, CutCard]:
+    """Thresholds: as wished, else as the version served with, else calibrated."""
+    trained = sorted(checkpoint.trained_cuts)
+    if wishes.threshold is not None:
+        return dict.fromkeys(trained, CutCard(threshold=wishes.threshold))
+    served = _served(checkpoint)
+    as_served = rule == checkpoint.policies.get("basis", {}).get("exit_rule")
+    if as_served and not wishes.calibrate and served.keys() == set(trained):
+        return served
+    settings = settings_of(ExitSettings, "exits", None, wishes.flags | {"rule": rule})
+    if not trained:
+        return {}
+    judged = judge_exits(
+        checkpoint.model.state,
+        NetworkSpec(**made.network.model_dump()),
+        trained,
+        images,
+        made.codec,
+        settings=settings,
+    )
+    return {
+        found.row["cut"]: CutCard(
+            threshold=found.row["threshold"],
+            accuracy=found.row["accuracy"],
+            offload_rate=found.row["offload_rate"],
+        )
+        for found in judged
+    }
+
+
+def _served(checkpoint: Checkpoint) -> dict[int, CutCard]:
+    """What the version's exits served with; nothing if the checkpoint does not say."""
+    try:
+        return {
+            int(cut): CutCard(
+                threshold=policy["threshold"],
+                accuracy=policy["accuracy"],
+                offload_rate=policy["offload_rate"],
+            )
+            for cut, policy in checkpoint.policies["cuts"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _export_model(to: Path, card: ModelCard, network: CutNetwork) -> None:

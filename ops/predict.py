@@ -161,4 +161,3 @@ def _cells(answer: PictureAnswer) -> list[str]:
 
 def _times(stages: Iterable[tuple[str, float]]) -> str:
     return ", ".join(f"{stage} {milliseconds(value)}" for stage, value in stages if value)
-

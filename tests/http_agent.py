@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edge_agent.answer_json import Health
 from edge_agent.answers import Answer
+from edge_agent.enquiries import Health
 from edge_agent.http_api import HttpApi, Limits
 from edge_agent.http_server import listen, serve_http
 from edge_agent.pictures import PictureSpec
@@ -39,9 +39,10 @@ class FakeAnswerer:
     pictures: PictureSpec = field(
         default_factory=lambda: PictureSpec(size=8, channels=1, mean=(0.0,), std=(1.0,))
     )
-    classes: Sequence[str] = CLASSES
 
-    async def predict(self, images: NDArray[np.float32], deadline_s: float | None = None) -> Answer:
+    async def predict(
+        self, images: NDArray[np.float32], *, deadline_s: float | None = None
+    ) -> Answer:
         self.asked.append((len(images), deadline_s))
         try:
             if self.gate is not None:
@@ -67,7 +68,20 @@ class FakeAnswerer:
         )
 
     async def health(self) -> Health:
-        return Health(ready=self.ready, run="run-1", version=7, cut=2, online=True)
+        if self.error is not None:
+            raise self.error
+        return Health(
+            run="run-1" if self.ready else None,
+            version=7 if self.ready else None,
+            cut=2,
+            online=True,
+            waiting=1,
+            open=2,
+            threshold=0.5,
+            threshold_in_force=0.75,
+            drift=None,
+            expected_round_trip_s=None,
+        )
 
 
 def picture(brightness: int = 255, *, size: int = 20, kind: str = "PNG", mode: str = "L") -> bytes:
@@ -84,7 +98,7 @@ async def serving(
     answerer: FakeAnswerer, *, token: str | None = None, limits: Limits | None = None
 ) -> AsyncIterator[int]:
     """Its port."""
-    api = HttpApi(answerer, token=token, limits=limits)
+    api = HttpApi(answerer, CLASSES, token=token, limits=limits)
     async with serve_http(api, listen("127.0.0.1", 0)) as port:
         yield port
 

@@ -23,7 +23,7 @@ from edge_agent.http_server import is_loopback, listen, parse_address, read_toke
 from tests.http_agent import FakeAnswerer, multipart, picture, request, serving
 
 TOKEN = "0123456789abcdef"
-QUICK = Limits(body_bytes=20_000, pictures=3, requests=2, body_s=0.3, answer_s=0.3)
+QUICK = Limits(body_bytes=20_000, pictures=3, requests=2, body_s=0.3, answer_s=0.3, grace_s=0.1)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -63,7 +63,7 @@ class TestAnswers:
         found = [(one["file"], one["name"], one["by"]) for one in reply.json["predictions"]]
         assert found == [("a.png", "grey", "fallback"), ("b.jpg", "bright", "exit")]
         assert reply.json["predictions"][0]["reason"] == "timeout"
-        assert answerer.asked == [(2, None)]
+        assert answerer.asked == [(2, 30.0)]
 
     async def test_of_several_the_bad_ones_have_an_error(self) -> None:
         body, kind = multipart(("a", b"no picture"), ("b", picture(255)), ("c", b""))
@@ -88,8 +88,11 @@ class TestAnswers:
             well = await request(port, method="GET", path="/healthz")
             answerer.ready = False
             ill = await request(port, method="GET", path="/healthz")
-        assert (well.status, ill.status) == (200, 503)
-        assert well.json["version"] == 7
+            answerer.error = Stopped("it stops")
+            gone = await request(port, method="GET", path="/healthz")
+        assert (well.status, ill.status, gone.status) == (200, 503, 503)
+        assert (well.json["version"], well.json["online"], well.json["asked"]) == (7, True, 2)
+        assert (well.json["threshold"], well.json["threshold_in_force"]) == (0.5, 0.75)
         assert ill.json["ready"] is False
 
     async def test_it_describes_itself(self) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -109,6 +109,46 @@ class TestModel:
         assert {cut.threshold for cut in card.cuts.values()} == {0.25}
         assert "version 1 of run-1" in capsys.readouterr().out
         assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "state"]
+
+
+class TestThresholds:
+    POLICY: ClassVar[dict[str, float]] = {"threshold": 0.4, "accuracy": 0.8, "offload_rate": 0.3}
+
+    def export(self, tmp_path: Path, cuts: dict[str, Any], *told: str) -> ModelCard:
+        """Of a version that served with these policies."""
+        state = tmp_path / "state"
+        store = make_state(state, (), spec=SPEC, network=NETWORK, dataset="fashion-mnist-small")
+        version = make_version(1, spec=SPEC)
+        version.policies = {"basis": {"exit_rule": "margin"}, "cuts": cuts}
+        store.save(version)
+        to = tmp_path / "m"
+        assert splitfleet("export", "--to", str(to), "--state-dir", str(state), *told) == 0
+        return read_model(to).card
+
+    def test_are_those_the_version_served_with(self, tmp_path: Path) -> None:
+        other = self.POLICY | {"threshold": -1.0}
+        card = self.export(tmp_path, {"2": self.POLICY, "3": other})
+        assert card.exit_rule == "margin"
+        assert card.cuts[2].model_dump() == self.POLICY
+        assert card.cuts[3].threshold == -1
+
+    @pytest.mark.parametrize(
+        ("cuts", "told"),
+        [
+            ({"2": POLICY}, []),
+            ({"2": POLICY, "3": {"threshold": "x"}}, []),
+            ({"2": POLICY, "3": POLICY}, ["--rule", "entropy"]),
+            ({"2": POLICY, "3": POLICY}, ["--offload", "0.2"]),
+        ],
+    )
+    def test_or_calibrated(self, tmp_path: Path, cuts: dict[str, Any], told: list[str]) -> None:
+        card = self.export(tmp_path, cuts, *told)
+        assert sorted(card.cuts) == [2, 3]
+        assert card.cuts[2].threshold != 0.4
+        assert card.cuts[2].accuracy is not None
+        if "--offload" in told:
+            assert card.exit_rule == "margin"
+            assert card.cuts[2].offload_rate == pytest.approx(0.2, abs=0.05)
 
 
 class TestPrograms:
