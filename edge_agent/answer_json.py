@@ -120,7 +120,7 @@ def picture_answers(
     answer: Answer, files: Sequence[str], classes: Sequence[str], top: int
 ) -> list[PictureAnswer]:
     """An :class:`Answer` to these pictures, one entry for each."""
-    milliseconds = {stage: 1000 * seconds for stage, seconds in answer.seconds.items()}
+    milliseconds = {stage: round(1000 * seconds, 3) for stage, seconds in answer.seconds.items()}
     return [
         PictureAnswer(
             file=file,

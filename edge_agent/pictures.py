@@ -72,7 +72,7 @@ def read_picture(
         InputError: nothing, more than ``max_bytes``, no picture, a damaged one, one of more than
             ``max_pixels`` (found in its header, before it is decoded), or of more than 8 bits.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise InputError("the picture is empty: 0 bytes")
@@ -99,6 +99,8 @@ def read_picture(
             pixels = fit_picture(picture, size, channels)
     except bombs as exc:
         raise InputError(f"the picture is too large ({exc}): make it smaller") from exc
+    except UnidentifiedImageError as exc:  # its own words name an object in memory
+        raise InputError("this is no picture: send a whole JPEG, PNG or WebP") from exc
     except UNREADABLE as exc:
         raise InputError(
             f"this is not a readable picture ({exc}): send a whole JPEG, PNG or WebP"

@@ -25,7 +25,7 @@ from edge_agent.pictures import MAX_BYTES
 from ops import bench_rows
 from ops.errors import DataMissing
 from ops.model_file import Model
-from ops.units import milliseconds, percent
+from ops.units import milliseconds
 from tensors.exit_rules import confidence, exits, softmax
 
 _COLUMNS = ("file", "answer", "by", "confidence", "or else", "time")
@@ -94,9 +94,10 @@ def _stages(began: dict[str, float], ended: float) -> dict[str, float]:
     """When each stage began → how long each took, and ``total``, in milliseconds."""
     ends = [*list(began.values())[1:], ended]
     found = {
-        stage: 1000 * (end - start) for (stage, start), end in zip(began.items(), ends, strict=True)
+        stage: round(1000 * (end - start), 3)
+        for (stage, start), end in zip(began.items(), ends, strict=True)
     }
-    return found | {"total": 1000 * (ended - next(iter(began.values())))}
+    return found | {"total": round(1000 * (ended - next(iter(began.values()))), 3)}
 
 
 def predict(paths: Sequence[Path], ask: Ask, *, as_json: bool) -> None:
@@ -148,7 +149,7 @@ def _show(found: Predictions) -> None:
 
 def _cells(answer: PictureAnswer) -> list[str]:
     by = answer.by if answer.reason is None else f"{answer.by} ({answer.reason})"
-    first, *others = [f"{one.name} {percent(one.probability)}" for one in answer.top]
+    first, *others = [f"{one.name} {100 * one.probability:.1f}%" for one in answer.top]
     return [
         answer.file,
         first,
