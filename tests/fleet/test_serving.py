@@ -184,6 +184,7 @@ async def test_versions_change_while_devices_ask(mosquitto: Mosquitto, tmp_path:
         write_choice(store.folder, ServingChoice().promote(1).rollback())
         for device in devices:
             await device.until(lambda d=device: d.version == 3)  # type: ignore[misc]
+        assert (await first.ask(3)).refused is None
         assert (await first.ask(0)).refused == "version"
 
         enough.set()
@@ -192,6 +193,11 @@ async def test_versions_change_while_devices_ask(mosquitto: Mosquitto, tmp_path:
         await service
         for reader in readers:
             reader.cancel()
+    assert check(devices, store) == {1, 2, 3}
+
+
+def check(devices: list[Asker], store: Store) -> set[int]:
+    """Every question has the one right answer; which versions were answered."""
     answered: set[int] = set()
     for device in devices:
         assert device.answers.keys() == device.asked.keys()
@@ -204,4 +210,4 @@ async def test_versions_change_while_devices_ask(mosquitto: Mosquitto, tmp_path:
             wanted = expected(store, version, device.cut, features_at(device.cut, request, 2))
             np.testing.assert_allclose(decode(answer.tensor), wanted, rtol=2e-4, atol=1e-6)
             answered.add(version)
-    assert answered == {1, 2, 3}
+    return answered
