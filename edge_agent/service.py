@@ -22,11 +22,12 @@ from broker.messages import Assignment, Hello, Measurement, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
 from edge_agent.attempt import Learner
-from edge_agent.core import AgentCore, Phase
+from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.offline import OfflineLimits
+from edge_agent.phases import Phase
 from edge_agent.settings import AgentSettings
 from edge_agent.workplace import Data
 
