@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 
 import numpy as np
 
@@ -42,6 +41,7 @@ from edge_agent.attempt import Attempt, Learner
 from edge_agent.errors import AssignmentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.offline import OfflineLimits
+from edge_agent.phases import Phase
 from edge_agent.predictor import InferenceRun
 from edge_agent.probe import Probe
 from edge_agent.workplace import Data, Workplace
@@ -50,22 +50,9 @@ from tensors.errors import TensorsError
 log = logging.getLogger("splitfleet.agent")
 
 
-class Phase(StrEnum):
-    """What the device is doing; published in its status."""
-
-    JOINING = "joining"
-    WAITING = "waiting"
-    FETCHING = "fetching"
-    ENTERING = "entering"
-    TRAINING = "training"
-    FINISHING = "finishing"
-    ANSWERING = "answering"
-    REPORTING = "reporting"
-    FINISHED = "finished"
-
-
 OnVersion = Callable[[Assignment, int, Mapping[str, np.ndarray]], None]
 """Called with the assignment, whose cut it is for, a version and its parameters."""
+
 _ANSWERING = (Phase.ANSWERING, Phase.REPORTING)
 
 

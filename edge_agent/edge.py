@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike
 from broker.branches import Branch
 from broker.config import BrokerConfig
 from broker.drive import Effect
+from broker.messages import Assignment
 from broker.transport import Transport
-from edge_agent.answers import Answer, Answers, Bounds
+from edge_agent.answers import Answer, Answers, Bounds, Predictor
 from edge_agent.data import DeviceData, load_device_data
 from edge_agent.enquiries import Enquiry, Health
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Stopped
@@ -27,7 +28,7 @@ from edge_agent.exit_policy import ExitPolicy, Limits
 from edge_agent.pictures import PictureSpec
 from edge_agent.served import DiskServed, ServedStore
 from edge_agent.service import last_will, new_boot, run_agent
-from edge_agent.serving import Build, ServingMachine
+from edge_agent.serving import Build, ServingMachine, State
 from edge_agent.settings import AgentSettings
 from edge_agent.snapshots import DiskSnapshots
 
@@ -313,14 +314,23 @@ class Edge:
 
 
 def _torch_build(settings: AgentSettings) -> Build:
-    from edge_agent.learner import LearnerFactory
+    """Torch is imported when the first predictor is made, in the machine's thread."""
+    made: list[Build] = []
 
-    return LearnerFactory(
-        networks=settings.networks,
-        device=settings.compute,
-        precision=settings.precision,
-        memory_format=settings.memory_format,
-    ).predictor
+    def build(assignment: Assignment, state: State) -> Predictor:
+        if not made:
+            from edge_agent.learner import LearnerFactory
+
+            factory = LearnerFactory(
+                networks=settings.networks,
+                device=settings.compute,
+                precision=settings.precision,
+                memory_format=settings.memory_format,
+            )
+            made.append(factory.predictor)
+        return made[0](assignment, state)
+
+    return build
 
 
 def _settle(future: asyncio.Future[Any], outcome: Any) -> None:

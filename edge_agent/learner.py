@@ -140,7 +140,7 @@ class LearnerFactory:
 
     def build(self, assignment: Assignment) -> TorchLearner:
         """The learner for an assignment with a cut. Raises :class:`AssignmentError`."""
-        torch.set_num_threads(self._threads)  # of this thread; another may answer with fewer
+        _compute_with(self._threads)
         spec = self._spec(assignment)
         assert assignment.cut is not None
         cut = assignment.cut
@@ -171,7 +171,7 @@ class LearnerFactory:
         Computed as the settings say, where they leave it open in float32: nothing is timed. Raises
         :class:`AssignmentError`, and ``TensorsError`` for a state that does not fit.
         """
-        torch.set_num_threads(1)
+        _compute_with(1)
         spec = self._spec(assignment)
         assert assignment.cut is not None
         compute = choose_compute(
@@ -190,6 +190,7 @@ class LearnerFactory:
         """Time every block and exit of the assignment's network on this device."""
         from edge_agent.measure import measure
 
+        _compute_with(self._threads)
         spec = self._spec(assignment)
         shape = (assignment.batch_size, spec.channels, spec.size, spec.size)
         compute = choose_compute(
@@ -208,3 +209,9 @@ class LearnerFactory:
                 f"does not allow; add it to `networks` in its configuration if that is meant"
             )
         return NetworkSpec(**assignment.network.model_dump())
+
+
+def _compute_with(threads: int) -> None:
+    """Use so many in what this thread computes from now on; others may use other numbers."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # without it, it would still take over what another thread sets

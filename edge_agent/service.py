@@ -22,12 +22,12 @@ from broker.messages import Assignment, Hello, Measurement, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
 from edge_agent.attempt import Learner
-from edge_agent.core import AgentCore, Phase
+from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
-from edge_agent.learner import LearnerFactory
 from edge_agent.offline import OfflineLimits
+from edge_agent.phases import Phase
 from edge_agent.settings import AgentSettings
 from edge_agent.workplace import Data
 
@@ -105,12 +105,15 @@ def build_agent(
     learners: Learners | None = None,
 ) -> AgentCore:
     """Put an agent together; ``learners`` are torch's unless others are given."""
-    learners = learners or LearnerFactory(
-        networks=settings.networks,
-        device=settings.compute,
-        precision=settings.precision,
-        memory_format=settings.memory_format,
-    )
+    if learners is None:
+        from edge_agent.learner import LearnerFactory
+
+        learners = LearnerFactory(
+            networks=settings.networks,
+            device=settings.compute,
+            precision=settings.precision,
+            memory_format=settings.memory_format,
+        )
     return AgentCore(
         Topics(settings.fleet),
         settings.device,

@@ -10,7 +10,7 @@ from broker.drive import Call, Effect, drive
 from broker.envelopes import Envelope, up
 from broker.link import Arrival, Link
 from broker.memory import MemoryBroker, MemoryTransport
-from broker.messages import Request, Status
+from broker.messages import Features, Request, Status
 from broker.topics import COORDINATOR, Address, Topics
 from broker.transport import Connected, Disconnected
 from tests.broker.test_drive import Puppet, Witness
@@ -67,6 +67,26 @@ async def test_a_message_goes_to_those_it_is_for_and_the_connection_to_all() -> 
         fleet.hub.stop()
         assert isinstance(await slow.receive(), Disconnected)
         assert isinstance(await quick.receive(), Disconnected)
+
+
+async def test_a_machine_with_too_much_to_do_loses_what_may_be_lost_and_holds_nobody_up() -> None:
+    async with asyncio.timeout(LIMIT_S), Fleet() as fleet:
+        lost: list[str] = []
+        fleet.witness.dropped = lambda reason, _: lost.append(reason)  # type: ignore[method-assign]
+        assert isinstance(await fleet.branches["slow"].receive(), Connected)
+        routes = {"features": ("slow",), "status": ("quick",)}
+        fleet.branches = Branches(
+            fleet.link, ("slow", "quick"), lambda address: routes.get(address.kind, ())
+        )
+        fleet.reader.cancel()
+        fleet.reader = asyncio.create_task(fleet.branches.run())
+        question = up("d", Features(request=1, version=1, deadline_ms=1000, tensor=b""))
+        for _ in range(WAITING):
+            assert fleet.branches["slow"].offer(Arrival(question))
+        await fleet.device.send(question)
+        await fleet.device.send(STATUS)
+        assert await fleet.branches["quick"].receive() == Arrival(STATUS)
+        assert lost == ["too_busy"]
 
 
 async def test_what_is_for_nobody_is_counted() -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from broker.messages import Activations, Features, Prediction, Report
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 from tests.fake_device import (
     Harness,
     every,

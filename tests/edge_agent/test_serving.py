@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from broker.envelopes import Envelope, down, to_all, to_cut
 from broker.messages import (
@@ -421,3 +424,115 @@ def test_a_full_disk_leaves_what_was_kept(tmp_path: Path) -> None:
     found = store.load()
     assert found is not None
     assert float(found.state["weight"][0]) == 1.5
+
+
+RUNS = st.sampled_from([RUN, "another"])
+CUTS = st.sampled_from([2, 3])
+VERSIONS = st.integers(1, 3)
+
+
+class Following(RuleBasedStateMachine):
+    """Whatever is announced and lost: one outcome for each enquiry, no question to a stranger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = Device()
+        self.connected = False
+        self.there = True
+        self.announced: tuple[str, int] | None = None
+        self.assigned: tuple[str, int] | None = None
+        self.asked: list[tuple[Enquiry, list[Answer | AgentError]]] = []
+        self.out: list[Features] = []
+
+    def heard(self, messages: list[Message]) -> None:
+        health = self.device.machine.health()
+        for message in messages:
+            if isinstance(message, Features):
+                assert self.connected
+                assert self.there
+                assert self.announced is not None
+                assert self.announced[0] == health.run
+                assert self.assigned == (health.run, health.cut)
+                assert message.version == health.version
+                self.out.append(message)
+            else:
+                assert isinstance(message, Request)
+                assert self.announced is not None
+                assert message.version == self.announced[1]
+
+    @rule(there=st.booleans())
+    def connection(self, *, there: bool) -> None:
+        self.connected = there
+        machine = self.device.machine
+        self.heard(said(machine.connected() if there else machine.disconnected()))
+
+    @rule(there=st.booleans())
+    def coordinator(self, *, there: bool) -> None:
+        self.there = there
+        state = "online" if there else "offline"
+        self.heard(self.device.hear(Coordinator(state=state, boot="b")))
+
+    @rule(run=RUNS, cut=CUTS)
+    def assign(self, run: str, cut: int) -> None:
+        self.assigned = run, cut
+        self.heard(self.device.hear(make_assignment(run=run, cut=cut)))
+
+    @rule(run=RUNS, version=VERSIONS, trained=st.booleans())
+    def serve(self, run: str, version: int, *, trained: bool) -> None:
+        self.announced = run, version
+        changes = {} if trained else {"cuts": {}}
+        self.heard(self.device.hear(make_serving(version, run=run, **changes)))
+
+    @rule(run=RUNS, cut=CUTS, version=VERSIONS, weight=st.sampled_from([1.0, 2.0, np.nan]))
+    def hand(self, run: str, cut: int, version: int, weight: float) -> None:
+        self.device.hand(version, weight, run=run, cut=cut)
+
+    @rule(run=RUNS, cut=CUTS, version=VERSIONS)
+    def parameters(self, run: str, cut: int, version: int) -> None:
+        self.heard(self.device.hear(make_parameters(version, run=run, cut=cut)))
+
+    @rule(sure=st.sampled_from([0.1, 0.9]))
+    def ask(self, sure: float) -> None:
+        done: list[Answer | AgentError] = []
+        self.device.done = done
+        self.asked.append((self.device.ask(sure, deadline_s=20.0), done))
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        enquiry, _ = data.draw(st.sampled_from(self.asked))
+        self.device.machine.cancel(enquiry)
+        enquiry.cancelled = True
+
+    @rule()
+    def work(self) -> None:
+        self.heard(self.device.work())
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data())
+    def predict(self, data: st.DataObject) -> None:
+        features = data.draw(st.sampled_from(self.out))
+        reply = Prediction(
+            request=features.request, version=features.version, tensor=probabilities(3)
+        )
+        self.heard(self.device.hear(reply))
+
+    @rule(seconds=st.floats(0, 10))
+    def wait(self, seconds: float) -> None:
+        self.heard(self.device.wait(seconds))
+
+    @invariant()
+    def once(self) -> None:
+        assert all(len(done) <= 1 for _, done in self.asked)
+
+    def teardown(self) -> None:
+        self.heard(self.device.work())
+        self.device.wait(100)
+        for enquiry, done in self.asked:
+            assert enquiry.cancelled or len(done) == 1
+        health = self.device.machine.health()
+        assert health.waiting == health.open == 0
+
+
+TestFollowing = Following.TestCase
+TestFollowing.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
