@@ -144,10 +144,7 @@ class Store:
                 raise StoreError(f"{path} is damaged: it names no round and attempt") from exc
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then remove those that are no longer needed.
-
-        Needed are the last few, the best, and what was chosen to serve.
-        """
+        """Write a checkpoint; remove all but the last few, the best, and what serves by choice."""
         parent = self.folder / "checkpoints"
         with _disk(parent):
             self._save(parent, checkpoint)

@@ -31,12 +31,12 @@ from edge_agent.answer_json import (
     PictureAnswer,
     PictureError,
     Predictions,
-    Problem,
     picture_answers,
 )
 from edge_agent.answers import Answer
 from edge_agent.enquiries import Health
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Unanswered
+from edge_agent.http_description import DESCRIPTION, REQUEST, RESPONSES
 from edge_agent.pictures import PictureSpec
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -138,9 +138,9 @@ class HttpApi:
             methods=["POST"],
             response_model=Predictions,
             summary="Answer one or several pictures",
-            description=_DESCRIPTION,
-            responses=_RESPONSES,
-            openapi_extra=_REQUEST,
+            description=DESCRIPTION,
+            responses=RESPONSES,
+            openapi_extra=REQUEST,
         )
         self.app.add_api_route(
             "/healthz",
@@ -361,45 +361,3 @@ class HttpApi:
 def _errors(entries: Sequence[PictureAnswer | PictureError | None]) -> str:
     found = [entry for entry in entries if isinstance(entry, PictureError)]
     return "; ".join(f"{entry.file}: {entry.error}" for entry in found[:3])
-
-
-_DESCRIPTION = """\
-The body is one picture (JPEG, PNG, WebP), or `multipart/form-data` with several files. A picture
-of any size is turned upright, resized and cut to what the network takes. Of several pictures those
-that cannot be read have an `error`, the others their answer.
-"""
-_PICTURE = {"schema": {"type": "string", "format": "binary"}}
-_REQUEST: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/*": _PICTURE,
-            "application/octet-stream": _PICTURE,
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "pictures": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                        }
-                    },
-                }
-            },
-        },
-    }
-}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": what}
-    for status, what in {
-        401: "No token, or a wrong one",
-        403: "Under this name the device answers nobody",
-        408: "The body took too long to arrive",
-        413: "The body is too long",
-        415: "Neither a picture nor multipart/form-data",
-        422: "Not a picture, or none the network takes; or a wrong parameter",
-        429: "Too much at once; Retry-After says when to come back",
-        503: "No parameters to answer with yet; Retry-After says when to come back",
-        504: "No answer in time",
-    }.items()
-}
