@@ -49,6 +49,22 @@ class AgentSettings(BaseModel):
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
 
+    # How it answers images
+    offload_requests_per_h: float | None = Field(default=None, ge=0)
+    """How many messages an hour may ask the coordinator about images; not given: any number."""
+    offload_bytes_per_h: float | None = Field(default=None, ge=0)
+    """How many bytes an hour they may have."""
+    offload_burst_s: float = Field(default=60.0, gt=0)
+    """What is not spent is kept for at most so long."""
+    latency_s: float | None = Field(default=None, gt=0)
+    """How long an answer may take: nothing is offloaded that is not expected back by then."""
+    answer_queue: int = Field(default=256, ge=1, le=4096)
+    """How many images wait to be answered; beyond it the oldest give way."""
+    answer_batch: int = Field(default=32, ge=1, le=4096)
+    """How many are computed together."""
+    answer_deadline_s: float = Field(default=30.0, gt=0, le=600)
+    """How long a request waits for its answer, if it does not say so itself."""
+
     heartbeat_s: float = Field(default=30.0, gt=0)
     will_delay_s: int = Field(default=45, ge=0, le=86_400)
     """How long the broker waits before it says that the device is gone; longer than a back-off."""

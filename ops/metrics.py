@@ -37,7 +37,7 @@ from broker.messages import KINDS, Inference, Report, RunPhase
 from broker.messages import Histogram as ReportedHistogram
 from coordinator.traffic import ROLES, Traffic
 from edge_agent.attempt import ROUND_TRIP_BOUNDS_S
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 from ops.answer_metrics import AnswerMetrics
 from ops.errors import PortInUse
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from coordinator.aggregation import Aggregation, Model
 from coordinator.engines import Engine, Entry, Outcome, Step
+from edge_agent.answers import Predictor
 from edge_agent.attempt import Learner, Result
-from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from ops.simulator.program import Meter
 from tensors.codecs import Encode
