@@ -272,9 +272,6 @@ class Assignment(Message):
     gradient_timeout_s: Duration
     augment: Text
     seed: int
-    exit_rule: ExitRule
-    threshold: float
-    offload_timeout_s: Duration
 
 
 class Gradients(Stamp):

@@ -58,9 +58,6 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             gradient_timeout_s=settings.gradient_timeout_s,
             augment=settings.augment,
             seed=settings.seed,
-            exit_rule=settings.exit_rule,
-            threshold=settings.threshold,
-            offload_timeout_s=settings.offload_timeout_s,
         ),
     )
 

@@ -8,7 +8,7 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ import torch
 
 from broker.branches import Branch, Branches
 from broker.drive import drive
+from broker.envelopes import Envelope
 from broker.errors import TransportError
 from broker.link import DEFAULT_CHUNK_BYTES, Link, single_frame
 from broker.messages import Coordinator
@@ -272,6 +273,9 @@ async def run_coordinator(
         await link.subscribe(*topics.coordinator_filters())
         branches = Branches(link, (TRAINING, ANSWERING), route)
         try:
+            own = settings.answer_threads or max(1, torch.get_num_threads() // 2)
+            for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):
+                branches[name].call(partial(_compute_with, threads))
             await _drive_both(core, branches, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
@@ -314,6 +318,13 @@ async def _drive_both(core: CoordinatorCore, branches: Branches, stop: asyncio.E
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _compute_with(threads: int) -> Sequence[Envelope]:
+    """Use so many in what this thread computes; without the look it would take over another's."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()
+    return ()
 
 
 async def _watch_choice(core: CoordinatorCore, branch: Branch) -> None:

@@ -154,6 +154,8 @@ class CoordinatorSettings(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
+    answer_threads: int | None = Field(default=None, ge=1, le=1024)
+    """Of those, how many an answer is computed with while others train; without it half."""
     keep_checkpoints: int = Field(default=3, ge=2, le=1000)
 
     # Held-out images to score checkpoints on

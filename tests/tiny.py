@@ -86,9 +86,6 @@ def make_assignment(**changes: Any) -> Assignment:
         "gradient_timeout_s": 10.0,
         "augment": "none",
         "seed": 0,
-        "exit_rule": "entropy",
-        "threshold": 0.5,
-        "offload_timeout_s": 5.0,
     }
     return Assignment(**(fields | changes))
 

@@ -254,9 +254,7 @@ def test_durations_and_rates_are_finite_and_not_negative(value: float) -> None:
         assert refused(to_all(make_round()).address, pack(fields)) == "invalid"
 
 
-@pytest.mark.parametrize(
-    "name", ["feedback_weight", "exit_weight", "gradient_timeout_s", "offload_timeout_s"]
-)
+@pytest.mark.parametrize("name", ["feedback_weight", "exit_weight", "gradient_timeout_s"])
 def test_an_assignments_numbers_are_finite(name: str) -> None:
     for value in (float("nan"), float("inf")):
         envelope = down("d", make_assignment())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from broker.envelopes import Envelope, down, to_all, to_cut
 from broker.messages import (
@@ -428,7 +428,7 @@ def test_a_full_disk_leaves_what_was_kept(tmp_path: Path) -> None:
 
 RUNS = st.sampled_from([RUN, "another"])
 CUTS = st.sampled_from([2, 3])
-VERSIONS = st.integers(1, 3)
+VERSIONS = st.integers(1, 2)
 
 
 class Following(RuleBasedStateMachine):
@@ -443,6 +443,13 @@ class Following(RuleBasedStateMachine):
         self.assigned: tuple[str, int] | None = None
         self.asked: list[tuple[Enquiry, list[Answer | AgentError]]] = []
         self.out: list[Features] = []
+
+    @initialize()
+    def begin(self) -> None:
+        self.connection(there=True)
+        self.assign(RUN, 2)
+        self.hand(RUN, 2, 1, 1.0)
+        self.serve(RUN, 1, trained=True)
 
     def heard(self, messages: list[Message]) -> None:
         health = self.device.machine.health()
@@ -491,11 +498,13 @@ class Following(RuleBasedStateMachine):
     def parameters(self, run: str, cut: int, version: int) -> None:
         self.heard(self.device.hear(make_parameters(version, run=run, cut=cut)))
 
-    @rule(sure=st.sampled_from([0.1, 0.9]))
-    def ask(self, sure: float) -> None:
+    @rule(sure=st.sampled_from([0.1, 0.1, 0.9]), at_once=st.booleans())
+    def ask(self, sure: float, *, at_once: bool) -> None:
         done: list[Answer | AgentError] = []
         self.device.done = done
         self.asked.append((self.device.ask(sure, deadline_s=20.0), done))
+        if at_once:
+            self.work()
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())

@@ -170,9 +170,6 @@ def _down() -> list[tuple[str, Envelope]]:
         "gradient_timeout_s": 30.0,
         "augment": "crop-flip",
         "seed": -1,
-        "exit_rule": "entropy",
-        "threshold": 0.7,
-        "offload_timeout_s": 10.0,
     }
     gradient = parse_codec("int4").encode(FEATURES / 8 - 0.125, keep=FEATURES != 0)
     answer = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]], np.float32)
