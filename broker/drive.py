@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from broker.envelopes import DeferredEnvelope, Envelope
 from broker.errors import PacketTooLarge, PublishRefused, SubscribeRefused, TransportError
-from broker.link import Arrival, Link
+from broker.link import Arrival
 from broker.transport import Connected, Disconnected
 
 log = logging.getLogger("splitfleet.service")
@@ -39,7 +39,30 @@ class Subscribe:
 
 
 Effect = Envelope | Subscribe
-Event = Arrival | Connected | Disconnected
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An event that did not come over the network: to be run in the machine's thread."""
+
+    run: Callable[[], Sequence[Effect]]
+
+
+Event = Arrival | Connected | Disconnected | Call
+
+
+class Mail(Protocol):
+    """Where a machine's messages come from and go to: a ``Link``, or one of its ``Branches``."""
+
+    async def receive(self) -> Event: ...
+
+    async def send(self, envelope: Envelope) -> None: ...
+
+    async def subscribe(self, *filters: str) -> None: ...
+
+    async def unsubscribe(self, *filters: str) -> None: ...
+
+    def expire(self) -> None: ...
 
 
 class Machine(Protocol):
@@ -75,7 +98,7 @@ class Machine(Protocol):
 
 async def drive(
     machine: Machine,
-    link: Link,
+    link: Mail,
     *,
     clock: Callable[[], float],
     stop: asyncio.Event,
@@ -124,7 +147,7 @@ class _Loop:
     def __init__(
         self,
         machine: Machine,
-        link: Link,
+        link: Mail,
         clock: Callable[[], float],
         *,
         flush_s: float,
@@ -211,6 +234,8 @@ class _Loop:
                 return self._machine.disconnected
             case Arrival(envelope):
                 return lambda: self._machine.receive(envelope)
+            case Call(run):
+                return run
 
     # -- in the event loop ------------------------------------------------------------------------
 

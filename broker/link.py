@@ -174,13 +174,16 @@ class Link:
             chunk_bytes=chunk_bytes,
             limits=limits,
         )
-        self.expire = self._framing.expire
         self.drop = self._framing.drop
 
     @property
     def uplink_bytes_per_s(self) -> float:
         """See :class:`Framing`."""
         return self._framing.uplink_bytes_per_s
+
+    def expire(self) -> None:
+        """See :class:`Framing`."""
+        self._framing.expire()
 
     async def send(self, envelope: Envelope) -> None:
         """Publish a message; returns when the broker has acknowledged every frame (QoS 1).

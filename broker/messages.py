@@ -36,6 +36,9 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Label = Annotated[int, Field(ge=0, le=2**31)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Cut = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,3}$")]
+"""A cut as the key of a map, decimal."""
 RunPhase = Literal["gathering", "training", "inference", "finished"]
 ExitRule = Literal["entropy", "max_softmax", "margin"]
 Range = Annotated[tuple[Count, Count], Field(strict=False)]
@@ -43,14 +46,19 @@ Range = Annotated[tuple[Count, Count], Field(strict=False)]
 Ranges = Annotated[list[Range], FailFast(), Field(max_length=MAX_RANGES)]
 
 
-def _not_many(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_REASONS:
-        raise ValueError(f"Dictionary should have at most {MAX_REASONS} items")
-    return value
+def _at_most(items: int) -> BeforeValidator:
+    """Bounds a map before its entries are looked at: each could cost an error."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > items:
+            raise ValueError(f"Dictionary should have at most {items} items")
+        return value
+
+    return BeforeValidator(check)
 
 
-BY_REASON = BeforeValidator(_not_many)
-"""Bounds a map from reasons before its entries are looked at: each could cost an error."""
+BY_REASON = _at_most(MAX_REASONS)
+BY_CUT = _at_most(MAX_BLOCKS)
 
 
 def _blob(limit: int, *, lazy: bool = False) -> PlainValidator:
@@ -155,7 +163,7 @@ class DeviceParameters(Stamp):
 
 
 class Features(Message):
-    """Features of images whose exit was unsure; answered with a prediction."""
+    """Features of images that the server is asked about; answered with a prediction, if that."""
 
     request: Count
     version: Count
@@ -264,9 +272,6 @@ class Assignment(Message):
     gradient_timeout_s: Duration
     augment: Text
     seed: int
-    exit_rule: ExitRule
-    threshold: float
-    offload_timeout_s: Duration
 
 
 class Gradients(Stamp):
@@ -303,12 +308,18 @@ class Receipt(Stamp):
 
 
 class Prediction(Message):
-    """The full network's answer to offloaded features: ``(N, K)`` probabilities, or a refusal."""
+    """The full network's answer to offloaded features: ``(N, K)`` probabilities, or a refusal.
+
+    ``version`` is that of the features. ``queue_ms`` and ``forward_ms``: how long they waited for
+    their turn, and how long the network then took for all that it answered together.
+    """
 
     request: Count
     version: Count
     tensor: Tensor | None = None
     refused: Text | None = None
+    queue_ms: Amount | None = None
+    forward_ms: Amount | None = None
 
 
 class Parameters(Message):
@@ -353,6 +364,34 @@ class Round(Stamp):
     barrier: bool = True
 
 
+class CutPolicy(Message):
+    """When the exit at a cut answers, and what that came to on held-out images, if there are any.
+
+    ``agreement``: the share of the images it answers for which the whole network says the same.
+    ``accuracy``: that of device and server together. ``offload_rate``: what is left to the server.
+    """
+
+    threshold: Annotated[float, Field(ge=-1, le=1)]
+    agreement: Share | None = None
+    accuracy: Share | None = None
+    offload_rate: Share | None = None
+
+
+class Serving(Message):
+    """Retained: the version of the parameters that images are answered with, and how.
+
+    ``cuts`` has an entry for every cut whose exit has been trained; any other never answers. Of the
+    images that an exit is sure of, the server is asked about a share ``audit_share`` all the same.
+    """
+
+    run: Name
+    version: Count
+    exit_rule: ExitRule
+    offload_timeout_s: Duration
+    audit_share: Share = 0.0
+    cuts: Annotated[dict[Cut, CutPolicy], BY_CUT] = Field(default_factory=dict)
+
+
 class Coordinator(Message):
     """Retained state of the coordinator, and its last will."""
 
@@ -391,6 +430,7 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("down", "parameters"): Parameters,
     ("down", "command"): Command,
     ("all", "round"): Round,
+    ("all", "serving"): Serving,
     ("all", "coordinator"): Coordinator,
     ("all", "command"): Command,
     ("cut", "manifest"): Manifest,
@@ -398,8 +438,8 @@ KINDS: dict[tuple[str, str], type[Message]] = {
 }
 """(direction or scope, kind) → model. Topics of the tree that are not here carry nothing yet."""
 
-LOSSY = {("up", "report")}
-"""Sent with QoS 0: nothing is trained from them."""
+LOSSY = {("up", "report"), ("up", "features"), ("down", "prediction")}
+"""Sent with QoS 0: nothing is trained from them, and of questions the newest matter most."""
 
 
 def to_ranges(numbers: Iterable[int]) -> list[Range]:

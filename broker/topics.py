@@ -42,7 +42,7 @@ DOWN_KINDS = frozenset(
         "certificate",
     }
 )
-ALL_KINDS = frozenset({"round", "command", "coordinator"})
+ALL_KINDS = frozenset({"round", "serving", "command", "coordinator"})
 CUT_KINDS = frozenset({"manifest", "parameters"})
 
 # A topic keeps one retained message, so only small state is retained, never a tensor.
@@ -51,6 +51,7 @@ RETAINED = frozenset(
         ("up", "status"),
         ("down", "assignment"),
         ("all", "round"),
+        ("all", "serving"),
         ("all", "coordinator"),
         ("cut", "manifest"),
     }

@@ -17,20 +17,20 @@ from broker.messages import (
     Command,
     Coordinator,
     DeviceParameters,
-    Features,
     Hello,
     Report,
     Request,
     Status,
 )
 from coordinator.aggregation import Model
-from coordinator.answering import Answering
 from coordinator.errors import DeviceRefused
-from coordinator.evaluation import Evaluator, Responder
+from coordinator.evaluation import Evaluator
 from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.registry import Device, Registry
 from coordinator.run import Keeper, Run
+from coordinator.serving import AnsweringMachine, Answers
+from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.training import RoundInProgress
@@ -39,7 +39,10 @@ log = logging.getLogger("splitfleet.coordinator")
 
 
 class CoordinatorCore:
-    """One run of one fleet, from the first hello to the result."""
+    """One run of one fleet, from the first hello to the result.
+
+    It trains; what devices offload is answered by :attr:`answering`.
+    """
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class CoordinatorCore:
         checkpoint: Checkpoint,
         *,
         new_round: Callable[[Model, float], RoundInProgress],
-        responder: Responder,
+        answers: Answers,
         evaluator: Evaluator | None,
         placement: Placement,
         store: Keeper,
@@ -57,19 +60,21 @@ class CoordinatorCore:
         boot: str,
         clock: Callable[[], float],
     ) -> None:
+        self.versions = answers.versions
         self._settings = settings
         self._placement = placement
         self._observer = observer
         self._boot = boot
         self._registry = Registry(settings.max_devices)
         self._registry.restore(checkpoint.registry)
+        self._serving = ServingVersion(settings, run, answers.versions, evaluator, observer)
         self._run = Run(
             settings,
             run,
             checkpoint,
             registry=self._registry,
             new_round=new_round,
-            responder=responder,
+            serving=self._serving,
             evaluator=evaluator,
             placement=placement,
             store=store,
@@ -77,9 +82,15 @@ class CoordinatorCore:
             traffic=traffic,
             clock=clock,
         )
-        self._answering = Answering(
-            responder, placement.shapes, batch_size=settings.batch_size, observer=observer
+        self.answering = AnsweringMachine(
+            settings,
+            answers,
+            placement.shapes,
+            find=self._registry.find,
+            observer=observer,
+            clock=clock,
         )
+        """The machine that answers images; to be driven beside this one."""
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -125,10 +136,6 @@ class CoordinatorCore:
                 out = self._run.activations(known, message)
             case DeviceParameters():
                 out = self._run.parameters(known, message)
-            case Features():
-                trained = self._run.published.trained
-                prediction = self._answering.answer(known.cut, trained, message)
-                out = [down(known.name, prediction)]
             case Status():
                 self._registry.status(device, message)
                 self._observer.devices(self._registry.by_state())
@@ -152,6 +159,10 @@ class CoordinatorCore:
     def next_tick(self) -> float | None:
         """When :meth:`tick` has something to do, on the clock; None if nothing is due."""
         return self._run.next_tick
+
+    def pin(self, version: int | None) -> list[Envelope]:
+        """Answer images with this version, or with None the last closed round's."""
+        return self._serving.pin(version)
 
     def goodbye(self) -> Envelope:
         """The last status, when the coordinator leaves on purpose."""
@@ -177,7 +188,12 @@ class CoordinatorCore:
 
     def _request(self, device: Device, request: Request) -> list[Envelope]:
         if request.what == "parameters" and device.cut is not None:
-            return self._run.published.answer(device.name, device.cut)
+            published = self._run.published
+            if request.version != published.version:
+                serving = self._serving.answer(device.name, device.cut, request.version)
+                if serving:
+                    return serving
+            return published.answer(device.name, device.cut)
         if request.what == "join" and request.run is not None:
             return self._run.join(device, (request.run, request.round, request.attempt))
         return []

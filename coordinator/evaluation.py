@@ -1,9 +1,10 @@
-"""How good the merged checkpoint is on held-out images, and answering what devices offload."""
+"""How good the merged checkpoint is on held-out images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,17 +107,30 @@ class Evaluator:
             offload_curve(seen.exit, answers, labels, rule).at(THRESHOLDS),
         )
 
-    def cut_answers(self, state: State, cut: int, codec_name: str) -> CutAnswers:
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all images, (N,)."""
+        return self._dataset.labels
+
+    def sample(self, most: int) -> np.ndarray:
+        """Indices of at most so many images, rising, evenly spread over all; always the same."""
+        images = len(self._dataset.labels)
+        return np.linspace(0, images, min(most, images), endpoint=False).astype(np.int64)
+
+    def cut_answers(
+        self, state: State, cut: int, codec_name: str, *, rows: np.ndarray | None = None
+    ) -> CutAnswers:
         """What a device at ``cut`` gets for every image: from its exit, and from the server.
 
-        The server enters with the features as the codec leaves them. Raises ``NetworkError`` for a
-        state that does not fit or a cut that the network does not have.
+        With ``rows``, the indices of some, for those. The server enters with the features as the
+        codec leaves them. Raises ``NetworkError`` for a state that does not fit or a cut that the
+        network does not have.
         """
         self._network.require_cut(cut)
         write_state(self._network, state)
         codec = parse_codec(codec_name)
         of_exit, of_server = [], []
-        for images, _ in self._batches():
+        for images, _ in self._batches(rows):
             x = self._forward(images, 0, cut)
             of_exit.append(softmax(self._exit(x, cut)))
             received = self._compute.tensor(decode_torch(codec.encode(x.cpu())))
@@ -124,13 +138,16 @@ class Evaluator:
             of_server.append(softmax(logits.float().cpu().numpy()))
         return CutAnswers(np.concatenate(of_exit), np.concatenate(of_server))
 
-    def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+    def _batches(self, rows: np.ndarray | None = None) -> Iterator[tuple[Tensor, np.ndarray]]:
         data = self._dataset
-        for start in range(0, len(data.labels), self._batch_size):
-            part = slice(start, start + self._batch_size)
+        images_seen = len(data.labels) if rows is None else len(rows)
+        for start in range(0, images_seen, self._batch_size):
+            part: Any = slice(start, min(start + self._batch_size, images_seen))
+            if rows is not None:
+                part = rows[part]
             if self._resident is not None:
-                rows = np.arange(*part.indices(len(data.labels)))
-                yield self._compute.tensor(self._resident.take(rows)), data.labels[part]
+                taken = np.arange(part.start, part.stop) if rows is None else part
+                yield self._compute.tensor(self._resident.take(taken)), data.labels[part]
             else:
                 images = normalise(data.images[part], data.mean, data.std)
                 yield self._compute.tensor(images), data.labels[part]
@@ -143,24 +160,3 @@ class Evaluator:
     def _exit(self, x: Tensor, cut: int) -> np.ndarray:
         with torch.inference_mode(), self._compute.arithmetic():
             return self._network.exit(x, cut).float().cpu().numpy()
-
-
-class Responder:
-    """Answers offloaded features with the parameters of the last closed round."""
-
-    def __init__(self, network: CutNetwork, compute: Compute) -> None:
-        compute.place(network)
-        self._network = network.eval()
-        self._compute = compute
-        self.version: int | None = None
-
-    def load(self, version: int, state: State) -> None:
-        """Serve these parameters from now on."""
-        write_state(self._network, state)
-        self.version = version
-
-    def answer(self, cut: int, features: Tensor) -> np.ndarray:
-        """Features (N×…) at ``cut`` → probabilities (float32, N×K)."""
-        with torch.inference_mode(), self._compute.arithmetic():
-            logits = self._network(self._compute.tensor(features), start=cut)
-        return softmax(logits.float().cpu().numpy()).astype(np.float32)

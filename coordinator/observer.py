@@ -6,7 +6,11 @@ from broker.messages import Report
 
 
 class Observer:
-    """Does nothing; override what is of interest. Called from the coordinator's worker thread."""
+    """Does nothing; override what is of interest.
+
+    Called from the thread of the training machine, and what is about answers from that of the
+    answering one.
+    """
 
     def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
         """The server trained on a batch; ``seconds`` include decoding and encoding."""
@@ -40,7 +44,19 @@ class Observer:
         """A device that is late, or early again, has another share of its work or another cut."""
 
     def features_answered(self, cut: int, images: int, refused: str | None) -> None:
-        """Offloaded features were answered or refused."""
+        """Offloaded features were answered or refused (then ``images`` is 0)."""
+
+    def answer_waited(self, seconds: float) -> None:
+        """A question that was answered had waited so long for its turn."""
+
+    def answers_computed(self, questions: int, images: int, seconds: float) -> None:
+        """A forward pass answered so many together; decoding and encoding not included."""
+
+    def answers_waiting(self, images: int) -> None:
+        """So many images wait for their turn now."""
+
+    def serving(self, version: int, *, pinned: bool) -> None:
+        """Another version answers images."""
 
     def phase(self, phase: str) -> None:
         """gathering, training, inference or finished."""
@@ -91,6 +107,22 @@ class Observers(Observer):
     def features_answered(self, cut: int, images: int, refused: str | None) -> None:
         for observer in self._observers:
             observer.features_answered(cut, images, refused)
+
+    def answer_waited(self, seconds: float) -> None:
+        for observer in self._observers:
+            observer.answer_waited(seconds)
+
+    def answers_computed(self, questions: int, images: int, seconds: float) -> None:
+        for observer in self._observers:
+            observer.answers_computed(questions, images, seconds)
+
+    def answers_waiting(self, images: int) -> None:
+        for observer in self._observers:
+            observer.answers_waiting(images)
+
+    def serving(self, version: int, *, pinned: bool) -> None:
+        for observer in self._observers:
+            observer.serving(version, pinned=pinned)
 
     def phase(self, phase: str) -> None:
         for observer in self._observers:

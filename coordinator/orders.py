@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from broker.envelopes import Envelope, down, to_all
-from broker.messages import Assignment, Round, RunPhase
+from broker.messages import Assignment, Round, RunPhase, Serving
 from coordinator.registry import Device
 from coordinator.rounds import (
     MAX_QUOTA,
@@ -15,6 +15,7 @@ from coordinator.rounds import (
     server_share,
 )
 from coordinator.settings import CoordinatorSettings
+from coordinator.versions import Version
 
 
 def quota(settings: CoordinatorSettings, device: Device) -> int:
@@ -57,9 +58,6 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             gradient_timeout_s=settings.gradient_timeout_s,
             augment=settings.augment,
             seed=settings.seed,
-            exit_rule=settings.exit_rule,
-            threshold=settings.threshold,
-            offload_timeout_s=settings.offload_timeout_s,
         ),
     )
 
@@ -86,6 +84,20 @@ def announcement(
             deadline_s=deadline_s,
             train_s=settings.round_seconds or 0.0,
             barrier=settings.aggregation == "rounds",
+        )
+    )
+
+
+def serving(settings: CoordinatorSettings, run: str, version: Version) -> Envelope:
+    """Which version answers images, and how."""
+    return to_all(
+        Serving(
+            run=run,
+            version=version.number,
+            exit_rule=settings.exit_rule,
+            offload_timeout_s=settings.offload_timeout_s,
+            audit_share=settings.audit_share,
+            cuts={str(cut): policy for cut, policy in sorted(version.policies.items())},
         )
     )
 

@@ -19,6 +19,12 @@ from tensors.networks import State
 from tensors.parameters import pack_parameters
 
 
+def whole_half(state: State, cut: int, codec: Codec) -> bytes:
+    """The pack of all that a device with this cut needs."""
+    name = "fp32" if sends_deltas(codec) else codec.name
+    return pack_parameters(half_of(state, cut), codec=name)
+
+
 class Published:
     """A version of the model, packed once for each cut that asks for it.
 
@@ -119,6 +125,5 @@ class Published:
 
     def _parameters(self, cut: int) -> Parameters:
         if cut not in self._whole:
-            codec = "fp32" if sends_deltas(self._codec) else self._codec.name
-            self._whole[cut] = pack_parameters(half_of(self.model.state, cut), codec=codec)
+            self._whole[cut] = whole_half(self.model.state, cut, self._codec)
         return Parameters(run=self._run, version=self.version, cut=cut, state=self._whole[cut])

@@ -54,6 +54,10 @@ class Registry:
             self._states["offline"] += 1
         return self.devices[name]
 
+    def find(self, name: str) -> Device | None:
+        """The device if it is known; may be called from any thread."""
+        return self.devices.get(name)
+
     @property
     def online(self) -> int:
         """How many devices are there."""

@@ -16,7 +16,7 @@ from broker.envelopes import Envelope
 from broker.messages import Activations, DeviceParameters, Report, RunPhase
 from coordinator import orders
 from coordinator.aggregation import Model
-from coordinator.evaluation import Evaluator, Responder
+from coordinator.evaluation import Evaluator
 from coordinator.history import History
 from coordinator.label_counts import LabelCounts
 from coordinator.observer import Observer
@@ -35,6 +35,7 @@ from coordinator.rounds import (
     sample_devices,
 )
 from coordinator.server_momentum import carry_over
+from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
@@ -73,7 +74,7 @@ class Run:
         *,
         registry: Registry,
         new_round: Callable[[Model, float], RoundInProgress],
-        responder: Responder,
+        serving: ServingVersion,
         evaluator: Evaluator | None,
         placement: Placement,
         store: Keeper,
@@ -84,7 +85,6 @@ class Run:
         self._settings = settings
         self._registry = registry
         self._new_round = new_round
-        self._responder = responder
         self._evaluator = evaluator
         self._placement = placement
         self._store = store
@@ -115,7 +115,7 @@ class Run:
             parse_codec(settings.parameter_codec),
             checkpoint.residual,
         )
-        responder.load(self.published.version, self.published.model.state)
+        self._serving = serving
 
     # -- what devices say -------------------------------------------------------------------------
 
@@ -261,7 +261,8 @@ class Run:
             self._due += self._clock() - self._away_since
         self._away_since = None
         self.published.say_again()
-        return [*self._manifests(), self.announcement(), *self.advance()]
+        said = [*self._manifests(), *self._serving.say_again(), self.announcement()]
+        return said + self.advance()
 
     def disconnected(self) -> None:
         """Nobody can be heard: the time until the connection is back is nobody's fault."""
@@ -375,13 +376,15 @@ class Run:
             device = self._registry.devices[folded.device]
             device.rounds += 1
             device.samples += folded.samples
-        self._store.save(self._checkpoint(record))
-        self._responder.load(self.published.version, self.published.model.state)
+        policies = self._serving.close(self.published)
+        self._store.save(self._checkpoint(record, policies))
+        self._serving.publish()
         self._observer.round_ended(self._number, "closed", record)
         self._set_phase("gathering")
         out += self._manifests()
         if self._barrier:  # without one devices ask when they have finished what they are at
             out += [self.published.broadcast(cut) for cut in self._cuts()]
+        out += self._serving.news()
         # Another cut layer ends what a late device is at, which the broadcast lets it bring first.
         out += [self.assignment(device) for device in changed]
         return out + (self.advance() or [self.announcement()])
@@ -439,7 +442,7 @@ class Run:
         self._history.close(record)
         return record
 
-    def _checkpoint(self, record: dict[str, Any]) -> Checkpoint:
+    def _checkpoint(self, record: dict[str, Any], policies: dict[str, Any]) -> Checkpoint:
         return Checkpoint(
             version=self.published.version,
             round=self._number,
@@ -451,6 +454,7 @@ class Run:
             residual=self.published.residual,
             scheduler=self._workload.dump(),
             score=record.get("server_accuracy"),
+            policies=policies,
         )
 
     def _result(self) -> dict[str, Any]:

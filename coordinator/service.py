@@ -8,13 +8,16 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from broker.branches import Branch, Branches
 from broker.drive import drive
+from broker.envelopes import Envelope
 from broker.errors import TransportError
 from broker.link import DEFAULT_CHUNK_BYTES, Link, single_frame
 from broker.messages import Coordinator
@@ -23,12 +26,15 @@ from broker.transport import Transport, Will
 from coordinator.aggregation import Model, block_of
 from coordinator.core import CoordinatorCore
 from coordinator.engines import Engine, make_engine
-from coordinator.errors import ResumeError
-from coordinator.evaluation import Evaluator, Responder
+from coordinator.errors import ResumeError, StoreError
+from coordinator.evaluation import Evaluator
 from coordinator.gradients import GradientEncoder
 from coordinator.intake import Intake
 from coordinator.observer import Observer
 from coordinator.placement import Placement
+from coordinator.responder import Responder
+from coordinator.serving import ANSWERING, TRAINING, Answers, Network, route
+from coordinator.serving_version import open_versions
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
@@ -40,6 +46,9 @@ from tensors.networks import NetworkSpec, build_network, feature_shapes, read_st
 from tensors.training import Compute, choose_compute
 
 log = logging.getLogger("splitfleet.coordinator")
+
+CHOICE_S = 1.0
+"""How often it is looked up which version was chosen to serve."""
 
 
 def new_boot() -> str:
@@ -61,14 +70,14 @@ class Parts:
     """What a coordinator computes with; :func:`torch_parts` is what a real one has.
 
     ``shapes[c-1]`` is the shape of one image's features at cut ``c``. ``first`` makes version 0 of
-    a new run, ``new_engine`` the engine of a round,
+    a new run, ``new_engine`` the engine of a round, ``network`` answers what devices offload,
     ``encode`` encodes gradients.
     """
 
     shapes: list[tuple[int, ...]]
     first: Callable[[], Model]
     new_engine: Callable[[], Engine]
-    responder: Responder
+    network: Network
     evaluator: Evaluator | None = None
     channels_last: bool = False
     encode: Encode = Codec.encode
@@ -110,7 +119,8 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         shapes,
         first,
         new_engine,
-        Responder(copy.deepcopy(network), compute),
+        # One more than are answered, for a version that was pinned.
+        Responder(network, compute, versions=settings.serving_versions + 1),
         None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
         compute.channels_last,
     )
@@ -224,12 +234,12 @@ def build_core(
             clock=clock,
         )
 
-    return CoordinatorCore(
+    core = CoordinatorCore(
         settings,
         run,
         checkpoint,
         new_round=new_round,
-        responder=parts.responder,
+        answers=Answers(open_versions(settings, checkpoint, store, parts.evaluator), parts.network),
         evaluator=parts.evaluator,
         placement=placement,
         store=store,
@@ -238,6 +248,9 @@ def build_core(
         boot=boot,
         clock=clock,
     )
+    with contextlib.suppress(StoreError):  # who watches it complains
+        core.pin(core.versions.chosen())
+    return core
 
 
 async def run_coordinator(
@@ -258,11 +271,76 @@ async def run_coordinator(
     async with transport:
         link = Link(transport, topics, observer=traffic, clock=time.monotonic)
         await link.subscribe(*topics.coordinator_filters())
+        branches = Branches(link, (TRAINING, ANSWERING), route)
         try:
-            await drive(core, link, clock=time.monotonic, stop=stop)
+            own = settings.answer_threads or max(1, torch.get_num_threads() // 2)
+            for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):
+                branches[name].call(partial(_compute_with, threads))
+            await _drive_both(core, branches, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
                 await link.send(core.goodbye())
+
+
+async def _drive_both(core: CoordinatorCore, branches: Branches, stop: asyncio.Event) -> None:
+    """Train and answer, until the training machine has finished or ``stop`` is set."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def prepare() -> None:  # if too much waits there, the next question does it
+        branches[ANSWERING].call(core.answering.prepare)
+
+    def changed() -> None:
+        loop.call_soon_threadsafe(prepare)
+
+    core.versions.changed = changed
+    training = asyncio.create_task(
+        drive(core, branches[TRAINING], clock=time.monotonic, stop=stop), name=TRAINING
+    )
+    answering = asyncio.create_task(
+        drive(core.answering, branches[ANSWERING], clock=time.monotonic, stop=ended),
+        name=ANSWERING,
+    )
+    aside = [
+        asyncio.create_task(branches.run(), name="branches"),
+        asyncio.create_task(_watch_choice(core, branches[TRAINING]), name="choice"),
+    ]
+    tasks = [training, answering, *aside]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                await task  # what went wrong
+        ended.set()
+        await answering
+    finally:
+        core.versions.changed = lambda: None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _compute_with(threads: int) -> Sequence[Envelope]:
+    """Use so many in what this thread computes; without the look it would take over another's."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()
+    return ()
+
+
+async def _watch_choice(core: CoordinatorCore, branch: Branch) -> None:
+    """Have the version that is chosen by hand served, within about a second."""
+    before, complaint = core.versions.pinned, ""
+    while True:
+        await asyncio.sleep(CHOICE_S)
+        try:
+            chosen = await asyncio.to_thread(core.versions.chosen)
+        except StoreError as exc:
+            if str(exc) != complaint:
+                log.warning("%s", exc)
+            complaint = str(exc)
+            continue
+        if chosen != before and branch.call(partial(core.pin, chosen)):
+            before = chosen
 
 
 def held_out_images(settings: CoordinatorSettings) -> Dataset | None:

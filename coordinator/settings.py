@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from broker.messages import Name, Network
+from coordinator.exit_policies import parse_exit_policy
 from coordinator.server_momentum import MomentumRule
 from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
@@ -123,9 +124,26 @@ class CoordinatorSettings(BaseModel):
     # Answering
     inference: bool = True
     """Whether devices answer their share of the test images after the last round."""
+    exit_policy: str = "threshold"
+    """What the exits' thresholds are chosen for after each round, on held-out images: threshold
+    (nothing, it is given), accuracy:0.9 (the fewest offloads with this accuracy of device and
+    server together), offload:0.2 (at most this share offloaded)."""
     threshold: float = 0.7
+    """With exit_policy = threshold, and until the first round has closed."""
     exit_rule: ExitRule = "entropy"
+    calibration_images: int = Field(default=1000, ge=0, le=10_000_000)
+    """Held-out images that thresholds are chosen on and exits are judged by; 0: none."""
+    audit_share: float = Field(default=0.02, ge=0, le=1)
+    """Of the images that an exit is sure of, how many the server is asked about all the same."""
     offload_timeout_s: Positive = 10.0
+    serving_versions: int = Field(default=3, ge=1, le=100)
+    """Features computed with one of so many last versions are answered with that version."""
+    answer_batch: int = Field(default=64, ge=1, le=65_536)
+    """Images answered together at most; a single question always."""
+    answer_queue: int = Field(default=1024, ge=1, le=1_000_000)
+    """Images that wait for an answer at most."""
+    batch_wait_s: float = Field(default=0.001, ge=0, le=1)
+    """How long a question that finds the coordinator idle waits for company."""
     inference_deadline_s: Positive = 120.0
 
     stay: bool = False
@@ -136,6 +154,8 @@ class CoordinatorSettings(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
+    answer_threads: int | None = Field(default=None, ge=1, le=1024)
+    """Of those, how many an answer is computed with while others train; without it half."""
     keep_checkpoints: int = Field(default=3, ge=2, le=1000)
 
     # Held-out images to score checkpoints on
@@ -169,6 +189,27 @@ class CoordinatorSettings(BaseModel):
         if math.isnan(threshold):
             raise ValueError("it must be a number; confidence lies between 0 and 1")
         return threshold
+
+    @field_validator("exit_policy")
+    @classmethod
+    def _check_exit_policy(cls, policy: str) -> str:
+        parse_exit_policy(policy)
+        return policy
+
+    @model_validator(mode="after")
+    def _check_answering(self) -> Self:
+        measured = self.dataset is not None and self.calibration_images > 0
+        if self.exit_policy != "threshold" and not measured:
+            raise ValueError(
+                f"exit_policy = {self.exit_policy} needs held-out images to choose thresholds on: "
+                "set dataset, and calibration_images above 0"
+            )
+        if self.answer_queue < self.batch_size:
+            raise ValueError(
+                f"answer_queue = {self.answer_queue} must be at least batch_size = "
+                f"{self.batch_size}, the images of one question"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:

@@ -7,6 +7,7 @@
                                     residual.safetensors, if parameters go as differences
                                     velocity.safetensors, if versions have a momentum
 {root}/{run}/result.json            after the last round
+{root}/{run}/serving.json           which version answers devices, if one was chosen by hand
 
 A checkpoint's folder has the number of its version, or the next free one if that is taken.
 """
@@ -36,6 +37,7 @@ from coordinator.atomic_files import (
     write_folder,
 )
 from coordinator.errors import StoreError
+from coordinator.serving_choice import read_choice
 from tensors.networks import State
 
 log = logging.getLogger("splitfleet.store")
@@ -62,6 +64,19 @@ class Checkpoint:
     """What the scheduler has learnt about the fleet, as JSON."""
     score: float | None = None
     """How good the model is, higher is better; None if that was not measured."""
+    policies: dict[str, Any] = field(default_factory=dict)
+    """What its exits are to do, as JSON; see ``coordinator.exit_policies``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A checkpoint's folder: its verified manifest, or what is wrong with that."""
+
+    folder: Path
+    size: int
+    """Bytes of all its files."""
+    manifest: dict[str, Any]
+    problem: str | None = None
 
 
 class Store:
@@ -129,7 +144,7 @@ class Store:
                 raise StoreError(f"{path} is damaged: it names no round and attempt") from exc
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then remove those that are neither among the last nor the best."""
+        """Write a checkpoint; remove all but the last few, the best, and what serves by choice."""
         parent = self.folder / "checkpoints"
         with _disk(parent):
             self._save(parent, checkpoint)
@@ -194,6 +209,21 @@ class Store:
             remove_folders(parent, newer)
             (self.folder / "attempt.json").unlink(missing_ok=True)
 
+    def kept(self) -> list[Kept]:
+        """All checkpoints, oldest first; parameters are not verified, :meth:`at` does that."""
+        found = []
+        for folder in _numbered(self.folder / "checkpoints"):
+            manifest: dict[str, Any] = {}
+            problem = None
+            try:
+                manifest = _manifest(folder)
+            except StoreError as exc:
+                problem = str(exc)
+            with contextlib.suppress(FileNotFoundError):  # its coordinator removes it just now
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                found.append(Kept(folder, size, manifest, problem))
+        return found
+
     def save_result(self, result: dict[str, Any]) -> None:
         """Write the run's result."""
         path = self.folder / "result.json"
@@ -209,7 +239,14 @@ class Store:
     def _prune(self, parent: Path) -> None:
         folders = _numbered(parent)
         whole = [folder for folder in folders if folder not in self._damaged]
+        try:
+            chosen = read_choice(self.folder).needed
+        except StoreError as exc:
+            log.warning("%s; no old checkpoint is removed before", exc)
+            return
         kept = {*whole[-self._keep :], *self._by_score(whole)[:1]}
+        if chosen:
+            kept |= {folder for version, folder in self._by_version().items() if version in chosen}
         old = [folder for folder in folders if folder not in kept]
         remove_folders(parent, [folder.name for folder in old])
         for folder in old:
@@ -256,6 +293,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "trained_cuts": checkpoint.trained_cuts,
         "sha256": {name: _sha256(data) for name, data in files.items()},
         "score": checkpoint.score,
+        "policies": checkpoint.policies,
         "scheduler": checkpoint.scheduler,
         "history": checkpoint.history,
         "registry": checkpoint.registry,
@@ -288,6 +326,7 @@ def _load(folder: Path) -> Checkpoint:
             residual=residual,
             scheduler=manifest.get("scheduler", {}),
             score=manifest.get("score"),
+            policies=manifest.get("policies", {}),
         )
     except (KeyError, TypeError) as exc:
         raise StoreError(f"{folder / 'manifest.json'} is damaged: {exc!r}") from exc

@@ -6,9 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_agent.answers import Answer
     from edge_agent.core import AgentCore
     from edge_agent.data import DeviceData, load_device_data
-    from edge_agent.errors import AgentError
+    from edge_agent.edge import Edge, EdgeService
+    from edge_agent.errors import AgentError, InputError, Unanswered
+    from edge_agent.pictures import PictureSpec
     from edge_agent.predictor import InferenceRun
     from edge_agent.service import run_agent
     from edge_agent.settings import AgentSettings
@@ -18,17 +21,26 @@ __all__ = [
     "AgentCore",
     "AgentError",
     "AgentSettings",
+    "Answer",
     "DeviceData",
     "DeviceTrainer",
+    "Edge",
+    "EdgeService",
     "InferenceRun",
+    "InputError",
+    "PictureSpec",
+    "Unanswered",
     "load_device_data",
     "run_agent",
 ]
 
 _HOME = {
+    "answers": ("Answer",),
     "core": ("AgentCore",),
     "data": ("DeviceData", "load_device_data"),
-    "errors": ("AgentError",),
+    "edge": ("Edge", "EdgeService"),
+    "errors": ("AgentError", "InputError", "Unanswered"),
+    "pictures": ("PictureSpec",),
     "predictor": ("InferenceRun",),
     "service": ("run_agent",),
     "settings": ("AgentSettings",),

@@ -13,11 +13,11 @@ import numpy as np
 
 from broker.envelopes import Envelope, up
 from broker.messages import Activations, Assignment, Gradients, Histogram, Receipt, Report, Round
+from edge_agent.answers import Predictor
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
 from edge_agent.ledger import Ledger
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
-from edge_agent.predictor import Predictor
 from edge_agent.quota import quota_of, stream_position
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import Encode

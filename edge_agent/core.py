@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from broker.drive import Effect, Subscribe
 from broker.envelopes import Envelope, up
@@ -31,6 +32,7 @@ from broker.messages import (
     Receipt,
     Request,
     Round,
+    Serving,
     Status,
 )
 from broker.topics import Topics
@@ -39,6 +41,7 @@ from edge_agent.attempt import Attempt, Learner
 from edge_agent.errors import AssignmentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.offline import OfflineLimits
+from edge_agent.phases import Phase
 from edge_agent.predictor import InferenceRun
 from edge_agent.probe import Probe
 from edge_agent.workplace import Data, Workplace
@@ -47,19 +50,8 @@ from tensors.errors import TensorsError
 log = logging.getLogger("splitfleet.agent")
 
 
-class Phase(StrEnum):
-    """What the device is doing; published in its status."""
-
-    JOINING = "joining"
-    WAITING = "waiting"
-    FETCHING = "fetching"
-    ENTERING = "entering"
-    TRAINING = "training"
-    FINISHING = "finishing"
-    ANSWERING = "answering"
-    REPORTING = "reporting"
-    FINISHED = "finished"
-
+OnVersion = Callable[[Assignment, int, Mapping[str, np.ndarray]], None]
+"""Called with the assignment, whose cut it is for, a version and its parameters."""
 
 _ANSWERING = (Phase.ANSWERING, Phase.REPORTING)
 
@@ -107,6 +99,7 @@ class AgentCore:
         self._connected = False
         self._assignment: Assignment | None = None
         self._round: Round | None = None
+        self._serving: Serving | None = None
         self._manifest: Manifest | None = None
         self._place: Workplace | None = None
         self._probe: Probe | None = None
@@ -114,6 +107,8 @@ class AgentCore:
         self._next_heartbeat = clock() + heartbeat_s
         self.phase = Phase.JOINING
         self.problem: str | None = None
+        self.on_version: OnVersion | None = None
+        """Told of every version of the parameters it comes to hold, from then on."""
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -153,6 +148,8 @@ class AgentCore:
                 self._manifest = message
             case Prediction() if self._inference is not None:
                 self._inference.answer(message)
+            case Serving():
+                return self._served(message)
             case Coordinator():
                 return self._coordinator(message)
             case Command(command="stop"):
@@ -246,6 +243,8 @@ class AgentCore:
             if same == self._assignment:
                 return []
         before, self._assignment = self._assignment, assignment
+        if self._serving is not None and self._serving.run != assignment.run:
+            self._serving = None
         out = list[Effect](self._place.leave() if self._place is not None else [])
         self._place = self._probe = None
         self._question.close()
@@ -269,6 +268,7 @@ class AgentCore:
             )
         except (AssignmentError, TensorsError) as exc:
             return self._cannot(exc)
+        self._hand_over()
         return out + self._advance()
 
     def _measured(self, probe: Probe) -> list[Effect]:
@@ -310,18 +310,30 @@ class AgentCore:
         place.inference = None
         if announced.phase == "finished":
             return out + self._become(Phase.FINISHED)
-        if announced.phase == "gathering":
+        serving = self._serving
+        if announced.phase == "gathering" or (announced.phase == "inference" and serving is None):
             return out + self._become(Phase.WAITING)
         if place.holding.version != announced.version:
             self._become(Phase.FETCHING)
             wanted = Request(what="parameters", version=announced.version)
             return out + self._ask(up(self._device, wanted))
         if announced.phase == "inference":
-            place.start_answering(announced)
+            assert serving is not None
+            place.start_answering(announced, serving)
             self._question.close()
             return out + self._become(Phase.ANSWERING)
         self._become(Phase.ENTERING)
         return out + self._ask(place.join(announced))
+
+    def _served(self, serving: Serving) -> list[Effect]:
+        """How images are answered; what is measured at the end of a run may have waited for it."""
+        if self._assignment is not None and serving.run != self._assignment.run:
+            return []
+        self._serving = serving
+        announced = self._round
+        if announced is None or announced.phase != "inference" or self.phase is not Phase.WAITING:
+            return []
+        return self._advance()
 
     def _parameters(self, message: Parameters) -> list[Effect]:
         place, announced, attempt = self._place, self._round, self.attempt
@@ -341,6 +353,7 @@ class AgentCore:
             out += self._become(Phase.WAITING)
         if not place.holding.take(message.version, state):
             return out
+        self._hand_over()
         self._answered(Phase.FETCHING)
         return out + self._advance()
 
@@ -371,6 +384,11 @@ class AgentCore:
         assert self._round is not None
         self._become(Phase.REPORTING)
         return self._ask(self._place.end_answering(self._round))
+
+    def _hand_over(self) -> None:
+        held = None if self._place is None else self._place.held
+        if self.on_version is not None and self._assignment is not None and held is not None:
+            self.on_version(self._assignment, *held)
 
     # -- small parts ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from broker.messages import Assignment
+from edge_agent.pictures import PictureSpec
 from edge_agent.settings import AgentSettings
 from tensors.batches import BatchStream, normalise
 from tensors.datasets import Dataset, load_dataset
@@ -36,6 +37,12 @@ class DeviceData:
         """Channels, height and width of one image."""
         _, height, width, channels = self.train.images.shape
         return channels, height, width
+
+    @property
+    def pictures(self) -> PictureSpec:
+        """What a network for this data takes; its images are square."""
+        channels, height, _ = self.image
+        return PictureSpec(size=height, channels=channels, mean=self.train.mean, std=self.train.std)
 
     def stream(self, assignment: Assignment, device: str) -> BatchStream | TorchBatchStream:
         """Training batches by position, the same for the same seed and device."""

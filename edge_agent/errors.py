@@ -3,7 +3,13 @@
 AgentError
 ├── TrainingError      a batch could not be learnt from (not finite, wrong shape)
 ├── AssignmentError    the coordinator asks for something this device cannot or may not do
-└── StateError         the device's own state folder is unreadable or cannot be written
+├── StateError         the device's own state folder is unreadable or cannot be written
+├── ListenError        the HTTP API cannot listen where it should
+├── InputError         what is to be answered is no picture, or not one the network takes
+└── Unanswered         a request to answer pictures that got no answer, by its own fault or not
+    ├── NotReady       there are no trained parameters to answer with yet
+    ├── Overloaded     more is asked than the device can do; the oldest requests give way
+    └── Stopped        the agent is not running, or stopped before it answered
 """
 
 from __future__ import annotations
@@ -23,3 +29,27 @@ class AssignmentError(AgentError):
 
 class StateError(AgentError):
     """The state folder cannot be read or written; says which file and what to do."""
+
+
+class InputError(AgentError):
+    """What is to be answered is no picture, or none the network takes; says what is."""
+
+
+class Unanswered(AgentError):
+    """A request got no answer; it may be made again."""
+
+
+class NotReady(Unanswered):
+    """The device holds no trained parameters yet; says what it waits for."""
+
+
+class Overloaded(Unanswered):
+    """The device is asked for more than it can do: this request gave way to newer ones."""
+
+
+class Stopped(Unanswered):
+    """The agent is not running, or it stopped before it could answer."""
+
+
+class ListenError(AgentError):
+    """The HTTP API cannot listen where it should; says where and why."""

@@ -136,9 +136,11 @@ class LearnerFactory:
         self._precision: Precision = precision
         self._memory_format: MemoryFormat = memory_format
         self.compute: Compute | None = None
+        self._threads = torch.get_num_threads()
 
     def build(self, assignment: Assignment) -> TorchLearner:
         """The learner for an assignment with a cut. Raises :class:`AssignmentError`."""
+        _compute_with(self._threads)
         spec = self._spec(assignment)
         assert assignment.cut is not None
         cut = assignment.cut
@@ -163,10 +165,32 @@ class LearnerFactory:
         )
         return TorchLearner(half, self.compute, trainer)
 
+    def predictor(self, assignment: Assignment, state: Mapping[str, np.ndarray]) -> TorchPredictor:
+        """What answers with ``state``, a copy of its own; with one thread, which it is to stay in.
+
+        Computed as the settings say, where they leave it open in float32: nothing is timed. Raises
+        :class:`AssignmentError`, and ``TensorsError`` for a state that does not fit.
+        """
+        _compute_with(1)
+        spec = self._spec(assignment)
+        assert assignment.cut is not None
+        compute = choose_compute(
+            lambda: build_network(spec),
+            (1, spec.channels, spec.size, spec.size),
+            device=self._device,
+            precision="fp32" if self._precision == "auto" else self._precision,
+            memory_format=("contiguous" if self._memory_format == "auto" else self._memory_format),
+        )
+        half = build_network(spec).device_half(assignment.cut)
+        write_state(half, state)
+        compute.place(half)
+        return TorchPredictor(half, compute)
+
     def measure(self, assignment: Assignment) -> Measurement:
         """Time every block and exit of the assignment's network on this device."""
         from edge_agent.measure import measure
 
+        _compute_with(self._threads)
         spec = self._spec(assignment)
         shape = (assignment.batch_size, spec.channels, spec.size, spec.size)
         compute = choose_compute(
@@ -185,3 +209,9 @@ class LearnerFactory:
                 f"does not allow; add it to `networks` in its configuration if that is meant"
             )
         return NetworkSpec(**assignment.network.model_dump())
+
+
+def _compute_with(threads: int) -> None:
+    """Use so many in what this thread computes from now on; others may use other numbers."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # without it, it would still take over what another thread sets

@@ -6,11 +6,16 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from broker.branches import Branches
 from broker.drive import drive
+from broker.envelopes import channel
 from broker.errors import TransportError
 from broker.link import Link, LinkObserver, single_frame
 from broker.messages import Assignment, Hello, Measurement, Status
@@ -21,10 +26,13 @@ from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
-from edge_agent.learner import LearnerFactory
 from edge_agent.offline import OfflineLimits
+from edge_agent.phases import Phase
 from edge_agent.settings import AgentSettings
 from edge_agent.workplace import Data
+
+if TYPE_CHECKING:
+    from edge_agent.edge import EdgeService
 
 
 class Silent:
@@ -97,12 +105,15 @@ def build_agent(
     learners: Learners | None = None,
 ) -> AgentCore:
     """Put an agent together; ``learners`` are torch's unless others are given."""
-    learners = learners or LearnerFactory(
-        networks=settings.networks,
-        device=settings.compute,
-        precision=settings.precision,
-        memory_format=settings.memory_format,
-    )
+    if learners is None:
+        from edge_agent.learner import LearnerFactory
+
+        learners = LearnerFactory(
+            networks=settings.networks,
+            device=settings.compute,
+            precision=settings.precision,
+            memory_format=settings.memory_format,
+        )
     return AgentCore(
         Topics(settings.fleet),
         settings.device,
@@ -128,10 +139,12 @@ async def run_agent(
     boot: str,
     stop: asyncio.Event,
     observer: LinkObserver | None = None,
+    edge: EdgeService | None = None,
 ) -> None:
     """Take part in the fleet until ``stop`` is set, or the run ends if the settings say so.
 
-    ``transport`` must have :func:`last_will` of the same ``boot`` as its will.
+    ``transport`` must have :func:`last_will` of the same ``boot`` as its will. Images are answered
+    through ``edge`` meanwhile, if it is given.
 
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
@@ -150,9 +163,71 @@ async def run_agent(
         )
         await link.subscribe(*topics.device_filters(settings.device))
         try:
-            await drive(core, link, clock=time.monotonic, stop=stop)
+            if edge is None:
+                await drive(core, link, clock=time.monotonic, stop=stop)
+            else:
+                await _train_and_answer(core, edge, link, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
                 await link.send(core.goodbye())
         if not stop.is_set() and core.problem is not None:
             raise AgentError(core.problem)
+
+
+TRAINING, ANSWERING = "training", "answering"
+_FOR_BOTH = {
+    ("down", "assignment"),
+    ("down", "parameters"),
+    ("all", "serving"),
+    ("all", "coordinator"),
+    ("cut", "manifest"),
+}
+
+
+def route(address: Address, *, measuring: bool) -> Collection[str]:
+    """Which machines a message is for; ``measuring``: the one that trains asks questions, too."""
+    what = channel(address)
+    if what == ("down", "prediction"):
+        return (ANSWERING, TRAINING) if measuring else (ANSWERING,)
+    return (TRAINING, ANSWERING) if what in _FOR_BOTH else (TRAINING,)
+
+
+async def _train_and_answer(
+    core: AgentCore, edge: EdgeService, link: Link, stop: asyncio.Event
+) -> None:
+    """Drive both machines, each in its thread, until the training one is over."""
+    loop = asyncio.get_running_loop()
+    branches = Branches(
+        link,
+        (TRAINING, ANSWERING),
+        lambda address: route(address, measuring=core.phase is Phase.ANSWERING),
+    )
+    ended = asyncio.Event()
+
+    def hand_over(assignment: Assignment, version: int, state: Mapping[str, np.ndarray]) -> None:
+        run = partial(edge.machine.handed, assignment, version, state)
+        # If too much waits there, the machine asks the coordinator for it.
+        loop.call_soon_threadsafe(branches[ANSWERING].call, run)
+
+    core.on_version = hand_over
+    training = asyncio.create_task(
+        drive(core, branches[TRAINING], clock=time.monotonic, stop=stop), name=TRAINING
+    )
+    answering = asyncio.create_task(
+        drive(edge.machine, branches[ANSWERING], clock=time.monotonic, stop=ended), name=ANSWERING
+    )
+    tasks = [training, answering, asyncio.create_task(branches.run(), name="branches")]
+    edge.open(branches[ANSWERING])
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                await task  # what went wrong
+        ended.set()
+        await answering
+    finally:
+        core.on_version = None
+        edge.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

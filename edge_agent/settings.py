@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from broker.errors import TopicError
 from broker.messages import Name
 from broker.topics import check_device
+from edge_agent.http_server import is_loopback, parse_address
 
 
 class AgentSettings(BaseModel):
@@ -49,6 +50,27 @@ class AgentSettings(BaseModel):
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
 
+    # How it answers images
+    offload_requests_per_h: float | None = Field(default=None, ge=0)
+    """How many messages an hour may ask the coordinator about images; not given: any number."""
+    offload_bytes_per_h: float | None = Field(default=None, ge=0)
+    """How many bytes an hour they may have."""
+    offload_burst_s: float = Field(default=60.0, gt=0)
+    """What is not spent is kept for at most so long."""
+    latency_s: float | None = Field(default=None, gt=0)
+    """How long an answer may take: nothing is offloaded that is not expected back by then."""
+    answer_queue: int = Field(default=256, ge=1, le=4096)
+    """How many images wait to be answered; beyond it the oldest give way."""
+    answer_batch: int = Field(default=32, ge=1, le=4096)
+    """How many are computed together."""
+    answer_deadline_s: float = Field(default=30.0, gt=0, le=600)
+    """How long a request waits for its answer, if it does not say so itself."""
+
+    http: str | None = None
+    """HOST:PORT at which programs on this device may ask over HTTP; off without it."""
+    http_token_file: Path | None = None
+    """A file with the token they must show; needed where other machines reach HOST."""
+
     heartbeat_s: float = Field(default=30.0, gt=0)
     will_delay_s: int = Field(default=45, ge=0, le=86_400)
     """How long the broker waits before it says that the device is gone; longer than a back-off."""
@@ -67,6 +89,25 @@ class AgentSettings(BaseModel):
             return check_device(device)
         except TopicError as exc:
             raise ValueError(str(exc)) from None
+
+    @field_validator("http")
+    @classmethod
+    def _check_http(cls, http: str | None) -> str | None:
+        if http is not None:
+            parse_address(http)
+        return http
+
+    @model_validator(mode="after")
+    def _check_token(self) -> Self:
+        if self.http is None:
+            if self.http_token_file is not None:
+                raise ValueError("http_token_file needs http = HOST:PORT")
+        elif self.http_token_file is None and not is_loopback(parse_address(self.http)[0]):
+            raise ValueError(
+                f"http = {self.http} can be reached from other machines: give an http_token_file, "
+                "or listen on 127.0.0.1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_share(self) -> Self:

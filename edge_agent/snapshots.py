@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,10 +40,7 @@ class DiskSnapshots:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "snapshot.safetensors"
-        try:
-            _make_folder(folder)
-        except OSError as exc:
-            raise StateError(f"cannot make the state folder {folder}: {exc.strerror}") from exc
+        make_folder(folder)
 
     def save(self, run: str, cut: int, version: int, snapshot: Snapshot) -> None:
         """Replace the kept snapshot. Raises :class:`StateError` if the disk will not have it."""
@@ -51,38 +48,20 @@ class DiskSnapshots:
         tensors |= {_MOMENTUM + name: values for name, values in snapshot.momentum.items()}
         tensors |= {_RESIDUAL + name: values for name, values in snapshot.residual.items()}
         metadata = {"run": run, "cut": str(cut), "version": str(version)}
-        metadata["sha256"] = _checksum(metadata, tensors)
-        temporary = self.path.with_suffix(".writing")
-        try:
-            with temporary.open("wb") as file:
-                file.write(save(tensors, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-            _sync(self.path.parent)
-        except OSError as exc:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise StateError(f"cannot write {self.path}: {exc.strerror}; free some space") from exc
+        write_tensors(self.path, tensors, metadata)
 
     def load(self, run: str, cut: int) -> tuple[int, Snapshot] | None:
         """Version and snapshot kept for this run and cut, if there is one.
 
         Raises :class:`StateError` for a file that is damaged.
         """
-        if not self.path.exists():
+        kept = read_tensors(
+            self.path, lambda about: (about["run"], about["cut"]) == (run, str(cut))
+        )
+        if kept is None:
             return None
-        try:
-            with safe_open(self.path, "np") as file:
-                about = file.metadata() or {}
-                if (about.get("run"), about.get("cut")) != (run, str(cut)):
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            version, checksum = int(about["version"]), about.pop("sha256", None)
-        except (OSError, SafetensorError, KeyError, ValueError) as exc:
-            raise StateError(f"{self.path} is unusable ({exc})") from exc
-        if checksum not in (None, _checksum(about, tensors)):
-            raise StateError(f"{self.path} is damaged (checksum)")
+        about, tensors = kept
+        version = int(about["version"])
         return version, Snapshot(
             _part(tensors, _STATE), _part(tensors, _MOMENTUM), _part(tensors, _RESIDUAL)
         )
@@ -95,6 +74,56 @@ def version_of(path: Path) -> int | None:
             return int((file.metadata() or {})["version"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Replace a safetensors file atomically. Raises :class:`StateError` if the disk will not."""
+    about = {**metadata, "sha256": _checksum(metadata, tensors)}
+    temporary = path.with_suffix(".writing")
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(dict(tensors), about))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StateError(f"cannot write {path}: {exc.strerror}; free some space") from exc
+
+
+def read_tensors(
+    path: Path, wanted: Callable[[Mapping[str, str]], bool] = lambda _: True
+) -> tuple[dict[str, str], dict[str, np.ndarray]] | None:
+    """Metadata and tensors of such a file; None if there is none, or none whose metadata is wanted.
+
+    Raises :class:`StateError` for a file that is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            about = file.metadata() or {}
+            if not wanted(about):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as exc:
+        raise StateError(f"{path} is unusable ({exc})") from exc
+    checksum = about.pop("sha256", None)
+    if checksum not in (None, _checksum(about, tensors)):
+        raise StateError(f"{path} is damaged (checksum)")
+    return about, tensors
+
+
+def make_folder(folder: Path) -> None:
+    """Make a state folder, durably. Raises :class:`StateError`."""
+    try:
+        _make_folder(folder)
+    except OSError as exc:
+        raise StateError(f"cannot make the state folder {folder}: {exc.strerror}") from exc
 
 
 def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

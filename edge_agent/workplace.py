@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from broker.envelopes import Envelope, up
 from broker.errors import MessageError
-from broker.messages import Assignment, DeviceParameters, Receipt, Report, Request, Round
+from broker.messages import (
+    Assignment,
+    DeviceParameters,
+    Receipt,
+    Report,
+    Request,
+    Round,
+    Serving,
+)
 from edge_agent.attempt import Attempt, Learner, Stream
 from edge_agent.encoding import ActivationEncoder
+from edge_agent.exit_policy import measuring_policy_of
 from edge_agent.holding import Holding, SnapshotStore
 from edge_agent.offline import OfflineLimits
-from edge_agent.predictor import InferenceRun, Policy
+from edge_agent.predictor import InferenceRun
 from edge_agent.quota import quota_of
 from tensors.codecs import parse_codec
 
@@ -70,6 +79,12 @@ class Workplace:
         self._settled: tuple[str, int, int] | None = None
         if assignment.label_skew == "calibrated":
             learner.calibrate(data.label_counts(assignment.network.classes))
+
+    @property
+    def held(self) -> tuple[int, Mapping[str, np.ndarray]] | None:
+        """The version its rounds start from, and its parameters, which nobody changes."""
+        version = self.holding.version
+        return None if version is None else (version, self._learner.start.state)
 
     # -- rounds -----------------------------------------------------------------------------------
 
@@ -188,18 +203,16 @@ class Workplace:
 
     # -- inference --------------------------------------------------------------------------------
 
-    def start_answering(self, announced: Round) -> None:
-        """Begin to answer the test images."""
+    def start_answering(self, announced: Round, serving: Serving) -> None:
+        """Begin to answer the test images, as it is served."""
         assignment = self._assignment
+        assert assignment.cut is not None
         self.inference = InferenceRun(
             self._learner.predictor(),
             parse_codec(assignment.activation_codec),
             self._data.test_batches(assignment.batch_size),
-            Policy(
-                rule=assignment.exit_rule,
-                threshold=assignment.threshold,
-                timeout_s=assignment.offload_timeout_s,
-            ),
+            measuring_policy_of(serving, assignment.cut),
+            run=announced.run,
             version=announced.version,
             clock=self._clock,
         )

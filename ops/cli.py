@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from broker.config import BrokerConfig
-from ops import cli_bench, cli_exits, cli_experiment, cli_learning, cli_plan, cli_simulator, run
+from ops import (
+    cli_bench,
+    cli_exits,
+    cli_experiment,
+    cli_learning,
+    cli_model,
+    cli_plan,
+    cli_predict,
+    cli_simulator,
+    run,
+)
 from ops.errors import OpsError, SettingsWrong
 
 app = typer.Typer(
@@ -25,7 +35,9 @@ app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
+cli_model.register(app)
 cli_plan.register(app)
+cli_predict.register(app)
 cli_learning.register(cli_bench.bench)
 
 BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
@@ -190,6 +202,12 @@ def agent(
     state_dir: Annotated[Path | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option()] = None,
     exit_when_finished: Annotated[bool | None, typer.Option()] = None,
+    http: Annotated[
+        str | None, typer.Option(help="answer pictures over HTTP at HOST:PORT, see docs")
+    ] = None,
+    http_token_file: Annotated[
+        Path | None, typer.Option(help="the token clients must show; needed beyond this machine")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     log_level: LogLevel = "info",
@@ -211,6 +229,8 @@ def agent(
         "state_dir": state_dir,
         "threads": threads,
         "exit_when_finished": exit_when_finished,
+        "http": http,
+        "http_token_file": http_token_file,
     }
     serve_agent(flags, {"url": broker}, config, log_level=log_level, until_eof=until_eof)
 

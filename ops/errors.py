@@ -6,7 +6,8 @@ OpsError                 1   something went wrong; the message says what to do
 ├── DataMissing          4   images are missing or unreadable
 ├── DiskTrouble          5   the disk is full, or state cannot be read or written
 ├── PortInUse            6   something else listens on a port that is needed
-└── FleetFailed          7   a device was refused, or a process of the demo died
+├── FleetFailed          7   a device was refused, or a process of the demo died
+└── AgentUnreachable     8   no agent answers pictures there, or it refuses this client
 
 0 is success, 130 is Ctrl-C (the run can be resumed). ``docs/cli.md`` lists the codes.
 """
@@ -54,3 +55,9 @@ class FleetFailed(OpsError):
     """A device was refused, or a process of the demo died."""
 
     exit_code = 7
+
+
+class AgentUnreachable(OpsError):
+    """No agent answers pictures there, or it refuses this client."""
+
+    exit_code = 8

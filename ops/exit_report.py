@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 
 from coordinator.service import held_out_images
-from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Checkpoint
 from ops import bench_rows
 from ops.charts import Series, line_chart, share_range, standalone
+from ops.checkpoints import load_checkpoint, open_store, settings_of_run
 from ops.errors import SettingsWrong
 from ops.exits import ExitSettings, Judged, Row, judge_exits
 from ops.report import finite
@@ -46,16 +44,13 @@ def run_exits(
 
     Raises :class:`SettingsWrong`, ``StoreError``, ``DataError`` and ``NetworkError``.
     """
-    run, identity, checkpoint = _load(state_dir, version)
-    given = {"dataset": dataset, "data_root": data_root, "download": download}
-    try:
-        made = CoordinatorSettings(
-            **identity | {key: value for key, value in given.items() if value is not None}
-        )
-    except ValidationError as exc:
-        odd = ", ".join(".".join(map(str, error["loc"])) or error["msg"] for error in exc.errors())
-        file = state_dir / run / "run.json"
-        raise SettingsWrong(f"{file}: {odd}: another version of splitfleet made this") from exc
+    run, store, identity = open_store(state_dir)
+    checkpoint = load_checkpoint(store, version)
+    made = settings_of_run(
+        state_dir / run,
+        identity,
+        {"dataset": dataset, "data_root": data_root, "download": download},
+    )
     images = held_out_images(made)
     if images is None:
         raise SettingsWrong("this run names no data set: give --dataset, e.g. fashion-mnist-small")
@@ -116,31 +111,6 @@ def plot_curves(judged: Sequence[Judged]) -> str:
             legend=True,
         )
     )
-
-
-def _load(state_dir: Path, version: str) -> tuple[str, dict[str, Any], Checkpoint]:
-    if not (state_dir / "current").is_file():
-        raise SettingsWrong(
-            f"{state_dir} holds no run: give the folder that a coordinator was started with as "
-            "--state-dir (of a demo: runs/ID/coordinator)"
-        )
-    store = Store(state_dir)
-    current = store.current()
-    assert current is not None
-    match version:
-        case "latest":
-            checkpoint = store.latest()
-        case "best":
-            checkpoint = store.best()
-        case _ if version.isdecimal():
-            checkpoint = store.at(int(version))
-        case _:
-            raise SettingsWrong(f"--version {version}: write a number, best or latest")
-    if checkpoint is None:
-        kept = ", ".join(map(str, store.versions())) or "none"
-        why = " has a score" if version == "best" else ""
-        raise SettingsWrong(f"--version {version}: no such checkpoint{why}; kept are {kept}")
-    return *current, checkpoint
 
 
 def _trained(checkpoint: Checkpoint, cuts: Sequence[int] | None, legal: range) -> Sequence[int]:

@@ -35,10 +35,10 @@ from prometheus_client.registry import Collector
 
 from broker.messages import KINDS, Inference, Report, RunPhase
 from broker.messages import Histogram as ReportedHistogram
-from coordinator.observer import Observer
 from coordinator.traffic import ROLES, Traffic
 from edge_agent.attempt import ROUND_TRIP_BOUNDS_S
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
+from ops.answer_metrics import AnswerMetrics
 from ops.errors import PortInUse
 
 STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -70,10 +70,11 @@ DROPPED = (
     "redelivered",
     "stale_attempt",
     "stale_join",
+    "too_busy",
     "unexpected_topic",
+    "unknown_version",
 )
 LATE = ("folded", "not_brought", "not_kept", "run_over", "too_late")
-REFUSED = ("bad_tensor", "not_finite", "untrained", "version", "wrong_shape")
 OTHER = "other"
 
 _FLOWS = sorted(
@@ -81,12 +82,13 @@ _FLOWS = sorted(
 )
 
 
-class Metrics(Observer, Collector):
+class Metrics(AnswerMetrics, Collector):
     """What a coordinator is doing, in ``registry``. Safe to read from any thread."""
 
     def __init__(self, traffic: Traffic) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        super().__init__(self.registry)
         self._traffic = traffic
         self._lock = threading.Lock()
         self._now = (0, 0)
@@ -172,13 +174,6 @@ class Metrics(Observer, Collector):
             ["device"],
             registry=registry,
         )
-        self._requests = _counter(
-            registry,
-            "splitfleet_feature_requests",
-            "Requests with offloaded features, as the coordinator answered them",
-            "outcome",
-            ("answered", *REFUSED),
-        )
         self._offloads = _counter(
             registry,
             "splitfleet_offloads",
@@ -259,9 +254,6 @@ class Metrics(Observer, Collector):
             gauge.set(phases[phase])
         self._devices["online"].set(phases.total())
         self._devices["offline"].set(by_state.get("offline", 0))
-
-    def features_answered(self, cut: int, images: int, refused: str | None) -> None:
-        self._requests.labels("answered" if refused is None else refused).inc()
 
     def phase(self, phase: str) -> None:
         for name, gauge in self._run_phase.items():

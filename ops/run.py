@@ -25,7 +25,7 @@ from broker.errors import (
 )
 from broker.transport import Transport, Will
 from coordinator.errors import CoordinatorError, ResumeError, StoreError
-from edge_agent.errors import AgentError, StateError
+from edge_agent.errors import AgentError, ListenError, StateError
 from ops.errors import (
     BrokerUnreachable,
     DataMissing,
@@ -122,7 +122,7 @@ def plain_errors() -> Iterator[None]:
         raise DataMissing(str(exc)) from exc
     except (StoreError, StateError) as exc:
         raise DiskTrouble(str(exc)) from exc
-    except PortTaken as exc:
+    except (PortTaken, ListenError) as exc:
         raise PortInUse(str(exc)) from exc
     except (ConnectRefused, EmbeddedBrokerError) as exc:
         raise BrokerUnreachable(str(exc)) from exc

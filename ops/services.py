@@ -84,10 +84,12 @@ def serve_agent(
     until_eof: bool,
 ) -> None:
     """Run an agent until it is stopped, or to the end of the run if its settings say so."""
-    from edge_agent.data import load_device_data
+    from edge_agent.data import DeviceData, load_device_data
+    from edge_agent.edge import EdgeService
     from edge_agent.service import last_will, new_boot, run_agent
     from edge_agent.settings import AgentSettings
     from edge_agent.snapshots import DiskSnapshots
+    from ops.http_door import Door
 
     run.set_up_logging(log_level)
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
@@ -97,15 +99,22 @@ def serve_agent(
 
         torch.set_num_threads(settings.threads)
     boot = new_boot()
-    data = load_device_data(settings)
-    snapshots = DiskSnapshots(settings.state_dir)
 
-    async def serve() -> None:
+    async def serve(data: DeviceData, snapshots: DiskSnapshots, door: Door | None) -> None:
         transport = run.transport_for(broker, settings.device, last_will(settings, boot))
-        with run.stop_signals(until_eof=until_eof) as stop:
-            await run_agent(settings, transport, data, snapshots, boot=boot, stop=stop)
+        async with contextlib.AsyncExitStack() as stack:
+            edge = None
+            if door is not None:
+                edge = EdgeService(settings, data.pictures)
+                await stack.enter_async_context(door.open(edge, data.train.classes))
+            stop = stack.enter_context(run.stop_signals(until_eof=until_eof))
+            await run_agent(settings, transport, data, snapshots, boot=boot, stop=stop, edge=edge)
 
-    asyncio.run(serve())
+    with contextlib.ExitStack() as stack:
+        door = None
+        if settings.http is not None:
+            door = stack.enter_context(Door(settings))
+        asyncio.run(serve(load_device_data(settings), DiskSnapshots(settings.state_dir), door))
 
 
 def serve_broker(port: int, *, until_eof: bool) -> None:

@@ -7,14 +7,20 @@ import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensors.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 TEST_SHARE = 0.2
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
+"""What Pillow raises for pictures that are none, beside its DecompressionBombError."""
 
 
 def read_image_folder(
@@ -52,25 +58,29 @@ def read_image_folder(
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     """Read one picture as uint8 (size, size, 3). Raises DataError, naming it, when it cannot."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as exc:
         raise DataError(f"{path} needs Pillow to be read: pip install pillow") from exc
     try:
         with Image.open(path) as picture:
-            picture.draft("RGB", (size, size))  # lets JPEG decode straight to a smaller picture
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-        fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
-        return np.asarray(fitted)
-    except (
-        OSError,
-        EOFError,
-        SyntaxError,
-        ValueError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as exc:
+            return fit_picture(picture, size)
+    except (*UNREADABLE, Image.DecompressionBombError) as exc:
         raise DataError(f"{path} is not a readable picture ({exc}): repair or remove it") from exc
+
+
+def fit_picture(picture: Image, size: int, channels: int = 3) -> NDArray[np.uint8]:
+    """An opened picture as uint8 (size, size, channels), with 1 channel (grey) or 3 (RGB).
+
+    Turned upright (EXIF), the shorter side resized to `size` (bilinear), the middle cut out.
+    Raises one of `UNREADABLE` or Pillow's DecompressionBombError when it cannot be decoded.
+    """
+    from PIL import Image, ImageOps
+
+    mode = {1: "L", 3: "RGB"}[channels]
+    picture.draft(mode, (size, size))  # lets JPEG decode straight to a smaller picture
+    upright = ImageOps.exif_transpose(picture).convert(mode)
+    fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(fitted).reshape(size, size, channels)
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

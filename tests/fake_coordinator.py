@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from broker.envelopes import Envelope, up
-from broker.messages import Inference, Message, Report, Round, Status
+from broker.messages import Features, Inference, Message, Report, Round, Status
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import build_core
@@ -99,7 +99,19 @@ class Harness:
     def hear(self, device: str, *messages: Message) -> list[Envelope]:
         out: list[Envelope] = []
         for message in messages:
-            out += self._note(self.core.receive(up(device, message)))
+            if isinstance(message, Features):
+                out += self._note(self._ask(up(device, message)))
+            else:
+                out += self._note(self.core.receive(up(device, message)))
+        return out
+
+    def _ask(self, question: Envelope) -> list[Envelope]:
+        """As the answering machine does beside the one that trains, without waiting for others."""
+        answering = self.core.answering
+        out = answering.receive(question)
+        while answering.next_tick is not None:
+            self.clock.now = max(self.clock.now, answering.next_tick)
+            out += answering.tick()
         return out
 
     def wait(self, seconds: float) -> list[Envelope]:

@@ -26,11 +26,11 @@ from broker.messages import (
     Round,
 )
 from broker.topics import Topics
+from edge_agent.answers import Predictor
 from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore
 from edge_agent.errors import StateError, TrainingError
 from edge_agent.offline import OfflineLimits
-from edge_agent.predictor import Predictor
 from edge_agent.snapshots import Snapshot
 from edge_agent.trainer import Outcome
 from tensors.codecs import Codec, Encode, parse_codec
@@ -275,7 +275,7 @@ def envelope_of(message: Message) -> Envelope:
             return to_cut(2, message)
         case Parameters():
             return to_cut(message.cut, message)
-        case _ if type(message).__name__ in ("Round", "Coordinator"):
+        case _ if type(message).__name__ in ("Round", "Serving", "Coordinator"):
             return to_all(message)
         case _:
             return down(DEVICE, message)

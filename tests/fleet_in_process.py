@@ -23,6 +23,7 @@ from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from edge_agent import service as agent_service
 from edge_agent.data import DeviceData
+from edge_agent.edge import EdgeService
 from edge_agent.service import run_agent
 from edge_agent.settings import AgentSettings
 from edge_agent.snapshots import DiskSnapshots
@@ -80,6 +81,8 @@ class Fleet:
         )
         self.watcher = Watcher()
         self.transports: dict[str, Transport] = {}
+        self.edges: dict[str, EdgeService] = {}
+        self.stops: dict[str, asyncio.Event] = {}
         self._connect = connect
         self._devices = devices
         self._data = data
@@ -103,7 +106,8 @@ class Fleet:
             run_coordinator(self.settings, transport, core, traffic, stop=asyncio.Event()),
         )
 
-    def start_agent(self, name: str) -> None:
+    def start_agent(self, name: str, *, answers: bool = False) -> None:
+        """``answers``: it has an entry in ``edges`` from then on."""
         settings = AgentSettings(
             device=name,
             cut=self._devices[name],
@@ -114,23 +118,33 @@ class Fleet:
         )
         boot = agent_service.new_boot()
         transport = self._transport(name, agent_service.last_will(settings, boot))
+        data = self._data(name)
+        if answers:
+            self.edges[name] = EdgeService(settings, data.pictures)
+        self.stops[name] = asyncio.Event()
         self._start(
             name,
             run_agent(
                 settings,
                 transport,
-                self._data(name),
+                data,
                 DiskSnapshots(settings.state_dir),
                 boot=boot,
-                stop=asyncio.Event(),
+                stop=self.stops[name],
+                edge=self.edges.get(name) if answers else None,
             ),
         )
 
-    def start(self) -> None:
+    def start(self, *, answers: bool = False) -> None:
         """The coordinator and all agents."""
         self.start_coordinator()
         for name in self._devices:
-            self.start_agent(name)
+            self.start_agent(name, answers=answers)
+
+    async def stop(self, name: str) -> None:
+        """End a device in good order."""
+        self.stops[name].set()
+        await self._tasks[name]
 
     async def kill(self, name: str) -> None:
         """End one party as a power cut would."""

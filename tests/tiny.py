@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from broker.messages import Assignment, Hello, Network, Round
+from broker.messages import Assignment, CutPolicy, Hello, Network, Round, Serving
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data import DeviceData
 from tensors.datasets import Dataset
@@ -86,9 +86,6 @@ def make_assignment(**changes: Any) -> Assignment:
         "gradient_timeout_s": 10.0,
         "augment": "none",
         "seed": 0,
-        "exit_rule": "entropy",
-        "threshold": 0.5,
-        "offload_timeout_s": 5.0,
     }
     return Assignment(**(fields | changes))
 
@@ -104,6 +101,18 @@ def make_round(number: int = 1, **changes: Any) -> Round:
         "learning_rate": 0.05,
     }
     return Round(**(fields | changes))
+
+
+def make_serving(version: int = 0, **changes: Any) -> Serving:
+    """Every cut with threshold 0.5, unless ``cuts`` says otherwise."""
+    fields: dict[str, Any] = {
+        "run": RUN,
+        "version": version,
+        "exit_rule": "entropy",
+        "offload_timeout_s": 5.0,
+        "cuts": {str(cut): CutPolicy(threshold=0.5) for cut in range(1, 10)},
+    }
+    return Serving(**(fields | changes))
 
 
 def make_hello(**changes: Any) -> Hello:

@@ -22,6 +22,7 @@ from ops.simulator.broker import Broker
 from ops.simulator.charging import FREE, ServerCost, charged
 from ops.simulator.lifecycle import Lifecycle
 from ops.simulator.link import IDEAL, LinkProfile
+from ops.simulator.pair import CoordinatorPair
 from ops.simulator.process import Process
 from ops.simulator.program import Meter
 from ops.simulator.programs import AgentProgram, CoordinatorProgram, Device
@@ -146,8 +147,8 @@ class SimulatedFleet:
     def core(self) -> CoordinatorCore:
         """The coordinator's machine, which must be alive."""
         machine = self.coordinator.machine
-        assert isinstance(machine, CoordinatorCore), "the coordinator is not running"
-        return machine
+        assert isinstance(machine, CoordinatorPair), "the coordinator is not running"
+        return machine.core
 
     def agent(self, name: str) -> AgentCore:
         """A device's machine, which must be alive."""
@@ -226,7 +227,7 @@ class SimulatedFleet:
             parts.shapes,
             parts.first,
             lambda: charged(parts.new_engine(), meter, self._server, blocks=len(parts.shapes) + 1),
-            parts.responder,
+            parts.network,
             parts.evaluator,
             parts.channels_last,
             encode_by_reference if self._by_reference else parts.encode,

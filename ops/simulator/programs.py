@@ -13,7 +13,6 @@ from broker.link import LinkObserver
 from broker.messages import Assignment, Measurement
 from broker.topics import COORDINATOR, Topics
 from broker.transport import Will
-from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import Parts, build_core
 from coordinator.service import last_will as coordinator_will
@@ -30,6 +29,7 @@ from edge_agent.service import Silent, build_agent, introduce, last_will
 from edge_agent.settings import AgentSettings
 from ops.simulator.charging import FREE_STEP, ChargedLearner, DeviceCost
 from ops.simulator.link import IDEAL, LinkProfile
+from ops.simulator.pair import CoordinatorPair
 from ops.simulator.program import Life, Meter
 from ops.simulator.stub import Disk, StubData, StubLearner, measurement
 from tensors.codecs import Encode
@@ -127,7 +127,7 @@ class CoordinatorProgram:
         """Raises what ``build_core`` raises."""
         self.traffic = Traffic(self._observer.message_dropped)
         settings = self._settings
-        return build_core(
+        core = build_core(
             settings,
             observer=self._observer,
             traffic=self.traffic.totals,
@@ -137,6 +137,7 @@ class CoordinatorProgram:
             store=WatchedStore(settings.state_dir, keep=settings.keep_checkpoints, tell=self._tell),
             name=lambda: RUN,
         )
+        return CoordinatorPair(core, life.clock)
 
     def will(self, life: Life) -> Will:
         """As the service's."""
@@ -144,8 +145,8 @@ class CoordinatorProgram:
 
     def goodbye(self, machine: Machine) -> Envelope | None:
         """As the service's."""
-        assert isinstance(machine, CoordinatorCore)
-        return machine.goodbye()
+        assert isinstance(machine, CoordinatorPair)
+        return machine.core.goodbye()
 
     def observer(self) -> LinkObserver:
         """Counts bytes."""

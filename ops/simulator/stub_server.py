@@ -15,7 +15,6 @@ from broker.messages import Activations, DeviceParameters, Gradients, Parameters
 from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.engines import Entry, Outcome, Step
 from coordinator.errors import BatchRefused
-from coordinator.evaluation import Responder
 from coordinator.service import Parts
 from coordinator.settings import CoordinatorSettings
 from ops.simulator.sender import Wire
@@ -44,7 +43,7 @@ def stub_parts(new_witness: Callable[[], Witness], settings: CoordinatorSettings
         shapes=[FEATURES] * (BLOCKS - 1),
         first=lambda: Model(dict(state), dict(momentum)),
         new_engine=lambda: engines[settings.strategy](new_witness()),
-        responder=StubResponder(),
+        network=StubResponder(),
     )
 
 
@@ -164,21 +163,22 @@ class StubCascade(StubShared):
     gathers: ClassVar[bool] = True
 
 
-class StubResponder(Responder):
+class StubResponder:
     """Answers that every image is of class 0."""
 
-    def __init__(self) -> None:
-        self.version: int | None = None
+    def holds(self, version: int) -> bool:
+        """It needs no parameters."""
+        del version
+        return True
 
     def load(self, version: int, state: State) -> None:
-        """Serve this version."""
-        del state
-        self.version = version
+        """Nothing."""
 
-    def answer(self, cut: int, features: Tensor) -> np.ndarray:
-        """Probabilities (N×2)."""
-        del cut
-        return np.tile(np.array([1.0, 0.0], np.float32), (len(features), 1))
+    def answer(self, version: int, questions: Sequence[tuple[int, Tensor]]) -> list[np.ndarray]:
+        """Probabilities (N×2) of each."""
+        del version
+        sure = np.array([1.0, 0.0], np.float32)
+        return [np.tile(sure, (len(features), 1)) for _, features in questions]
 
 
 def real_sizes(settings: CoordinatorSettings, cut_of: Callable[[str], int | None]) -> Wire:

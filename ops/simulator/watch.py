@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 
 
 @dataclass(slots=True)

@@ -22,13 +22,17 @@ from broker.envelopes import (
     up,
 )
 from broker.errors import MessageError
+from broker.link import single_frame
 from broker.messages import (
     KINDS,
     LOSSY,
     MAX_BATCH,
+    MAX_BLOCKS,
     PROTOCOL,
     Activations,
     Command,
+    CutPolicy,
+    Features,
     Gradients,
     Hello,
     Message,
@@ -36,6 +40,7 @@ from broker.messages import (
     Receipt,
     Report,
     Round,
+    Serving,
     Status,
     from_ranges,
     to_ranges,
@@ -46,6 +51,14 @@ from tests.server_side import make_activations, make_upload
 from tests.tiny import make_assignment, make_hello, make_round
 
 STAMP = ("run", 1, 0)
+SERVING = Serving(
+    run="run",
+    version=3,
+    exit_rule="entropy",
+    offload_timeout_s=2.0,
+    audit_share=0.05,
+    cuts={"2": CutPolicy(threshold=0.5), "12": CutPolicy(threshold=1, agreement=0.9)},
+)
 EXAMPLES: list[Envelope] = [
     up("d", make_hello(measurement=make_measurement())),
     up("d", Status(state="online", connection="c1", phase="training")),
@@ -64,6 +77,7 @@ EXAMPLES: list[Envelope] = [
     to_cut(2, make_manifest(1)),
     to_cut(2, make_parameters(1)),
     to_cut(2, make_parameters(2, base=1)),
+    to_all(SERVING),
 ]
 
 
@@ -128,7 +142,7 @@ def test_every_kind_of_message_has_a_place_in_the_topic_tree() -> None:
 
 
 def test_only_what_changes_no_model_may_be_lost() -> None:
-    assert {KINDS[place] for place in LOSSY} == {Report}
+    assert {KINDS[place] for place in LOSSY} == {Report, Features, Prediction}
 
 
 @pytest.mark.parametrize(
@@ -240,14 +254,42 @@ def test_durations_and_rates_are_finite_and_not_negative(value: float) -> None:
         assert refused(to_all(make_round()).address, pack(fields)) == "invalid"
 
 
-@pytest.mark.parametrize(
-    "name", ["feedback_weight", "exit_weight", "gradient_timeout_s", "offload_timeout_s"]
-)
+@pytest.mark.parametrize("name", ["feedback_weight", "exit_weight", "gradient_timeout_s"])
 def test_an_assignments_numbers_are_finite(name: str) -> None:
     for value in (float("nan"), float("inf")):
         envelope = down("d", make_assignment())
         fields = fields_of(envelope.message) | {name: value}
         assert refused(envelope.address, pack(fields)) == "invalid"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cuts": {"0": {"threshold": 0.5}}},
+        {"cuts": {"02": {"threshold": 0.5}}},
+        {"cuts": {"head": {"threshold": 0.5}}},
+        {"cuts": {"2": {}}},
+        {"cuts": {"2": {"threshold": float("nan")}}},
+        {"cuts": {"2": {"threshold": 1.01}}},
+        {"cuts": {"2": {"threshold": 0.5, "agreement": 1.01}}},
+        {"cuts": {str(cut): {"threshold": 0.5} for cut in range(1, MAX_BLOCKS + 2)}},
+        {"audit_share": -0.1},
+        {"audit_share": float("nan")},
+        {"offload_timeout_s": 0.0},
+        {"exit_rule": "luck"},
+    ],
+    ids=lambda c: str(c)[:60],
+)
+def test_a_serving_version_out_of_bounds(changes: dict[str, Any]) -> None:
+    assert refused(to_all(SERVING).address, pack(fields_of(SERVING) | changes)) == "invalid"
+
+
+def test_a_serving_version_of_any_network_can_be_retained() -> None:
+    """A topic keeps one message, and a message that is retained has to be one frame."""
+    policy = CutPolicy(threshold=0.1, agreement=0.1, accuracy=0.1, offload_rate=0.1)
+    cuts = {str(cut): policy for cut in range(1, MAX_BLOCKS + 1)}
+    longest = SERVING.model_copy(update={"run": "r" * 64, "cuts": cuts})
+    assert len(single_frame(longest)) <= 131_072 - 1024
 
 
 SCALARS = st.one_of(
@@ -277,11 +319,12 @@ def test_any_values_make_a_valid_message_or_a_message_error(
             dict.fromkeys(map(str, range(65)), 1),
         ),
         (EXAMPLES[8], "discarded", {f"not a name {i}": [] for i in range(50_000)}),
+        (EXAMPLES[-1], "cuts", {f"not a cut {i}": {} for i in range(50_000)}),
         (EXAMPLES[8], "applied", [[-1, -1]] * 50_000),
         (EXAMPLES[2], "labels", [-1] * 100_000),
         (EXAMPLES[2], "labels", [[]] * MAX_BATCH),
     ],
-    ids=["reasons", "not names", "ranges", "labels", "lists"],
+    ids=["reasons", "not names", "not cuts", "ranges", "labels", "lists"],
 )
 def test_a_message_full_of_errors_costs_little(envelope: Envelope, name: str, value: Any) -> None:
     """The validator would describe every single one, at a kilobyte or more each."""

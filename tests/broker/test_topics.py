@@ -123,7 +123,7 @@ def test_no_tensor_is_retained() -> None:
         )
         if address.retained
     }
-    assert kept == {"status", "assignment", "round", "coordinator", "manifest"}
+    assert kept == {"status", "assignment", "round", "serving", "coordinator", "manifest"}
     assert not kept & tensors
 
 

@@ -65,7 +65,7 @@ def test_answering_does_not_wait_for_the_end_of_training() -> None:
     one = only(Prediction, server.hear("a", features_of(server, tensor)))
     server.send("a", 1)
     two = only(Prediction, server.hear("a", features_of(server, tensor)))
-    assert one == two, "training does not show before its round is closed"
+    assert one.tensor == two.tensor, "training does not show before its round is closed"
     assert one.refused is None
 
 
@@ -95,17 +95,30 @@ def test_features_that_cannot_be_answered_are_refused_with_a_reason(
     assert server.observer.answers[0][2] == reason
 
 
-def test_features_for_other_parameters_are_refused() -> None:
+def test_features_of_a_version_that_is_not_there_are_refused() -> None:
     server = trained_server()
-    features = features_of(server, FP32.encode(features_at(2)), version=0)
+    features = features_of(server, FP32.encode(features_at(2)), version=2)
     assert only(Prediction, server.hear("a", features), "a").refused == "version"
 
 
-def test_a_cut_that_nobody_trained_never_answers() -> None:
+def test_before_anything_is_trained_nothing_is_answered() -> None:
+    server = trained_server()
+    features = features_of(server, FP32.encode(features_at(2)), version=0)
+    assert only(Prediction, server.hear("a", features), "a").refused == "untrained"
+
+
+def test_a_cut_whose_exit_nobody_trained_is_answered_by_the_blocks_behind_it() -> None:
     server = trained_server()
     server.join("c", 3)
     said = server.hear("c", features_of(server, FP32.encode(features_at(3))))
-    assert only(Prediction, said, "c").refused == "untrained"
+    assert only(Prediction, said, "c").tensor is not None
+
+
+def test_a_device_that_never_said_hello_is_told_so() -> None:
+    server = trained_server()
+    said = server.hear("d", features_of(server, FP32.encode(features_at(2))))
+    assert only(Prediction, said, "d").refused == "unknown_device"
+    assert server.core._registry.find("d") is None, "questions do not fill the registry"
 
 
 def test_the_run_ends_when_all_have_reported() -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.evaluation import THRESHOLDS, Evaluator, Responder
+from coordinator.evaluation import THRESHOLDS, Evaluator
+from coordinator.responder import Responder
 from tensors.batches import normalise
 from tensors.codecs import parse_codec
 from tensors.decoding import decode_torch
@@ -36,7 +37,7 @@ def test_answers_are_those_of_a_device_and_of_the_server_it_asks(cut: int, codec
         own = softmax(network.exit(features, cut).numpy())
     server = Responder(build_network(SPEC), CPU)
     server.load(1, state)
-    asked = server.answer(cut, decode_torch(parse_codec(codec).encode(features)))
+    (asked,) = server.answer(1, [(cut, decode_torch(parse_codec(codec).encode(features)))])
     np.testing.assert_allclose(seen.exit, own, rtol=1e-5)
     np.testing.assert_allclose(seen.server, asked, rtol=1e-5)
     assert seen.exit.shape == seen.server.shape == (50, CLASSES)
@@ -63,6 +64,18 @@ def test_scores_of_a_cut_count_every_image_where_it_is_answered() -> None:
         assert point["exit_rate"] == gone.mean()
         assert point["accuracy"] == np.where(gone, exit_right, server_right).mean()
     assert len({point["exit_rate"] for point in scores.sweep}) > 2, "the test compares nothing"
+
+
+def test_some_images_are_spread_over_all_and_answered_as_among_all() -> None:
+    _, state = trained()
+    rows = evaluator().sample(7)
+    assert (len(rows), rows[0], len(set(rows))) == (7, 0, 7)
+    assert np.diff(rows).min() >= 7
+    assert list(evaluator().sample(1000)) == list(range(50))
+    some = evaluator(3).cut_answers(state, 2, "fp32", rows=rows)
+    whole = evaluator().cut_answers(state, 2, "fp32")
+    np.testing.assert_allclose(some.exit, whole.exit[rows], rtol=1e-4)
+    np.testing.assert_allclose(some.server, whole.server[rows], rtol=1e-4)
 
 
 def test_a_cut_that_is_none_is_refused() -> None:

@@ -14,7 +14,7 @@ from broker.messages import (
 )
 from broker.topics import Topics
 from edge_agent.asking import LAST_RETRY_S
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 from tensors.parameters import unpack_parameters
 from tests.fake_device import (
     Harness,

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from broker.messages import Activations, Features, Prediction, Report
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 from tests.fake_device import (
     Harness,
     every,
@@ -11,12 +11,12 @@ from tests.fake_device import (
     probabilities_of,
     receipt_of,
 )
-from tests.tiny import make_assignment, make_round
+from tests.tiny import make_assignment, make_round, make_serving
 
 
 def start_answering(device: Harness) -> None:
     device.connect()
-    device.hear(make_assignment(), make_round(3, phase="inference", version=7))
+    device.hear(make_assignment(), make_serving(7), make_round(3, phase="inference", version=7))
     device.hear(make_parameters(7))
 
 
@@ -65,3 +65,23 @@ def test_a_device_without_test_images_reports_at_once() -> None:
     report = only(Report, device.work())
     assert report.inference is not None
     assert report.inference.images == 0
+
+
+def test_it_waits_until_it_knows_how_images_are_answered() -> None:
+    device = Harness(data=exam((1, 1.0, 1), (0, 0.0, 2)))
+    device.connect()
+    device.hear(make_assignment(), make_round(3, phase="inference", version=7))
+    device.hear(make_parameters(7), make_serving(7, run="another"))
+    assert device.core.phase is Phase.WAITING
+    device.hear(make_serving(7))
+    device.hear(make_parameters(7))
+    assert every(Features, device.work())
+
+
+def test_an_exit_that_nobody_trained_asks_about_all() -> None:
+    device = Harness(data=exam((1, 1.0, 1)))
+    device.connect()
+    announced = make_round(3, phase="inference", version=7)
+    device.hear(make_assignment(), make_serving(7, cuts={}), announced)
+    device.hear(make_parameters(7))
+    assert every(Features, device.work())

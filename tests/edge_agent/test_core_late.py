@@ -15,7 +15,7 @@ from broker.messages import (
     Request,
     Round,
 )
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 from tensors.parameters import unpack_parameters
 from tests.fake_device import (
     Harness,

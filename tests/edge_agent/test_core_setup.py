@@ -7,8 +7,8 @@ import pytest
 
 from broker.messages import Activations, Assignment, Command, Hello, Request
 from edge_agent.attempt import Learner
-from edge_agent.core import Phase
 from edge_agent.errors import AssignmentError
+from edge_agent.phases import Phase
 from edge_agent.probe import PROBE_WAIT_S
 from tensors.errors import NetworkError
 from tests.fake_device import (

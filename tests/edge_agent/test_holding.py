@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from broker.messages import DeviceParameters, Manifest, Parameters, Request
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import parse_codec
 from tensors.deltas import apply_delta, encode_delta, fingerprint, whole_pack

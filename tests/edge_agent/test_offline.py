@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from broker.envelopes import up
 from broker.messages import Activations, Coordinator, DeviceParameters, Report, Request
-from edge_agent.core import Phase
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
+from edge_agent.phases import Phase
 from tests.attempt_desk import Desk, balanced, batches
 from tests.fake_device import (
     Harness,

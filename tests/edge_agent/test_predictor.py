@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.messages import Features, Prediction
-from edge_agent.learner import TorchPredictor
-from edge_agent.predictor import InferenceRun, Policy
+from edge_agent.exit_policy import Policy
+from edge_agent.learner import LearnerFactory, TorchPredictor
+from edge_agent.predictor import InferenceRun
 from tensors.codecs import parse_codec
 from tensors.decoding import decode
 from tensors.networks import build_network
 from tests.fake_device import FakePredictor, probabilities_of
-from tests.tiny import CLASSES, CPU, SIZE, SPEC, Array, Clock, make_batch
+from tests.tiny import CLASSES, CPU, RUN, SIZE, SPEC, Array, Clock, make_assignment, make_batch
 
 TIMEOUT_S = 5.0
 
@@ -37,6 +39,7 @@ class Desk:
             parse_codec(codec),
             list(batches),
             Policy(rule="max_softmax", threshold=0.5, timeout_s=TIMEOUT_S),
+            run=RUN,
             version=3,
             clock=self.clock,
             pending=2,
@@ -152,9 +155,9 @@ def test_offload_time_is_per_request() -> None:
     desk = Desk(batch_of((1, 0.9, 1)), batch_of((1, 0.1, 1)), batch_of((1, 0.1, 1)))
     desk.work()
     desk.clock.advance(0.1)
-    desk.answer(1, probabilities_of(1))
+    desk.answer(0, probabilities_of(1))
     desk.clock.advance(0.2)
-    desk.answer(2, probabilities_of(1))
+    desk.answer(1, probabilities_of(1))
     assert desk.run.result().offload_ms == pytest.approx((100 + 300) / 2)
 
 
@@ -181,6 +184,26 @@ def test_torch_and_whole_network_agree() -> None:
         logits = network.exit(expected, 3)
     torch.testing.assert_close(features, expected)
     np.testing.assert_allclose(probabilities, logits.softmax(1).numpy(), rtol=1e-5)
+
+
+def test_what_answers_takes_no_threads_from_what_trains() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        factory = LearnerFactory(device="cpu", precision="fp32", memory_format="contiguous")
+        with ThreadPoolExecutor(1) as trains, ThreadPoolExecutor(1) as answers:
+            learner = trains.submit(factory.build, make_assignment()).result()
+            state = learner.start.state
+            predictor = answers.submit(factory.predictor, make_assignment(), state).result()
+            assert answers.submit(torch.get_num_threads).result() == 1
+            assert trains.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+    images, _ = make_batch()
+    features, probabilities = predictor.predict(images)
+    expected, wanted = learner.predictor().predict(images)
+    torch.testing.assert_close(features, expected)
+    np.testing.assert_allclose(probabilities, wanted, rtol=1e-5)
 
 
 IMAGES = st.tuples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from broker.messages import Assignment
 from coordinator.errors import StoreError
-from coordinator.evaluation import Responder
 from edge_agent.attempt import Learner
 from ops.simulator.stub import Array, State, StubLearner, StubPredictor
 from ops.simulator.stub_server import StubResponder
@@ -154,9 +153,7 @@ def server_diverges(trial: Trial, phase: Phase) -> None:
 
     def strike() -> None:
         if phase == "offloading":
-            trial.fleet.core._answering._responder = _DivergingOnce(
-                trial.fleet.core._answering._responder
-            )
+            trial.fleet.core.answering._network = _DivergingOnce()
             return
         attempt = trial.fleet.agent(VICTIM).attempt
         if attempt is None:
@@ -169,15 +166,13 @@ def server_diverges(trial: Trial, phase: Phase) -> None:
 
 
 class _DivergingOnce(StubResponder):
-    def __init__(self, responder: Responder) -> None:
-        super().__init__()
-        self.version = responder.version
+    def __init__(self) -> None:
         self._diverges = True
 
-    def answer(self, cut: int, features: Tensor) -> Array:
-        answers, diverges = super().answer(cut, features), self._diverges
+    def answer(self, version: int, questions: Sequence[tuple[int, Tensor]]) -> list[Array]:
+        answers, diverges = super().answer(version, questions), self._diverges
         self._diverges = False
-        return np.full_like(answers, np.nan) if diverges else answers
+        return [np.full_like(answer, np.nan) for answer in answers] if diverges else answers
 
 
 UNTOUCHED: Mapping[Phase, Outcome] = dict.fromkeys(PHASES, NOTHING)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from broker.envelopes import Envelope
 from broker.messages import Request
-from edge_agent.core import Phase
+from edge_agent.phases import Phase
 from ops.simulator import Device, Fault, LinkProfile, SimulatedFleet
 from tests.faults.trial import SEED
 from tests.tiny import make_settings

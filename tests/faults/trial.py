@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from broker.drive import INBOX
 from coordinator.observer import Observer
-from edge_agent.core import Phase as Doing
+from edge_agent.phases import Phase as Doing
 from edge_agent.snapshots import Snapshot
 from ops.simulator import Device, DeviceCost, LinkProfile, Process, ServerCost, SimulatedFleet
 from ops.simulator.programs import RUN

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import ops
 from broker.messages import Histogram, Inference, Report
 from broker.topics import Address
+from coordinator.answering import REASONS
 from coordinator.traffic import Traffic
 from edge_agent.attempt import ROUND_TRIP_BOUNDS_S
 from ops.errors import PortInUse
@@ -184,6 +185,27 @@ def test_reasons_are_counted(metrics: Metrics) -> None:
     assert value(metrics, "splitfleet_messages_dropped_total", reason="something_new") == 1
     assert value(metrics, "splitfleet_batches_discarded_total", reason="wrong_shape") == 1
     assert value(metrics, "splitfleet_feature_requests_total", outcome="version") == 1
+
+
+def test_answering_is_counted(metrics: Metrics) -> None:
+    for reason in REASONS:
+        assert value(metrics, "splitfleet_feature_requests_total", outcome=reason) == 0
+    metrics.features_answered(2, 5, None)
+    metrics.features_answered(2, 3, None)
+    metrics.features_answered(4, 0, "overloaded")
+    metrics.answer_waited(0.004)
+    metrics.answers_computed(2, 8, 0.02)
+    metrics.answers_waiting(11)
+    metrics.serving(7, pinned=True)
+    assert value(metrics, "splitfleet_feature_requests_total", outcome="answered") == 2
+    assert value(metrics, "splitfleet_feature_requests_total", outcome="overloaded") == 1
+    assert value(metrics, "splitfleet_feature_images_total", cut="2") == 8
+    assert value(metrics, "splitfleet_answer_queue_seconds_sum") == 0.004
+    assert value(metrics, "splitfleet_answer_batch_images_sum") == 8
+    assert value(metrics, "splitfleet_answer_forward_seconds_count") == 1
+    assert value(metrics, "splitfleet_answer_queue_images") == 11
+    assert value(metrics, "splitfleet_serving_version") == 7
+    assert value(metrics, "splitfleet_serving_pinned") == 1
 
 
 def test_devices_are_online_whatever_they_do(metrics: Metrics) -> None:

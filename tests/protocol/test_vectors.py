@@ -130,10 +130,11 @@ def test_every_field_of_every_message_has_a_vector() -> None:
 
 
 def paths(fields: dict[str, Any]) -> list[str]:
+    """Fields and those of the maps in them; in a map of maps, which key it was is left out."""
     found = list(fields)
     for name, value in fields.items():
-        if isinstance(value, dict):
-            found += [f"{name}.{inner}" for inner in paths(value)]
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            found += paths({name: inner}) if isinstance(inner, dict) else [f"{name}.{key}"]
     return found
 
 

@@ -13,6 +13,7 @@ from broker.messages import (
     Assignment,
     Command,
     Coordinator,
+    CutPolicy,
     DeviceParameters,
     Features,
     Gradients,
@@ -28,6 +29,7 @@ from broker.messages import (
     Report,
     Request,
     Round,
+    Serving,
     Status,
 )
 from broker.topics import Topics
@@ -168,9 +170,6 @@ def _down() -> list[tuple[str, Envelope]]:
         "gradient_timeout_s": 30.0,
         "augment": "crop-flip",
         "seed": -1,
-        "exit_rule": "entropy",
-        "threshold": 0.7,
-        "offload_timeout_s": 10.0,
     }
     gradient = parse_codec("int4").encode(FEATURES / 8 - 0.125, keep=FEATURES != 0)
     answer = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]], np.float32)
@@ -231,6 +230,10 @@ def _down() -> list[tuple[str, Envelope]]:
                 Receipt(**STAMP, applied=[(0, 186)], credits=2, complete=True, final=True),
             ),
             ("answered", Prediction(request=12, version=5, tensor=tensor)),
+            (
+                "answered, with its times",
+                Prediction(request=14, version=5, tensor=tensor, queue_ms=1.5, forward_ms=12.25),
+            ),
             ("refused", Prediction(request=13, version=6, refused="version")),
             ("a pack", Parameters(run=RUN, version=5, cut=3, state=PACK)),
             ("a delta", Parameters(run=RUN, version=5, cut=3, base=4, state=PACK)),
@@ -246,12 +249,24 @@ def _to_many() -> list[tuple[str, Envelope]]:
     rising = training.model_copy(update={"feedback_weight": 0.15})
     by_time = training.model_copy(update={"train_s": 60.0, "barrier": False})
     gathering = Round(run=RUN, round=0, attempt=0, phase="gathering", version=0, rounds=20)
+    serving: dict[str, Any] = {
+        "run": RUN,
+        "version": 5,
+        "exit_rule": "entropy",
+        "offload_timeout_s": 10.0,
+    }
+    policies = {
+        "3": CutPolicy(threshold=0.7, agreement=0.9375, accuracy=0.875, offload_rate=0.25),
+        "12": CutPolicy(threshold=-1.0),
+    }
     manifest: dict[str, Any] = {"run": RUN, "sha256": "0123456789abcdef" * 4, "trained": True}
     return [
         ("training", to_all(training)),
         ("training with a weight of the feedback", to_all(rising)),
         ("training by time, without a barrier", to_all(by_time)),
         ("gathering", to_all(gathering)),
+        ("nothing is trained", to_all(Serving(**serving))),
+        ("all fields", to_all(Serving(**serving, audit_share=0.05, cuts=policies))),
         ("stop", to_all(Command(command="stop"))),
         ("online", to_all(Coordinator(state="online", boot="0011223344556677"))),
         ("last will", to_all(Coordinator(state="offline", boot="0011223344556677"))),
