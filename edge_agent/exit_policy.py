@@ -252,8 +252,8 @@ class ExitPolicy:
         latency, expected = self._limits.latency_s, self.round_trip.expected_s
         if latency is None:
             return np.zeros(len(elapsed_s), np.bool_)
-        late: NDArray[np.bool_] = elapsed_s + (expected or 0.0) > latency
-        hopeless = elapsed_s >= latency
+        hopeless: NDArray[np.bool_] = elapsed_s >= latency
+        late: NDArray[np.bool_] = hopeless | (elapsed_s + (expected or 0.0) > latency)
         now = self._clock()
         if (late & ~hopeless).any() and now >= self._probe_due:
             self._probe_due = now + PROBE_S

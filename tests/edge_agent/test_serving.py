@@ -476,8 +476,8 @@ class Following(RuleBasedStateMachine):
     @rule(there=st.booleans())
     def coordinator(self, *, there: bool) -> None:
         self.there = there
-        state = "online" if there else "offline"
-        self.heard(self.device.hear(Coordinator(state=state, boot="b")))
+        said = Coordinator(state="online" if there else "offline", boot="b")
+        self.heard(self.device.hear(said))
 
     @rule(run=RUNS, cut=CUTS)
     def assign(self, run: str, cut: int) -> None:
@@ -487,7 +487,7 @@ class Following(RuleBasedStateMachine):
     @rule(run=RUNS, version=VERSIONS, trained=st.booleans())
     def serve(self, run: str, version: int, *, trained: bool) -> None:
         self.announced = run, version
-        changes = {} if trained else {"cuts": {}}
+        changes: dict[str, Any] = {} if trained else {"cuts": {}}
         self.heard(self.device.hear(make_serving(version, run=run, **changes)))
 
     @rule(run=RUNS, cut=CUTS, version=VERSIONS, weight=st.sampled_from([1.0, 2.0, np.nan]))
