@@ -101,7 +101,10 @@ class StubData:
             for first in range(0, self.test_samples, batch_size)
         ]
         return [
-            ((np.arange(size) % 2).astype(np.float32)[:, None], np.zeros(size, np.int64))
+            (
+                (np.arange(size) % 2).astype(np.float32)[:, None, None, None],
+                np.zeros(size, np.int64),
+            )
             for size in sizes
         ]
 
@@ -133,7 +136,7 @@ class StubPredictor:
 
     def predict(self, images: Array) -> tuple[Array, Array]:
         """Features and probabilities (N×2)."""
-        sure = np.where(images[:, 0] > 0, 1.0, 0.5)
+        sure = np.where(images[:, 0, 0, 0] > 0, 1.0, 0.5)
         return np.ones((len(images), *FEATURES), np.float32), np.stack([sure, 1 - sure], axis=1)
 
 
