@@ -50,7 +50,8 @@ class Answer:
     has the reason (None for the others): ``timeout``, ``refused:REASON``, ``offline``, ``budget``,
     ``latency``, ``busy`` (too many questions are out) or ``superseded`` (by another run).
     ``confidence`` float64 (N,) is the exit's, in [0, 1]. ``version`` of ``run`` are the parameters;
-    ``seconds`` are those by stage: ``queue``, ``exit``, ``encode``, ``round_trip`` and ``total``.
+    ``seconds`` are those by stage: ``queue``, ``exit``, ``encode``, ``round_trip``, of which at the
+    server ``server_queue`` and ``server_forward``, and ``total``.
     """
 
     labels: NDArray[np.int64]

@@ -133,12 +133,12 @@ class Offloads:
         self._counts.replies += 1
         self._counts.round_trip_s += elapsed
         self._counts.bytes_down += len(prediction.tensor or b"")
-        found = _read(prediction, sent)
+        found, stages = _read(prediction, sent), _stages(prediction, elapsed)
         for row, image in enumerate(sent.images):
             if isinstance(found, str):
                 self._lose(image, found, elapsed)
             else:
-                self._answered(image, found[row], elapsed)
+                self._answered(image, found[row], stages)
 
     def withdraw(self, ticket: Ticket) -> None:
         """Nobody waits for the images of this request any more."""
@@ -183,7 +183,9 @@ class Offloads:
             if image.offloaded:
                 self.hold(image, reason)
 
-    def _answered(self, image: Asked, found: NDArray[np.float32], elapsed_s: float) -> None:
+    def _answered(
+        self, image: Asked, found: NDArray[np.float32], stages: dict[str, float]
+    ) -> None:
         if image.audited:
             agreed = int(found.argmax()) == image.exit_label
             self._counts.audits_answered += 1
@@ -192,7 +194,7 @@ class Offloads:
         if image.offloaded:
             self._counts.answered += 1
             image.ticket.probabilities[image.row] = found
-            image.ticket.seconds["round_trip"] = elapsed_s
+            image.ticket.seconds |= stages
             self._settle(image, "server", None)
 
     def _lose(self, image: Asked, reason: str, elapsed_s: float) -> None:
@@ -207,6 +209,13 @@ class Offloads:
             self._counts.lost[reason] += 1
             image.ticket.seconds["round_trip"] = elapsed_s
             self._settle(image, "fallback", reason)
+
+
+def _stages(prediction: Prediction, elapsed_s: float) -> dict[str, float]:
+    """Seconds of a round trip, and of those that the server says it took."""
+    parts = {"server_queue": prediction.queue_ms, "server_forward": prediction.forward_ms}
+    taken = {name: min(elapsed_s, (ms or 0.0) / 1000) for name, ms in parts.items()}
+    return {"round_trip": elapsed_s, **taken}
 
 
 def _read(prediction: Prediction, sent: _Sent) -> NDArray[np.float32] | str:

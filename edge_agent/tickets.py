@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 By = Literal["exit", "server", "fallback"]
-STAGES = ("queue", "exit", "encode", "round_trip", "total")
+STAGES = ("queue", "exit", "encode", "round_trip", "server_queue", "server_forward", "total")
 
 
 @dataclass(slots=True, eq=False)

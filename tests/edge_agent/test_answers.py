@@ -127,6 +127,17 @@ def assert_balanced(answers: Answers) -> None:
     assert counts.exit_correct <= counts.labelled
 
 
+def test_a_round_trip_says_what_of_it_was_the_servers() -> None:
+    desk = Desk()
+    desk.ask((2, UNSURE))
+    (asked,) = desk.work()
+    desk.clock.advance(0.25)
+    desk.reply(asked, 3, queue_ms=50.0, forward_ms=1e9)  # longer than it can have been
+    seconds = desk.only().seconds
+    assert seconds["server_queue"] == 0.05
+    assert seconds["server_forward"] == seconds["round_trip"] == 0.25
+
+
 def test_sure_and_unsure_images_of_a_request_are_one_answer() -> None:
     desk = Desk()
     ticket = desk.ask((1, SURE), (2, UNSURE), (0, SURE), labels=np.array([1, 3, 2]))

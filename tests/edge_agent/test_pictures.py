@@ -72,15 +72,15 @@ def deep() -> bytes:
     ("data", "says"),
     [
         (b"", "empty"),
-        (b"hello", "not a readable picture"),
-        (b"%PDF-1.7 and so on", "not a readable picture"),
+        (b"hello", "this is no picture"),
+        (b"%PDF-1.7 and so on", "this is no picture"),
         (picture()[:200], "not a readable picture"),
         (picture(kind="JPEG")[:300], "not a readable picture"),
         (picture(kind="BMP"), "JPEG, PNG or WebP"),
         (header_of(60_000, 60_000), "too large|pixels"),
         (header_of(12_000, 9_000), "too large|pixels"),
         (header_of(9_000, 9_000), "9000 × 9000 pixels"),
-        (header_of(0, 5), "not a readable picture"),
+        (header_of(0, 5), "this is no picture"),
         (deep(), "8 bits"),
     ],
 )

@@ -36,6 +36,7 @@ def bench(*, append: Path | None = None, **changes: Any) -> dict[str, list[dict[
 
 @linux
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_every_figure_comes_from_a_measurement_and_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "cost.md"
     tables = bench(append=file)

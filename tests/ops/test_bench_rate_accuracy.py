@@ -164,6 +164,7 @@ class TestAllRuns:
             wrong(tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.slow
     def test_the_command_trains_in_workers_and_writes_rows_and_plot(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:

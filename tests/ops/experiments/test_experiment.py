@@ -43,6 +43,7 @@ def rounds(out: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_kill_and_ends_with_tables(tmp_path: Path) -> None:
     file, out = tmp_path / "try.toml", tmp_path / "out"
     file.write_text(GOOD.replace("rounds = 2", "rounds = 4").replace("[3, 4]", "[3]"))
@@ -135,6 +136,7 @@ def test_what_is_taken_in_pieces_has_one_table_and_one_file(tmp_path: Path) -> N
     assert (out / "experiment.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_keeps_no_other_from_its_end(tmp_path: Path) -> None:
     file, out = tmp_path / "try.toml", tmp_path / "out"
     failing = 'name = "a"\nkind = "distributed"\ntraining = { learning_rate = 1e30 }\n'
