@@ -183,9 +183,7 @@ class Offloads:
             if image.offloaded:
                 self.hold(image, reason)
 
-    def _answered(
-        self, image: Asked, found: NDArray[np.float32], stages: dict[str, float]
-    ) -> None:
+    def _answered(self, image: Asked, found: NDArray[np.float32], stages: dict[str, float]) -> None:
         if image.audited:
             agreed = int(found.argmax()) == image.exit_label
             self._counts.audits_answered += 1

@@ -205,3 +205,34 @@ def bench_experiment(
     )
     if as_json:
         print(json.dumps(row, indent=1))
+
+
+@bench.command("inference")
+def bench_inference(
+    *,
+    parts: Annotated[str, typer.Option(help="of latency and batching")] = "latency,batching",
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
+    rate: Annotated[float, typer.Option(min=1, help="latency: questions a second")] = 100.0,
+    seconds: Annotated[float, typer.Option(min=1, help="latency: how long")] = 60.0,
+    pairs: Annotated[int, typer.Option(min=1, help="batching: together and one by one")] = 3,
+    broker: Annotated[
+        str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")
+    ] = None,
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What it costs to ask the coordinator about an image, and what answering together brings."""
+    from ops.bench_inference import run_bench
+
+    rows = run_bench(
+        parts.split(","),
+        width=width,
+        rate=rate,
+        seconds=seconds,
+        pairs=pairs,
+        broker=broker,
+        append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))

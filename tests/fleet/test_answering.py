@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +20,9 @@ from edge_agent.edge import Edge
 from edge_agent.errors import NotReady, Unanswered
 from edge_agent.settings import AgentSettings
 from tensors.datasets import BUNDLED, load_dataset
-from tests.fleet_processes import FLEET, Fleet
-from tests.mosquitto_process import Mosquitto
+from tests.fleet_processes import FLEET, Fleet, wait_until
+from tests.http_agent import picture
+from tests.mosquitto_process import Mosquitto, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -166,3 +171,44 @@ async def _start_without_a_broker(mosquitto: Mosquitto, tmp_path: Path) -> None:
             assert answer.version >= 1
             assert set(answer.by) <= {"exit", "fallback"}
             assert set(answer.reasons) <= {None, "offline"}
+
+
+def test_a_picture_that_is_posted_to_a_device_is_answered_by_the_server(
+    mosquitto: Mosquitto, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    settings = {"rounds": 1, "batches_per_round": 4, "stay": True, "threshold": 1.0}
+    with Fleet(
+        tmp_path,
+        mosquitto.url,
+        cuts=(3,),
+        coordinator=settings,
+        agent={"http": address, "exit_when_finished": False},
+    ) as fleet:
+        fleet.start()
+        wait_until(lambda: post(address, picture(size=28))["by"] == "server", "the server answers")
+        answer = post(address, picture(size=28))
+        stages = answer["milliseconds"]
+        assert 0 < stages["server_forward"] < stages["round_trip"] < stages["total"]
+        assert answer["name"] == answer["top"][0]["name"]
+        assert "error" in post(address, b"no picture")
+        fleet.kill("coordinator")
+        wait_until(lambda: post(address, picture(size=28))["by"] == "fallback", "the exit answers")
+        fleet.start_coordinator()
+        wait_until(lambda: post(address, picture(size=28))["by"] == "server", "it is back")
+
+
+def post(address: str, body: bytes) -> dict[str, Any]:
+    """The answer to one picture; ``by`` is empty and ``error`` says why if there is none."""
+    request = urllib.request.Request(
+        f"http://{address}/predict", body, {"Content-Type": "image/png"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310
+            found: dict[str, Any] = json.load(reply)["predictions"][0]
+            return found
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return {"by": "", "error": exc.read().decode()}
+    except OSError as exc:  # it does not listen yet
+        return {"by": "", "error": str(exc)}
