@@ -29,11 +29,14 @@ MAX_BATCH = 4096
 MAX_BLOCKS = 1024
 MAX_RANGES = 65_536
 MAX_REASONS = 64
+MAX_METRICS = 128
+MAX_LABELS = 64
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Text = Annotated[str, StringConstraints(max_length=256)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Label = Annotated[int, Field(ge=0, le=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -59,6 +62,8 @@ def _at_most(items: int) -> BeforeValidator:
 
 BY_REASON = _at_most(MAX_REASONS)
 BY_CUT = _at_most(MAX_BLOCKS)
+BY_METRIC = _at_most(MAX_METRICS)
+BY_LABEL = _at_most(MAX_LABELS)
 
 
 def _blob(limit: int, *, lazy: bool = False) -> PlainValidator:
@@ -171,14 +176,6 @@ class Features(Message):
     tensor: Tensor
 
 
-class Histogram(Message):
-    """Counts per bucket (the last one unbounded) and the sum, in seconds."""
-
-    bounds: Annotated[list[Amount], FailFast(), Field(max_length=64)]
-    counts: Annotated[list[Count], FailFast(), Field(max_length=65)]
-    total: Amount
-
-
 class Inference(Message):
     """What a device measured while it answered its share of the test images."""
 
@@ -214,8 +211,38 @@ class Report(Stamp):
     activation_values: Count = 0
     activation_levels: Amount | None = None
     """Mean number of levels of a batch; absent for floats."""
-    round_trip: Histogram | None = None
     inference: Inference | None = None
+
+
+class Buckets(Message):
+    """Values counted per bucket, the last one unbounded, and their sum."""
+
+    counts: Annotated[list[Count], FailFast(), Field(min_length=1, max_length=65)]
+    total: Amount
+
+
+class Telemetry(Message):
+    """What a device has counted since its ``boot``, and how it is now; see ``broker.telemetry``.
+
+    Metric → label value → number; what is not named is 0, or not known for a gauge. ``number``
+    rises from report to report of a boot. ``cut`` is the one in use, 0 before there is one.
+    """
+
+    boot: Name
+    number: Count
+    uptime_s: Amount
+    cut: Annotated[int, Field(ge=0, le=MAX_BLOCKS)] = 0
+    device_class: Name = "generic"
+    radio: Name = "none"
+    counters: Annotated[dict[Text, Annotated[dict[Text, Amount], BY_LABEL]], BY_METRIC] = Field(
+        default_factory=dict
+    )
+    gauges: Annotated[dict[Text, Annotated[dict[Text, Real], BY_LABEL]], BY_METRIC] = Field(
+        default_factory=dict
+    )
+    histograms: Annotated[dict[Text, Annotated[dict[Text, Buckets], BY_LABEL]], BY_METRIC] = Field(
+        default_factory=dict
+    )
 
 
 class Request(Message):
@@ -423,6 +450,7 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("up", "features"): Features,
     ("up", "report"): Report,
     ("up", "request"): Request,
+    ("up", "telemetry"): Telemetry,
     ("down", "assignment"): Assignment,
     ("down", "gradients"): Gradients,
     ("down", "receipt"): Receipt,
@@ -438,7 +466,7 @@ KINDS: dict[tuple[str, str], type[Message]] = {
 }
 """(direction or scope, kind) → model. Topics of the tree that are not here carry nothing yet."""
 
-LOSSY = {("up", "report"), ("up", "features"), ("down", "prediction")}
+LOSSY = {("up", "report"), ("up", "telemetry"), ("up", "features"), ("down", "prediction")}
 """Sent with QoS 0: nothing is trained from them, and of questions the newest matter most."""
 
 

@@ -26,6 +26,7 @@ UP_KINDS = frozenset(
         "parameters",
         "features",
         "report",
+        "telemetry",
         "request",
         "renew",
     }

@@ -16,22 +16,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
+from broker.telemetry import RefusalReason
 from tensors.format import Encoded
-
-Reason = Literal[
-    "version",
-    "untrained",
-    "bad_tensor",
-    "wrong_shape",
-    "not_finite",
-    "overloaded",
-    "expired",
-    "unknown_device",
-]
-REASONS: tuple[Reason, ...] = get_args(Reason)
-"""Why features are refused; docs/protocol.md §11."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +43,7 @@ class Refusal:
     """A question that is not answered, and why."""
 
     question: Question
-    reason: Reason
+    reason: RefusalReason
 
 
 class Pace:

@@ -21,6 +21,7 @@ from broker.messages import (
     Report,
     Request,
     Status,
+    Telemetry,
 )
 from coordinator.aggregation import Model
 from coordinator.errors import DeviceRefused
@@ -33,6 +34,7 @@ from coordinator.serving import AnsweringMachine, Answers
 from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint
+from coordinator.telemetry import TelemetryLedger
 from coordinator.training import RoundInProgress
 
 log = logging.getLogger("splitfleet.coordinator")
@@ -65,6 +67,7 @@ class CoordinatorCore:
         self._placement = placement
         self._observer = observer
         self._boot = boot
+        self._ledger = TelemetryLedger(cuts=len(placement.shapes), clock=clock)
         self._registry = Registry(settings.max_devices)
         self._registry.restore(checkpoint.registry)
         self._serving = ServingVersion(settings, run, answers.versions, evaluator, observer)
@@ -144,6 +147,9 @@ class CoordinatorCore:
                 out = self._hello(known, message)
             case Request():
                 out = self._request(known, message)
+            case Telemetry():
+                self._telemetry(device, message)
+                out = []
             case Report():
                 out = self._report(known, message)
             case _:
@@ -197,6 +203,15 @@ class CoordinatorCore:
         if request.what == "join" and request.run is not None:
             return self._run.join(device, (request.run, request.round, request.attempt))
         return []
+
+    def _telemetry(self, device: str, report: Telemetry) -> None:
+        gain = self._ledger.enter(device, report)
+        if gain is None:
+            self._observer.message_dropped("redelivered")
+            return
+        for fault in sorted(gain.faults):
+            self._observer.message_dropped(fault)
+        self._observer.telemetry(gain)
 
     def _report(self, device: Device, report: Report) -> list[Envelope]:
         if report.run != self._run.name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from broker.messages import Report
+from coordinator.telemetry import Gain
 
 
 class Observer:
@@ -29,6 +30,9 @@ class Observer:
 
     def device_report(self, device: str, cut: int, report: Report) -> None:
         """A device gave its account."""
+
+    def telemetry(self, gain: Gain) -> None:
+        """A device said what it has counted; this is what is new of it."""
 
     def devices(self, by_state: dict[str, int]) -> None:
         """How many devices are in each state."""
@@ -91,6 +95,10 @@ class Observers(Observer):
     def device_report(self, device: str, cut: int, report: Report) -> None:
         for observer in self._observers:
             observer.device_report(device, cut, report)
+
+    def telemetry(self, gain: Gain) -> None:
+        for observer in self._observers:
+            observer.telemetry(gain)
 
     def devices(self, by_state: dict[str, int]) -> None:
         for observer in self._observers:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from broker.envelopes import Envelope, down
 from broker.messages import Features, Prediction
+from broker.telemetry import RefusalReason
 from broker.topics import Address
-from coordinator.answering import Question, Reason, Refusal, Waiting
+from coordinator.answering import Question, Refusal, Waiting
 from coordinator.observer import Observer
 from coordinator.registry import Device
 from coordinator.settings import CoordinatorSettings
@@ -171,7 +172,7 @@ class AnsweringMachine:
         device = self._find(name)
         cut = 0 if device is None or device.cut is None else device.cut
         images = 0
-        reason: Reason | None = None
+        reason: RefusalReason | None = None
         if device is None or device.hello is None:
             reason = "unknown_device"
         elif not cut:
@@ -192,7 +193,7 @@ class AnsweringMachine:
         )
         return question if reason is None else Refusal(question, reason)
 
-    def _images(self, cut: int, message: Features) -> tuple[int, Reason | None]:
+    def _images(self, cut: int, message: Features) -> tuple[int, RefusalReason | None]:
         shape = self._shapes[cut - 1]
         limits = Limits(max_elements=self._batch_size * math.prod(shape))
         try:
@@ -221,7 +222,7 @@ class AnsweringMachine:
                 out.append(self._refuse(Refusal(question, features)))
         return out + (self._compute(version, opened) if opened else [])
 
-    def _open(self, question: Question) -> Tensor | Reason:
+    def _open(self, question: Question) -> Tensor | RefusalReason:
         """Its features, finite and of the right shape and type, or why not."""
         try:
             features = decode_torch(question.tensor)

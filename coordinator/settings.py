@@ -164,6 +164,10 @@ class CoordinatorSettings(BaseModel):
     download: bool = False
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     metrics_host: str = "127.0.0.1"
+    metrics_devices: int = Field(default=50, ge=0, le=10_000)
+    """How many devices the metrics show one by one; the rest are together."""
+    energy_table: Path | None = None
+    """A file in the manner of ops/energy.toml, for the classes and radios of the fleet."""
 
     @field_validator("network", mode="before")
     @classmethod

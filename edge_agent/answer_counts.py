@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from broker.telemetry import METRICS
+from edge_agent.meters import Distribution
+
+
+def _by_stage() -> dict[str, Distribution]:
+    metric = METRICS["prediction_seconds"]
+    return {stage: Distribution(metric.bounds) for stage in metric.values}
+
 
 @dataclass(slots=True)
 class Counts:
@@ -15,6 +23,8 @@ class Counts:
     Σ ``lost`` + ``offloads_cancelled``, where waiting have not been looked at, and open are
     offloaded and not back yet. ``audits`` = under way + answered + lost, of images whose exit was
     sure; they are counted beside all that.
+
+    One thread counts, any may read: no number ever falls.
     """
 
     requests: int = 0
@@ -39,9 +49,9 @@ class Counts:
 
     audits: int = 0
     """The server was asked although the exit was sure."""
-    audits_answered: int = 0
     audits_agreed: int = 0
     """And it said the same as the exit."""
+    audits_disagreed: int = 0
     audits_lost: int = 0
 
     messages: int = 0
@@ -58,13 +68,16 @@ class Counts:
     correct: int = 0
     """Of those that are answered: by the exit alone, and by whoever answered."""
 
-    batches: int = 0
-    exit_s: float = 0.0
-    encode_s: float = 0.0
-    round_trip_s: float = 0.0
-    """Of all replies."""
+    seconds: dict[str, Distribution] = field(default_factory=_by_stage)
+    """By stage: ``queue`` and ``total`` of requests, ``exit`` of batches, ``encode`` of messages,
+    ``round_trip`` of replies."""
     cpu_s: float = 0.0
     """Processor time of the thread that answers."""
+
+    @property
+    def audits_answered(self) -> int:
+        """Audits that the server answered."""
+        return self.audits_agreed + self.audits_disagreed
 
     @property
     def fallback(self) -> Counter[str]:

@@ -264,8 +264,8 @@ class Answers:
         probabilities = np.where(finite[:, None], found, 1 / found.shape[1])
         sure = confidence(probabilities, self._policy.policy.rule)
         predicted = self._clock()
-        self.counts.batches += 1
-        self.counts.exit_s += predicted - began
+        seconds = self.counts.seconds
+        seconds["exit"].observe(predicted - began)
         start = 0
         for ticket in tickets:
             own = slice(start, start + len(ticket.images))
@@ -275,6 +275,7 @@ class Answers:
                 model.run, model.version, probabilities[own], sure[own]
             )
             ticket.seconds |= {"queue": began - ticket.asked, "exit": predicted - began}
+            seconds["queue"].observe(ticket.seconds["queue"])
             self._open[ticket.number] = ticket
         messages = self._decide(tickets, features, sure, finite)
         self.counts.cpu_s += self._cpu_clock() - cpu
@@ -377,6 +378,7 @@ class Answers:
             return
         del self._open[ticket.number]
         ticket.seconds["total"] = self._clock() - ticket.asked
+        self.counts.seconds["total"].observe(ticket.seconds["total"])
         answer = Answer(
             labels=ticket.probabilities.argmax(1),
             probabilities=ticket.probabilities,

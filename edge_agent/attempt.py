@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from broker.envelopes import Envelope, up
-from broker.messages import Activations, Assignment, Gradients, Histogram, Receipt, Report, Round
+from broker.messages import Activations, Assignment, Gradients, Receipt, Report, Round
 from edge_agent.answers import Predictor
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
 from edge_agent.ledger import Ledger
+from edge_agent.meters import Meters
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
 from edge_agent.quota import quota_of, stream_position
 from edge_agent.snapshots import Snapshot
@@ -24,8 +24,6 @@ from tensors.codecs import Encode
 from tensors.decoding import nonzero
 from tensors.errors import CodecError, FormatError
 from tensors.format import Encoded, read_header
-
-ROUND_TRIP_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Result(Protocol):
@@ -118,7 +116,8 @@ class Attempt:
     Raises ``MessageError`` if it is absurd.
 
     ``online`` says in each case whether the coordinator can be reached. Without feedback an attempt
-    goes on when it cannot; what it makes then waits in a queue of these limits.
+    goes on when it cannot; what it makes then waits in a queue of these limits. ``meters`` count on
+    from attempt to attempt.
     """
 
     def __init__(
@@ -133,6 +132,7 @@ class Attempt:
         encoder: ActivationEncoder,
         clock: Callable[[], float],
         offline: OfflineLimits,
+        meters: Meters,
     ) -> None:
         self.stamp = announced.stamp
         self.version = announced.version
@@ -153,8 +153,7 @@ class Attempt:
         self._kept = OfflineQueue(offline, clock)
         self._works_offline = assignment.feedback == "none" and offline.batches > 0
         self._to_learn: deque[tuple[Gradients, Activations]] = deque()
-        self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS_S) + 1)
-        self._round_trip_s = 0.0
+        self._round_trips = meters.distribution("round_trip_seconds")
         self._loss_sum, self._correct, self._images = 0.0, 0, 0
         self._late_gradients = self._timeouts = 0
         self._overdue: set[int] = set()
@@ -241,9 +240,7 @@ class Attempt:
                 self._overdue.remove(gradients.batch)
                 self._late_gradients += 1
             return
-        trip = self._clock() - pending.made
-        self._round_trips[bisect_left(ROUND_TRIP_BOUNDS_S, trip)] += 1
-        self._round_trip_s += trip
+        self._round_trips.observe(self._clock() - pending.made)
         sent = pending.envelope.message
         assert isinstance(sent, Activations)
         self._to_learn.append((gradients, sent))
@@ -316,11 +313,6 @@ class Attempt:
             activation_bytes=self._activation_bytes,
             activation_values=self._activation_values,
             activation_levels=sum(self._levels) / len(self._levels) if self._levels else None,
-            round_trip=Histogram(
-                bounds=list(ROUND_TRIP_BOUNDS_S),
-                counts=self._round_trips,
-                total=self._round_trip_s,
-            ),
         )
 
     @property

@@ -40,10 +40,12 @@ from edge_agent.asking import Question
 from edge_agent.attempt import Attempt, Learner
 from edge_agent.errors import AssignmentError
 from edge_agent.holding import SnapshotStore
+from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
 from edge_agent.predictor import InferenceRun
 from edge_agent.probe import Probe
+from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Data, Workplace
 from tensors.errors import TensorsError
 
@@ -62,7 +64,8 @@ class AgentCore:
     ``build`` makes the learner an assignment asks for, ``measure`` times the device for cut
     ``auto``; both may raise :class:`AssignmentError`. ``uplink`` is the speed to the broker in
     bytes per second, 0 as long as it is unknown. ``clock`` is monotonic, in seconds. ``offline`` is
-    how much it keeps to be sent later when the coordinator cannot be reached.
+    how much it keeps to be sent later when the coordinator cannot be reached. ``reporter`` knows
+    how often and what it tells of itself.
     """
 
     def __init__(
@@ -77,9 +80,9 @@ class AgentCore:
         measure: Callable[[Assignment], Measurement],
         snapshots: SnapshotStore,
         clock: Callable[[], float],
-        heartbeat_s: float = 30.0,
         stay: bool = False,
         offline: OfflineLimits | None = None,
+        reporter: Reporter | None = None,
     ) -> None:
         self._topics = topics
         self._uplink = uplink
@@ -90,9 +93,10 @@ class AgentCore:
         self._measure = measure
         self._snapshots = snapshots
         self._clock = clock
-        self._heartbeat_s = heartbeat_s
         self._stay = stay
         self._offline = offline or OfflineLimits()
+        self.reporter = reporter or Reporter(hello.boot, clock=clock)
+        self.reporter.add(self._meter)
         self._connection = hello.boot
         self._coordinator_boot: str | None = None
         self._coordinator_online = True
@@ -104,7 +108,7 @@ class AgentCore:
         self._place: Workplace | None = None
         self._probe: Probe | None = None
         self._question = Question(clock)
-        self._next_heartbeat = clock() + heartbeat_s
+        self._next_heartbeat = clock() + self.reporter.heartbeat_s
         self.phase = Phase.JOINING
         self.problem: str | None = None
         self.on_version: OnVersion | None = None
@@ -170,12 +174,14 @@ class AgentCore:
             if self.phase in (Phase.JOINING, Phase.WAITING):
                 # A coordinator without memory may know of this device by nothing else.
                 out.append(up(self._device, self._hello))
+        if now >= self.reporter.due:
+            out += self._tell()
         return out + self._question.tick()
 
     @property
     def next_tick(self) -> float:
         """When :meth:`tick` has something to do, on the clock."""
-        times = [self._next_heartbeat, self._question.due]
+        times = [self._next_heartbeat, self.reporter.due, self._question.due]
         times.append(None if self._probe is None else self._probe.due)
         times.append(None if self.attempt is None else self.attempt.deadline)
         times.append(None if self._inference is None else self._inference.deadline)
@@ -194,6 +200,11 @@ class AgentCore:
     def goodbye(self) -> Envelope:
         """The last status, when the device leaves on purpose."""
         return up(self._device, Status(state="offline", connection=self._connection))
+
+    def telemetry(self) -> Envelope:
+        """What it has counted until now; also to be sent before it leaves."""
+        cut = None if self._assignment is None else self._assignment.cut
+        return up(self._device, self.reporter.report(cut))
 
     @property
     def has_work(self) -> bool:
@@ -242,10 +253,15 @@ class AgentCore:
             same = assignment.model_copy(update={"credits": self._assignment.credits})
             if same == self._assignment:
                 return []
+        # What was counted belongs to the cut it was counted with; the next begins at 0.
+        out = self._tell() if self._assignment is not None else []
         before, self._assignment = self._assignment, assignment
         if self._serving is not None and self._serving.run != assignment.run:
             self._serving = None
-        out = list[Effect](self._place.leave() if self._place is not None else [])
+        if self._place is not None:
+            out += self._place.leave()
+            self._place.stop_answering()
+        out += self._tell()
         self._place = self._probe = None
         self._question.close()
         out += self._become(Phase.JOINING)
@@ -265,6 +281,8 @@ class AgentCore:
                 snapshots=self._snapshots,
                 clock=self._clock,
                 offline=self._offline,
+                meters=self.reporter.own,
+                cpu_clock=self.reporter.cpu_clock,
             )
         except (AssignmentError, TensorsError) as exc:
             return self._cannot(exc)
@@ -307,7 +325,7 @@ class AgentCore:
         if announced.run != self._assignment.run or answering or place.stays(announced):
             return []
         out = list[Effect](place.follow(announced))
-        place.inference = None
+        place.stop_answering()
         if announced.phase == "finished":
             return out + self._become(Phase.FINISHED)
         serving = self._serving
@@ -383,7 +401,8 @@ class AgentCore:
         assert self._place is not None
         assert self._round is not None
         self._become(Phase.REPORTING)
-        return self._ask(self._place.end_answering(self._round))
+        asked = self._ask(self._place.end_answering(self._round))
+        return [*self._tell(), *asked]
 
     def _hand_over(self) -> None:
         held = None if self._place is None else self._place.held
@@ -402,6 +421,14 @@ class AgentCore:
         out = list[Effect](self.attempt.unanswered() if self.attempt is not None else [])
         return out + self._question.open
 
+    def _tell(self) -> list[Effect]:
+        report = self.telemetry()
+        return [report] if self._connected else []
+
+    def _meter(self, meters: Meters) -> None:
+        if self._place is not None:
+            self._place.meter(meters)
+
     def _ask(self, envelope: Envelope) -> list[Effect]:
         return list[Effect](self._question.ask(envelope))
 
@@ -416,7 +443,7 @@ class AgentCore:
         return [self._status()] if changed and phase is not Phase.FETCHING else []
 
     def _status(self) -> Envelope:
-        self._next_heartbeat = self._clock() + self._heartbeat_s
+        self._next_heartbeat = self._clock() + self.reporter.heartbeat_s
         return up(
             self._device,
             Status(state="online", connection=self._connection, phase=self.phase.value),

@@ -233,6 +233,11 @@ class ExitPolicy:
         return served + max(0.0, 1 - served) * (1 - 0.5**self._level)
 
     @property
+    def drifting(self) -> bool:
+        """Whether the threshold is tightened now."""
+        return self._level > 0
+
+    @property
     def drift(self) -> Drift:
         """What the audits say."""
         expected = None if self._policy is None else self._policy.agreement

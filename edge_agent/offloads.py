@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.messages import Features, Prediction
+from broker.telemetry import REFUSALS
 from edge_agent.answer_counts import REFUSED, Counts
 from edge_agent.encoding import MESSAGE_BYTES
 from edge_agent.exit_policy import ExitPolicy
@@ -20,19 +21,6 @@ from tensors.format import Limits
 
 LONGEST_MS = 600_000
 """The protocol's bound of a deadline."""
-REFUSALS = frozenset(
-    {
-        "version",
-        "untrained",
-        "bad_tensor",
-        "wrong_shape",
-        "not_finite",
-        "overloaded",
-        "expired",
-        "unknown_device",
-    }
-)
-"""What a coordinator may say; anything else is taken for ``other``, so that counters stay few."""
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +101,7 @@ class Offloads:
         self._out[number] = _Sent(version, now, due, images)
         self._policy.sent(len(encoded) + MESSAGE_BYTES)
         counts = self._counts
-        counts.encode_s += now - began
+        counts.seconds["encode"].observe(now - began)
         counts.messages += 1
         counts.bytes_up += len(encoded)
         counts.offloads += sum(image.offloaded for image in images)
@@ -131,7 +119,7 @@ class Offloads:
         elapsed = self._clock() - sent.at
         self._policy.round_trip.returned(elapsed)
         self._counts.replies += 1
-        self._counts.round_trip_s += elapsed
+        self._counts.seconds["round_trip"].observe(elapsed)
         self._counts.bytes_down += len(prediction.tensor or b"")
         found, stages = _read(prediction, sent), _stages(prediction, elapsed)
         for row, image in enumerate(sent.images):
@@ -186,8 +174,8 @@ class Offloads:
     def _answered(self, image: Asked, found: NDArray[np.float32], stages: dict[str, float]) -> None:
         if image.audited:
             agreed = int(found.argmax()) == image.exit_label
-            self._counts.audits_answered += 1
             self._counts.audits_agreed += agreed
+            self._counts.audits_disagreed += not agreed
             self._policy.audited(agreed=agreed)
         if image.offloaded:
             self._counts.answered += 1
@@ -220,6 +208,7 @@ def _read(prediction: Prediction, sent: _Sent) -> NDArray[np.float32] | str:
     """Probabilities (N, K) for the images of a message, or the reason why there are none."""
     if prediction.tensor is None:
         said = prediction.refused
+        # What else a coordinator may say counts as one, so that counters stay few.
         return REFUSED + (said if said in REFUSALS else "other")
     if prediction.version != sent.version:
         return REFUSED + "version"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from broker.messages import Features, Inference, Prediction
+from edge_agent.answer_counts import Counts
 from edge_agent.answers import Answers, Bounds, Predictor
 from edge_agent.exit_policy import ExitPolicy, Limits, Policy
 from tensors.codecs import Codec
@@ -30,6 +31,7 @@ class InferenceRun:
         run: str,
         version: int,
         clock: Callable[[], float],
+        cpu_clock: Callable[[], float] | None = None,
         pending: int = 4,
     ) -> None:
         self._batches = batches
@@ -45,6 +47,7 @@ class InferenceRun:
             bounds=Bounds(
                 waiting_images=most, batch_images=most, message_images=most, messages=pending
             ),
+            cpu_clock=cpu_clock,
         )
         self._answers.use(run, version, predictor, policy, codec)
 
@@ -83,6 +86,11 @@ class InferenceRun:
         self._answers.tick()
         self._collect()
 
+    @property
+    def counts(self) -> Counts:
+        """The books as they stand."""
+        return self._answers.counts
+
     def result(self) -> Inference:
         """The books; times are means, in milliseconds per image and per reply."""
         counts = self._answers.counts
@@ -100,8 +108,8 @@ class InferenceRun:
             exit_correct=counts.exit_correct,
             bytes_up=counts.bytes_up,
             bytes_down=counts.bytes_down,
-            exit_ms=1000 * counts.exit_s / max(1, seen),
-            offload_ms=1000 * counts.round_trip_s / max(1, counts.replies),
+            exit_ms=1000 * counts.seconds["exit"].total / max(1, seen),
+            offload_ms=1000 * counts.seconds["round_trip"].total / max(1, counts.replies),
         )
 
     def _collect(self) -> None:

@@ -29,6 +29,7 @@ from edge_agent.holding import SnapshotStore
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
 from edge_agent.settings import AgentSettings
+from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Data
 
 if TYPE_CHECKING:
@@ -102,9 +103,13 @@ def build_agent(
     *,
     uplink: Callable[[], float],
     clock: Callable[[], float],
+    cpu_clock: Callable[[], float] | None = None,
     learners: Learners | None = None,
 ) -> AgentCore:
-    """Put an agent together; ``learners`` are torch's unless others are given."""
+    """Put an agent together; ``learners`` are torch's unless others are given.
+
+    ``cpu_clock`` is processor time of the calling thread, ``clock`` stands for it otherwise.
+    """
     if learners is None:
         from edge_agent.learner import LearnerFactory
 
@@ -124,9 +129,17 @@ def build_agent(
         measure=learners.measure,
         snapshots=snapshots,
         clock=clock,
-        heartbeat_s=settings.heartbeat_s,
         stay=not settings.exit_when_finished,
         offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
+        reporter=Reporter(
+            hello.boot,
+            clock=clock,
+            cpu_clock=cpu_clock,
+            heartbeat_s=settings.heartbeat_s,
+            period_s=settings.telemetry_s,
+            device_class=settings.device_class,
+            radio=settings.radio,
+        ),
     )
 
 
@@ -160,7 +173,10 @@ async def run_agent(
             snapshots,
             uplink=lambda: link.uplink_bytes_per_s,
             clock=time.monotonic,
+            cpu_clock=time.thread_time,
         )
+        if edge is not None:
+            core.reporter.add(edge.machine.meter)
         await link.subscribe(*topics.device_filters(settings.device))
         try:
             if edge is None:
@@ -169,6 +185,7 @@ async def run_agent(
                 await _train_and_answer(core, edge, link, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
+                await link.send(core.telemetry())
                 await link.send(core.goodbye())
         if not stop.is_set() and core.problem is not None:
             raise AgentError(core.problem)

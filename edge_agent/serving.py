@@ -26,11 +26,13 @@ from broker.messages import (
     Request,
     Serving,
 )
+from edge_agent.answer_meters import enter_counts
 from edge_agent.answers import Answers, Predictor
 from edge_agent.asking import Question
 from edge_agent.enquiries import Enquiry, Health
 from edge_agent.errors import AgentError, StateError
 from edge_agent.exit_policy import ExitPolicy, policy_of
+from edge_agent.meters import Meters
 from edge_agent.served import Served, ServedStore
 from tensors.codecs import parse_codec
 from tensors.deltas import fingerprint
@@ -139,6 +141,13 @@ class ServingMachine:
             expected_round_trip_s=self._policy.round_trip.expected_s,
             counts=copy.deepcopy(self._answers.counts),
         )
+
+    def meter(self, meters: Meters) -> None:
+        """Enter what was counted, and how it is now. May be called from any thread."""
+        enter_counts(meters, self._answers.counts)
+        if self._served is not None:
+            meters.gauge("exit_threshold", self._policy.threshold_in_force)
+            meters.gauge("drifting_devices", self._policy.drifting)
 
     # -- of the connection ------------------------------------------------------------------------
 

@@ -72,6 +72,13 @@ class AgentSettings(BaseModel):
     """A file with the token they must show; needed where other machines reach HOST."""
 
     heartbeat_s: float = Field(default=30.0, gt=0)
+    telemetry_s: float = Field(default=60.0, gt=0, le=300)
+    """How often it tells the coordinator what it has counted (docs/metrics.md)."""
+    device_class: Name = "generic"
+    """What kind of board this is: figures of the fleet are shown by it, and those classes that are
+    in ops/energy.toml have an estimate of energy."""
+    radio: Name = "none"
+    """Of those in ops/energy.toml, what its bytes go over."""
     will_delay_s: int = Field(default=45, ge=0, le=86_400)
     """How long the broker waits before it says that the device is gone; longer than a back-off."""
     offline_batches: int = Field(default=64, ge=0, le=100_000)

@@ -19,10 +19,12 @@ from broker.messages import (
     Round,
     Serving,
 )
+from edge_agent.answer_meters import enter_counts
 from edge_agent.attempt import Attempt, Learner, Stream
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.exit_policy import measuring_policy_of
 from edge_agent.holding import Holding, SnapshotStore
+from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.predictor import InferenceRun
 from edge_agent.quota import quota_of
@@ -50,6 +52,7 @@ class Data(Protocol):
 class Workplace:
     """A device under one assignment: how it enters a round, leaves it or stays, and answers images.
 
+    What it counts goes into ``meters``; ``cpu_clock`` is processor time of the thread it runs in.
     Raises ``TensorsError`` for an assignment that cannot be followed.
     """
 
@@ -64,6 +67,8 @@ class Workplace:
         snapshots: SnapshotStore,
         clock: Callable[[], float],
         offline: OfflineLimits,
+        meters: Meters,
+        cpu_clock: Callable[[], float],
     ) -> None:
         self.holding = Holding(assignment, learner, snapshots)
         self.attempt: Attempt | None = None
@@ -75,6 +80,8 @@ class Workplace:
         self._stream = data.stream(assignment, device)
         self._clock = clock
         self._offline = offline
+        self._meters = meters
+        self._cpu_clock = cpu_clock
         self._encoder = ActivationEncoder(assignment, uplink=uplink, encode=learner.encode)
         self._settled: tuple[str, int, int] | None = None
         if assignment.label_skew == "calibrated":
@@ -135,6 +142,7 @@ class Workplace:
             encoder=self._encoder,
             clock=self._clock,
             offline=self._offline,
+            meters=self._meters,
         )
         self._settled = announced.stamp
         return True
@@ -215,11 +223,23 @@ class Workplace:
             run=announced.run,
             version=announced.version,
             clock=self._clock,
+            cpu_clock=self._cpu_clock,
         )
+
+    def meter(self, meters: Meters) -> None:
+        """Enter what the answers under way have come to so far."""
+        if self.inference is not None:
+            enter_counts(meters, self.inference.counts)
+
+    def stop_answering(self) -> None:
+        """No more of that, whether or not all are answered; what was counted stays counted."""
+        self.meter(self._meters)
+        self.inference = None
 
     def end_answering(self, announced: Round) -> Envelope:
         """All are answered: the report."""
         assert self.inference is not None
         run, number, attempt = announced.stamp
-        result, self.inference = self.inference.result(), None
+        result = self.inference.result()
+        self.stop_answering()
         return up(self._device, Report(run=run, round=number, attempt=attempt, inference=result))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from coordinator.answering import REASONS
+from broker.telemetry import REFUSALS
 from coordinator.observer import Observer
 
 SIZE_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -23,7 +23,7 @@ class AnswerMetrics(Observer):
             ["outcome"],
             registry=registry,
         )
-        for outcome in ("answered", *REASONS):
+        for outcome in ("answered", *REFUSALS):
             self._requests.labels(outcome)
         self._images = Counter(
             "splitfleet_feature_images",

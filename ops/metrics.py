@@ -9,10 +9,9 @@ no device can fill memory with series. Those whose values are known beforehand s
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
+import time
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,18 +27,18 @@ from prometheus_client import (
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
-from broker.messages import KINDS, Inference, Report, RunPhase
-from broker.messages import Histogram as ReportedHistogram
+from broker.messages import KINDS, Report, RunPhase
+from coordinator.telemetry import Gain
 from coordinator.traffic import ROLES, Traffic
-from edge_agent.attempt import ROUND_TRIP_BOUNDS_S
 from edge_agent.phases import Phase
 from ops.answer_metrics import AnswerMetrics
+from ops.energy import EnergyTable, load_energy_table
 from ops.errors import PortInUse
+from ops.fleet_metrics import FleetMetrics
 
 STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 OUTCOMES = ("closed", "extended", "abandoned")
@@ -61,6 +60,7 @@ DROPPED = (
     "corrupt",
     "fleet_full",
     "foreign_version",
+    "implausible_telemetry",
     "invalid",
     "malformed",
     "not_a_participant",
@@ -72,6 +72,7 @@ DROPPED = (
     "stale_join",
     "too_busy",
     "unexpected_topic",
+    "unknown_telemetry",
     "unknown_version",
 )
 LATE = ("folded", "not_brought", "not_kept", "run_over", "too_late")
@@ -83,9 +84,19 @@ _FLOWS = sorted(
 
 
 class Metrics(AnswerMetrics, Collector):
-    """What a coordinator is doing, in ``registry``. Safe to read from any thread."""
+    """What a coordinator is doing, in ``registry``, and what its devices report.
 
-    def __init__(self, traffic: Traffic) -> None:
+    Safe to read from any thread. ``devices`` is how many are shown one by one.
+    """
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        *,
+        energy: EnergyTable | None = None,
+        devices: int = 50,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         super().__init__(self.registry)
@@ -96,10 +107,11 @@ class Metrics(AnswerMetrics, Collector):
         self._exit_losses: dict[str, tuple[int, float]] = {}
         self._activation_bits: dict[str, tuple[int, float]] = {}
         self._scores: dict[str, Any] = {}
-        self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS_S) + 1)
-        self._round_trip_s = 0.0
         self._reported: dict[str, tuple[int, int, int]] = {}
-        self._answered: dict[str, int] = {}
+        self._fleet = FleetMetrics(
+            energy=energy or load_energy_table(), devices=devices, clock=clock
+        )
+        self.registry.register(self._fleet)
         self._make_training_metrics()
         self._make_message_metrics()
         self.registry.register(self)
@@ -174,19 +186,6 @@ class Metrics(AnswerMetrics, Collector):
             ["device"],
             registry=registry,
         )
-        self._offloads = _counter(
-            registry,
-            "splitfleet_offloads",
-            "Images offloaded, by what came of it at the device",
-            "outcome",
-            ("answered", "refused", "timeout"),
-        )
-        self._predictions = Counter(
-            "splitfleet_predictions",
-            "Images answered: by the exit, by the server, or by the exit as fallback",
-            ["cut", "answered_by"],
-            registry=registry,
-        )
 
     # -- observed ---------------------------------------------------------------------------------
 
@@ -226,11 +225,8 @@ class Metrics(AnswerMetrics, Collector):
                 self._version.set(version)
 
     def device_report(self, device: str, cut: int, report: Report) -> None:
-        """Count a report once, however often the device repeats it."""
+        """The account of an attempt counts once, however often the device repeats it."""
         if report.inference is not None:
-            if report.inference.version > self._answered.get(device, -1):
-                self._answered[device] = report.inference.version
-                self._count_inference(cut, report.inference)
             return
         new = report.round, report.attempt, report.produced
         if new <= self._reported.get(device, (-1, -1, -1)):
@@ -242,8 +238,9 @@ class Metrics(AnswerMetrics, Collector):
             if report.activation_values:
                 bits = 8 * report.activation_bytes / report.activation_values
                 self._activation_bits[device] = cut, bits
-            if report.round_trip is not None:
-                self._count_round_trips(report.round_trip)
+
+    def telemetry(self, gain: Gain) -> None:
+        self._fleet.telemetry(gain)
 
     def devices(self, by_state: dict[str, int]) -> None:
         phases: Tally[str] = Tally()
@@ -259,32 +256,12 @@ class Metrics(AnswerMetrics, Collector):
         for name, gauge in self._run_phase.items():
             gauge.set(name == phase)
 
-    def _count_inference(self, cut: int, inference: Inference) -> None:
-        for answered_by, images in (
-            ("exit", inference.exits),
-            ("server", inference.answered),
-            ("fallback", inference.refused + inference.timeouts),
-        ):
-            self._predictions.labels(cut, answered_by).inc(images)
-        self._offloads.labels("answered").inc(inference.answered)
-        self._offloads.labels("refused").inc(inference.refused)
-        self._offloads.labels("timeout").inc(inference.timeouts)
-
-    def _count_round_trips(self, reported: ReportedHistogram) -> None:
-        """Add a device's buckets; one with bounds of its own goes where its upper bound lies."""
-        if len(reported.counts) != len(reported.bounds) + 1:
-            return
-        for bound, count in zip((*reported.bounds, float("inf")), reported.counts, strict=True):
-            self._round_trips[bisect_left(ROUND_TRIP_BOUNDS_S, bound)] += count
-        self._round_trip_s += reported.total
-
     # -- collected --------------------------------------------------------------------------------
 
     def collect(self) -> Iterable[Metric]:
         """What is worked out when it is asked for, or absent until it is known."""
         yield self._bytes()
         with self._lock:
-            yield self._round_trip()
             yield from self._accuracies()
             yield _mean_by_cut(
                 "splitfleet_exit_loss",
@@ -309,15 +286,6 @@ class Metrics(AnswerMetrics, Collector):
         for flow, size in sizes.items():
             family.add_metric(flow, size)
         return family
-
-    def _round_trip(self) -> Metric:
-        bounds = (*map(str, ROUND_TRIP_BOUNDS_S), "+Inf")
-        return HistogramMetricFamily(
-            "splitfleet_round_trip_seconds",
-            "From a device sending activations to having their gradient, as devices report it",
-            buckets=list(zip(bounds, accumulate(self._round_trips), strict=True)),
-            sum_value=self._round_trip_s,
-        )
 
     def _accuracies(self) -> Iterator[Metric]:
         full = GaugeMetricFamily(

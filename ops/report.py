@@ -104,6 +104,7 @@ def summarize(result: Mapping[str, Any], *, wall_seconds: float) -> dict[str, An
         },
         "devices": devices,
         "inference": _total([d["inference"] for d in devices if d["inference"] is not None]),
+        "inference_by_cut": _by_cut(devices),
         "exit_sweep": mean_sweep(
             [d["exit_sweep"] for d in result["devices"] if d.get("exit_sweep")]
         ),
@@ -188,6 +189,14 @@ def _total(inferences: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         spent = sum((i[key] or 0.0) * i[weight] for i in inferences)
         total[key] = spent / total[weight] if total[weight] else 0.0
     return _with_rates(total)
+
+
+def _by_cut(devices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for device in devices:
+        if device["inference"] is not None:
+            found.setdefault(device["cut"], []).append(device["inference"])
+    return {str(cut): _total(inferences) for cut, inferences in sorted(found.items())}
 
 
 def _by_role(traffic: Mapping[str, int]) -> dict[str, int]:

@@ -187,6 +187,9 @@ def _answered_table(summary: Mapping[str, Any]) -> str:
         (_device_cell(device, cuts), *_answers(device["inference"]))
         for device in answering[:MAX_ROWS]
     ]
+    by_cut = summary["inference_by_cut"]
+    if len(by_cut) < len(answering):
+        rows += [(f"cut {cut}", *_answers(total)) for cut, total in by_cut.items()]
     return _table_card(
         title,
         "Every image was answered by the exit if its confidence was above τ, else by the server; "

@@ -37,6 +37,7 @@ def serve_coordinator(
     from coordinator.service import build_core, last_will, new_boot, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
+    from ops.energy import load_energy_table
     from ops.metrics import Metrics, serve_metrics
     from ops.progress import progress_observer
 
@@ -46,7 +47,11 @@ def serve_coordinator(
     settings = settings.model_copy(update={"network": _network(settings, network)})
     boot = new_boot()
     traffic = Traffic(lambda reason: observer.message_dropped(reason))  # noqa: PLW0108 it comes below
-    metrics = Metrics(traffic)
+    metrics = Metrics(
+        traffic,
+        energy=load_energy_table(settings.energy_table),
+        devices=settings.metrics_devices,
+    )
     progress = progress_observer(quiet=quiet)
     observer = Observers(metrics, progress)
 

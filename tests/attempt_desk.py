@@ -7,6 +7,7 @@ from typing import Any
 from broker.messages import Activations, Gradients, Report
 from edge_agent.attempt import Attempt
 from edge_agent.encoding import ActivationEncoder
+from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from tensors.decoding import decode
 from tests.fake_device import DEVICE, GRADIENT, FakeLearner, PositionStream, receipt_of
@@ -31,6 +32,7 @@ class Desk:
     ) -> None:
         self.clock = Clock()
         self.uplink = 0.0
+        self.meters = Meters()
         self.learner = learner or FakeLearner()
         self.stream = PositionStream()
         self.online = True
@@ -47,6 +49,7 @@ class Desk:
             encoder=self.encoder,
             clock=self.clock,
             offline=offline,
+            meters=self.meters,
         )
 
     def produce(self) -> list[Activations]:

@@ -15,6 +15,7 @@ from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import build_core
 from coordinator.store import Checkpoint, Store
+from coordinator.telemetry import Gain
 from tests.server_side import make_activations, make_upload
 from tests.tiny import Clock, make_hello, make_settings
 
@@ -30,8 +31,12 @@ class Counting(Observer):
         self.outcomes: list[tuple[int, str]] = []
         self.phases: list[str] = []
         self.answers: list[tuple[int, int, str | None]] = []
+        self.gains: list[Gain] = []
         self.late: list[tuple[str, int]] = []
         self.changed: list[tuple[str, int, float]] = []
+
+    def telemetry(self, gain: Gain) -> None:
+        self.gains.append(gain)
 
     def late_work(self, outcome: str, samples: int) -> None:
         self.late.append((outcome, samples))

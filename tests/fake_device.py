@@ -24,6 +24,7 @@ from broker.messages import (
     Receipt,
     Report,
     Round,
+    Telemetry,
 )
 from broker.topics import Topics
 from edge_agent.answers import Predictor
@@ -198,6 +199,8 @@ class Harness:
         self.snapshots = snapshots or MemorySnapshots()
         self.uplink = 0.0
         self.said: list[Message] = []
+        self.told: list[Telemetry] = []
+        """Beside what it said."""
         self.filters: tuple[str, ...] = ()
         self.core = AgentCore(
             Topics("fleet"),
@@ -220,7 +223,10 @@ class Harness:
                 self.filters = effect.filters
             else:
                 assert effect.address.device == DEVICE
-                messages.append(effect.message)
+                if isinstance(effect.message, Telemetry):
+                    self.told.append(effect.message)
+                else:
+                    messages.append(effect.message)
         self.said += messages
         return messages
 

@@ -20,6 +20,7 @@ from coordinator.observer import Observer
 from coordinator.service import build_core, run_coordinator
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
+from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
 from edge_agent import service as agent_service
 from edge_agent.data import DeviceData
@@ -41,6 +42,8 @@ class Watcher(Observer):
         self.discarded: dict[str, int] = defaultdict(int)
         self.reports: dict[tuple[str, int, int], Report] = {}
         self.inference: dict[str, Report] = {}
+        self.gained: dict[tuple[str, str], float] = defaultdict(float)
+        """Metric and label value, of all devices."""
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
 
@@ -57,11 +60,23 @@ class Watcher(Observer):
         else:
             self.reports[device, report.round, report.attempt] = report
 
+    def telemetry(self, gain: Gain) -> None:
+        for series, amount in gain.counters.items():
+            self.gained[series] += amount
+        self._loop.call_soon_threadsafe(self._changed.set)
+
     async def applied(self, batches: int) -> None:
         """Wait until so many batches have been trained on."""
         while len(self.losses) < batches:
             self._changed.clear()
             await self._changed.wait()
+
+    async def reported(self, name: str, label: str, amount: float) -> None:
+        """Wait until devices have reported that much of a counter; it must not become more."""
+        while self.gained[name, label] < amount:
+            self._changed.clear()
+            await self._changed.wait()
+        assert self.gained[name, label] == amount
 
 
 class Fleet:

@@ -42,6 +42,7 @@ from broker.messages import (
     Round,
     Serving,
     Status,
+    Telemetry,
     from_ranges,
     to_ranges,
 )
@@ -142,7 +143,7 @@ def test_every_kind_of_message_has_a_place_in_the_topic_tree() -> None:
 
 
 def test_only_what_changes_no_model_may_be_lost() -> None:
-    assert {KINDS[place] for place in LOSSY} == {Report, Features, Prediction}
+    assert {KINDS[place] for place in LOSSY} == {Report, Telemetry, Features, Prediction}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from broker.envelopes import Envelope, up
 from broker.messages import Features, Prediction
-from coordinator.answering import REASONS
+from broker.telemetry import REFUSALS
 from coordinator.observer import Observer
 from coordinator.registry import Device
 from coordinator.serving import AnsweringMachine, Answers
@@ -138,7 +138,7 @@ def test_every_question_is_answered_or_refused_once(
         assert isinstance(message, Prediction)
         assert asked.pop(message.request) == device
         assert (message.tensor is None) == (message.refused is not None)
-        assert message.refused is None or message.refused in REASONS
+        assert message.refused is None or message.refused in REFUSALS
         if device not in ("a", "b"):
             wanted = {"measured": "untrained"}.get(device or "", "unknown_device")
             assert message.refused == wanted

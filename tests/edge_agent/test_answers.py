@@ -11,9 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from broker.messages import Features, Prediction
 from edge_agent.answer_counts import Counts
+from edge_agent.answer_meters import enter_counts
 from edge_agent.answers import Answer, Answers, Bounds
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Unanswered
 from edge_agent.exit_policy import ExitPolicy, Limits, Policy
+from edge_agent.meters import Meters
 from edge_agent.tickets import STAGES
 from tensors.codecs import parse_codec
 from tensors.decoding import decode
@@ -122,6 +124,12 @@ def assert_balanced(answers: Answers) -> None:
     ), counts
     assert counts.audits >= counts.audits_answered + counts.audits_lost
     assert counts.audits_answered >= counts.audits_agreed
+    meters = Meters()
+    enter_counts(meters, counts)
+    told = {name: sum(values.values()) for name, values in meters.counters.items()}
+    assert told["predictions"] == counts.exits + counts.answered + counts.fallbacks
+    assert told["offloads"] == counts.offloads - answers.open
+    assert told["offloads_held"] == counts.held.total()
     assert counts.messages >= counts.replies
     assert counts.correct <= counts.labelled <= counts.images
     assert counts.exit_correct <= counts.labelled
@@ -176,7 +184,7 @@ def test_several_requests_are_computed_and_asked_together() -> None:
         if isinstance(answer, Answer)
     }
     assert labels == {first: [0], second: [3, 3]}
-    assert desk.answers.counts.batches == 1
+    assert sum(desk.answers.counts.seconds["exit"].counts) == 1
 
 
 def test_a_message_holds_no_more_than_it_may() -> None:

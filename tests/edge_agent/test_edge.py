@@ -73,13 +73,19 @@ async def test_devices_answer_while_the_fleet_trains(tmp_path: Path) -> None:
             break
     else:
         raise AssertionError(f"always the same version answers: {newest}, {by}")
+    exits = answered = 0
     for name, edge in fleet.edges.items():
         counts = (await edge.health()).counts
         assert counts.images == 3 * len(answers[name]) == counts.labelled
         assert counts.images == counts.exits + counts.answered + counts.fallbacks
         assert not counts.fallbacks, counts.fallback
+        exits += counts.exits
+        answered += counts.answered
     for name in DEVICES:
         await fleet.stop(name)
+    async with asyncio.timeout(LIMIT_S):
+        await fleet.watcher.reported("predictions", "exit", exits)
+        await fleet.watcher.reported("predictions", "server", answered)
     with pytest.raises(Stopped):
         await fleet.edges["a"].predict(IMAGE)
     fleet._tasks["coordinator"].cancel()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.trainer import DeviceTrainer
 from edge_agent.workplace import Workplace
@@ -66,6 +67,8 @@ def learner_under(**assignment: object) -> FakeLearner:
         snapshots=MemorySnapshots(),
         clock=Clock(),
         offline=OfflineLimits(),
+        meters=Meters(),
+        cpu_clock=Clock(),
     )
     return learner
 

@@ -97,6 +97,9 @@ async def test_a_run_from_the_first_hello_to_the_result(
             inference["answered"] + inference["refused"] + inference["timeouts"]
         )
         assert inference["refused"] == inference["timeouts"] == 0
+    for by, account in (("exit", "exits"), ("server", "answered")):
+        images = sum(device["inference"][account] for device in result["devices"])
+        assert fleet.watcher.gained["predictions", by] == images
     for name in DEVICES:
         traffic = result["traffic"]
         assert traffic[f"up/activation/{name}"] > 0

@@ -10,11 +10,11 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import ops
-from broker.messages import Histogram, Inference, Report
+from broker.messages import Report
+from broker.telemetry import REFUSALS
 from broker.topics import Address
-from coordinator.answering import REASONS
+from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
-from edge_agent.attempt import ROUND_TRIP_BOUNDS_S
 from ops.errors import PortInUse
 from ops.metrics import Metrics, serve_metrics
 
@@ -51,8 +51,6 @@ def report(
     number: int = 1,
     attempt: int = 0,
     exit_loss: float | None = None,
-    round_trip: Histogram | None = None,
-    inference: Inference | None = None,
     activations: tuple[int, int] = (0, 0),
 ) -> Report:
     return Report(
@@ -60,40 +58,15 @@ def report(
         round=number,
         attempt=attempt,
         exit_loss=exit_loss,
-        round_trip=round_trip,
-        inference=inference,
         activation_bytes=activations[0],
         activation_values=activations[1],
     )
 
 
-def answers(version: int = 2) -> Inference:
-    return Inference(
-        version=version,
-        threshold=0.7,
-        images=20,
-        exits=12,
-        offloads=8,
-        answered=5,
-        refused=2,
-        timeouts=1,
-        correct=15,
-        exit_correct=11,
-        bytes_up=1000,
-        bytes_down=100,
-        exit_ms=0.5,
-        offload_ms=9.0,
-    )
-
-
-def trips(*counts: int, total: float) -> Histogram:
-    return Histogram(bounds=list(ROUND_TRIP_BOUNDS_S), counts=list(counts), total=total)
-
-
 def test_everything_the_dashboard_asks_for_is_exposed(metrics: Metrics, traffic: Traffic) -> None:
     metrics.batch_applied(2, 32, 1.0, 0.1)
     metrics.device_report("d0", 2, report(exit_loss=1.0))
-    metrics.device_report("d0", 2, report(inference=answers()))
+    metrics.telemetry(Gain("d0", 2, "generic", "none"))
     metrics.round_ended(
         1, "closed", {"version": 1, "server_accuracy": 0.5, "exit_accuracy": {"2": 0.4}}
     )
@@ -123,10 +96,8 @@ def test_closed_label_sets_start_at_zero(metrics: Metrics) -> None:
     assert value(metrics, "splitfleet_rounds_total", outcome="abandoned") == 0
     assert value(metrics, "splitfleet_batches_discarded_total", reason="not_finite") == 0
     assert value(metrics, "splitfleet_messages_dropped_total", reason="malformed") == 0
-    assert value(metrics, "splitfleet_offloads_total", outcome="timeout") == 0
     assert value(metrics, "splitfleet_devices", state="offline") == 0
     assert value(metrics, "splitfleet_message_bytes_total", direction="up", role="activation") == 0
-    assert value(metrics, "splitfleet_round_trip_seconds_count") == 0
     assert value(metrics, "splitfleet_round") == 0
 
 
@@ -188,7 +159,7 @@ def test_reasons_are_counted(metrics: Metrics) -> None:
 
 
 def test_answering_is_counted(metrics: Metrics) -> None:
-    for reason in REASONS:
+    for reason in REFUSALS:
         assert value(metrics, "splitfleet_feature_requests_total", outcome=reason) == 0
     metrics.features_answered(2, 5, None)
     metrics.features_answered(2, 3, None)
@@ -233,59 +204,6 @@ def test_bytes_are_summed_over_devices(metrics: Metrics, traffic: Traffic) -> No
     bytes_of = "splitfleet_message_bytes_total"
     assert value(metrics, bytes_of, direction="up", role="activation") == 150
     assert value(metrics, bytes_of, direction="down", role="parameter") == 15
-
-
-def test_a_repeated_inference_report_counts_once(metrics: Metrics) -> None:
-    for _ in range(3):
-        metrics.device_report("d0", 2, report(inference=answers()))
-    counted = "splitfleet_predictions_total"
-    assert value(metrics, counted, cut="2", answered_by="exit") == 12
-    assert value(metrics, counted, cut="2", answered_by="server") == 5
-    assert value(metrics, counted, cut="2", answered_by="fallback") == 3
-    assert value(metrics, "splitfleet_offloads_total", outcome="answered") == 5
-    assert value(metrics, "splitfleet_offloads_total", outcome="refused") == 2
-    assert value(metrics, "splitfleet_offloads_total", outcome="timeout") == 1
-
-
-def test_another_device_or_version_counts_again(metrics: Metrics) -> None:
-    metrics.device_report("d0", 2, report(inference=answers(version=2)))
-    metrics.device_report("d1", 2, report(inference=answers(version=2)))
-    metrics.device_report("d0", 2, report(inference=answers(version=3)))
-    counted = value(metrics, "splitfleet_predictions_total", cut="2", answered_by="exit")
-    assert counted == 36
-
-
-def test_round_trips_of_devices_are_added(metrics: Metrics) -> None:
-    first = trips(1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, total=50.0)
-    second = trips(0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, total=9.5)
-    metrics.device_report("d0", 2, report(round_trip=first))
-    metrics.device_report("d0", 2, report(round_trip=first))  # the same report again
-    metrics.device_report("d1", 3, report(round_trip=second))
-    bucket = "splitfleet_round_trip_seconds_bucket"
-    assert value(metrics, bucket, le="0.005") == 1
-    assert value(metrics, bucket, le="0.01") == 4
-    assert value(metrics, bucket, le="5.0") == 4
-    assert value(metrics, bucket, le="10.0") == 5
-    assert value(metrics, bucket, le="+Inf") == 9
-    assert value(metrics, "splitfleet_round_trip_seconds_count") == 9
-    assert value(metrics, "splitfleet_round_trip_seconds_sum") == 59.5
-
-
-def test_other_bounds_go_where_their_upper_bound_lies(metrics: Metrics) -> None:
-    foreign = Histogram(bounds=[0.02, 60.0], counts=[3, 4, 5], total=1.0)
-    metrics.device_report("d0", 2, report(round_trip=foreign))
-    bucket = "splitfleet_round_trip_seconds_bucket"
-    assert value(metrics, bucket, le="0.01") == 0
-    assert value(metrics, bucket, le="0.025") == 3
-    assert value(metrics, bucket, le="10.0") == 3
-    assert value(metrics, bucket, le="+Inf") == 12
-
-
-def test_a_histogram_of_the_wrong_length_is_ignored(metrics: Metrics) -> None:
-    odd = Histogram(bounds=[0.02], counts=[3], total=1.0)
-    metrics.device_report("d0", 2, report(round_trip=odd))
-    assert value(metrics, "splitfleet_round_trip_seconds_count") == 0
-    assert value(metrics, "splitfleet_round_trip_seconds_sum") == 0
 
 
 def test_exit_loss_is_the_mean_of_the_last_reports_of_a_cut(metrics: Metrics) -> None:

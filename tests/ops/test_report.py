@@ -247,6 +247,18 @@ def test_inference_is_told_by_device_and_in_all(tmp_path: Path, result: dict[str
     assert total["offload_ms"] == 160.0
 
 
+def test_inference_is_told_by_cut(tmp_path: Path, result: dict[str, Any]) -> None:
+    summary, tree, _ = write(tmp_path, result)
+    assert sum(cut["images"] for cut in summary["inference_by_cut"].values()) == 200
+    title = "What each device answered"
+    assert "cut 2" not in {row[0] for row in rows(tree, title)}, "its device's row says it"
+    for device in result["devices"]:
+        device["cut"] = 2
+    summary, tree, _ = write(tmp_path, result)
+    assert summary["inference_by_cut"] == {"2": summary["inference"]}
+    assert "cut 2" in {row[0] for row in rows(tree, title)}
+
+
 def test_the_sweep_is_the_mean_over_devices(tmp_path: Path, result: dict[str, Any]) -> None:
     summary, _, _ = write(tmp_path, result)
     assert summary["exit_sweep"] == [

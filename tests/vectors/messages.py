@@ -11,6 +11,7 @@ from broker.messages import (
     LOSSY,
     Activations,
     Assignment,
+    Buckets,
     Command,
     Coordinator,
     CutPolicy,
@@ -18,7 +19,6 @@ from broker.messages import (
     Features,
     Gradients,
     Hello,
-    Histogram,
     Inference,
     Manifest,
     Measurement,
@@ -31,6 +31,7 @@ from broker.messages import (
     Round,
     Serving,
     Status,
+    Telemetry,
 )
 from broker.topics import Topics
 from tensors.codecs import parse_codec
@@ -122,7 +123,20 @@ def _up() -> list[tuple[str, Envelope]]:
         "timeouts": 256,
         "exit_loss": 0.625,
         "exit_accuracy": 0.8,
-        "round_trip": Histogram(bounds=[0.005, 1.0], counts=[3, 200, 0], total=40.5),
+    }
+    telemetry: dict[str, Any] = {
+        "uptime_s": 3600.5,
+        "cut": 3,
+        "device_class": "raspberry-pi-4",
+        "radio": "wifi",
+        "counters": {
+            "predictions": {"exit": 70_000, "fallback": 12},
+            "answering_cpu_seconds": {"": 81.25},
+        },
+        "gauges": {"exit_threshold": {"": 0.75}},
+        "histograms": {
+            "prediction_seconds": {"exit": Buckets(counts=[0] * 3 + [300] + [0] * 11, total=1.5)}
+        },
     }
     return [
         (what, up("cam-1", message))
@@ -145,6 +159,8 @@ def _up() -> list[tuple[str, Envelope]]:
             ("least", Report(**STAMP)),
             ("an attempt", Report(**STAMP, **report)),
             ("inference", Report(**STAMP, inference=INFERENCE)),
+            ("least", Telemetry(boot="9f8e7d6c5b4a3921", number=0, uptime_s=0.0)),
+            ("counts", Telemetry(boot="9f8e7d6c5b4a3921", number=60, **telemetry)),
             ("parameters", Request(what="parameters", version=5)),
             ("join", Request(what="join", run=RUN, round=3, attempt=1)),
             ("probe", Request(what="probe", padding=bytes(40))),
