@@ -25,6 +25,7 @@ from broker.messages import (
 from coordinator.aggregation import Model
 from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator
+from coordinator.health import Health
 from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.registry import Device, Registry
@@ -32,6 +33,8 @@ from coordinator.run import Keeper, Run
 from coordinator.serving import AnsweringMachine, Answers
 from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
+from coordinator.snapshot import Process, fleet_status
+from coordinator.status import FleetStatus, ServingStatus
 from coordinator.store import Checkpoint
 from coordinator.training import RoundInProgress
 
@@ -62,6 +65,8 @@ class CoordinatorCore:
     ) -> None:
         self.versions = answers.versions
         self._settings = settings
+        self._clock = clock
+        self._process = Process(settings.fleet, boot, clock())
         self._placement = placement
         self._observer = observer
         self._boot = boot
@@ -131,6 +136,7 @@ class CoordinatorCore:
         if known is None:
             self._observer.message_dropped("fleet_full")
             return []
+        known.heard = self._clock()
         match message:
             case Activations():
                 out = self._run.activations(known, message)
@@ -167,6 +173,22 @@ class CoordinatorCore:
     def goodbye(self) -> Envelope:
         """The last status, when the coordinator leaves on purpose."""
         return to_all(Coordinator(state="offline", boot=self._boot))
+
+    def status(self, health: Health) -> FleetStatus:
+        """The fleet now; may be asked for in any thread."""
+        versions = self.versions
+        return fleet_status(
+            self._process,
+            self._run.standing(),
+            list(self._registry.devices.values()),
+            ServingStatus(
+                version=versions.serving.number,
+                pinned=versions.pinned is not None,
+                waiting_images=self.answering.waiting.images,
+            ),
+            health,
+            self._clock(),
+        )
 
     # -- what devices say -------------------------------------------------------------------------
 
@@ -206,5 +228,6 @@ class CoordinatorCore:
             if report.inference.version == self._run.published.version:
                 device.inference = report.inference
         else:
+            device.report = report
             self._run.report(device, report)
         return []

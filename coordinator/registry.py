@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from broker.messages import Hello, Inference, Status
+from broker.messages import Hello, Inference, Report, Status
 from coordinator.label_counts import LabelCounts
 from coordinator.rounds import Load
 
@@ -30,6 +30,10 @@ class Device:
     labels: LabelCounts | None = None
     """Of its batches so far; None where nobody asks."""
     inference: Inference | None = None
+    report: Report | None = None
+    """Its last account of an attempt."""
+    heard: float | None = None
+    """When it last said something, on the coordinator's clock."""
 
     @property
     def state(self) -> str:

@@ -163,7 +163,10 @@ class CoordinatorSettings(BaseModel):
     data_root: Path | None = None
     download: bool = False
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Where ``/metrics``, ``/status`` and ``/healthz`` are served."""
     metrics_host: str = "127.0.0.1"
+    stall_s: Positive = 120.0
+    """``/healthz`` calls a coordinator dead that has been at one step for longer."""
 
     @field_validator("network", mode="before")
     @classmethod

@@ -144,6 +144,16 @@ class RoundInProgress:
         return 0 if ledger is None or ledger.finished else ledger.credits
 
     @property
+    def ledgers(self) -> Mapping[str, Ledger]:
+        """By device; for looking only."""
+        return self._ledgers
+
+    @property
+    def losses(self) -> Mapping[int, list[float]]:
+        """Of each batch, by cut; for looking only."""
+        return self._losses
+
+    @property
     def unfinished(self) -> list[str]:
         """Devices that have not uploaded their parameters."""
         return [name for name, ledger in self._ledgers.items() if not ledger.finished]

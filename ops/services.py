@@ -34,10 +34,11 @@ def serve_coordinator(
     is taken from the data set.
     """
     from coordinator.observer import Observers
-    from coordinator.service import build_core, last_will, new_boot, run_coordinator
+    from coordinator.service import build_core, last_will, new_boot, new_vitals, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
-    from ops.metrics import Metrics, serve_metrics
+    from ops.http_status import FleetPages, serve_http
+    from ops.metrics import Metrics
     from ops.progress import progress_observer
 
     run.set_up_logging(log_level)
@@ -49,19 +50,20 @@ def serve_coordinator(
     metrics = Metrics(traffic)
     progress = progress_observer(quiet=quiet)
     observer = Observers(metrics, progress)
+    vitals = new_vitals(settings)
+    pages = FleetPages(vitals)
 
     async def serve() -> bool:
         transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
         with run.stop_signals(until_eof=until_eof) as stop:
-            await run_coordinator(settings, transport, core, traffic, stop=stop)
+            await run_coordinator(settings, transport, core, traffic, stop=stop, vitals=vitals)
             return stop.is_set()
 
     with contextlib.ExitStack() as stack:
         if settings.metrics_port is not None:
-            stack.enter_context(
-                serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
-            )
-        core = build_core(
+            host, port = settings.metrics_host, settings.metrics_port
+            stack.enter_context(serve_http(metrics.registry, pages(), host, port))
+        core = pages.core = build_core(
             settings,
             observer=observer,
             traffic=traffic.totals,
