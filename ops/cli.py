@@ -14,6 +14,7 @@ from ops import (
     cli_bench,
     cli_exits,
     cli_experiment,
+    cli_fleet,
     cli_learning,
     cli_model,
     cli_plan,
@@ -35,6 +36,7 @@ app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
+cli_fleet.register(app)
 cli_model.register(app)
 cli_plan.register(app)
 cli_predict.register(app)
