@@ -26,6 +26,7 @@ from coordinator.aggregation import Model
 from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator
 from coordinator.health import Health
+from coordinator.log_levels import LogLevels, order, orders
 from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.registry import Device, Registry
@@ -70,6 +71,7 @@ class CoordinatorCore:
         self._placement = placement
         self._observer = observer
         self._boot = boot
+        self._log_levels = LogLevels()
         self._registry = Registry(settings.max_devices)
         self._registry.restore(checkpoint.registry)
         self._serving = ServingVersion(settings, run, answers.versions, evaluator, observer)
@@ -170,6 +172,16 @@ class CoordinatorCore:
         """Answer images with this version, or with None the last closed round's."""
         return self._serving.pin(version)
 
+    def follow(self, levels: LogLevels) -> list[Envelope]:
+        """Tell devices which level somebody has chosen for their logs."""
+        before, self._log_levels = self._log_levels, levels
+        return orders(before, levels)
+
+    @property
+    def place(self) -> dict[str, str | int]:
+        """Run and round, for lines of a log; may be asked for in any thread."""
+        return {"run": self._run.name, "round": self._run.number}
+
     def goodbye(self) -> Envelope:
         """The last status, when the coordinator leaves on purpose."""
         return to_all(Coordinator(state="offline", boot=self._boot))
@@ -197,16 +209,21 @@ class CoordinatorCore:
         try:
             cut = self._placement.cut_of(device.cut, hello)
         except DeviceRefused as exc:
-            log.warning("device %s cannot take part: %s", device.name, exc)
+            about = {"device": device.name}
+            log.warning("device %s cannot take part: %s", device.name, exc, extra=about)
             device.hello = device.cut = None
             return [down(device.name, Command(command="stop", reason=str(exc)))]
         device.hello = hello
         if first or device.cut != cut:
-            log.info("device %s joins, cut layer %s", device.name, cut or "to be measured")
+            place = cut or "to be measured"
+            about = {"device": device.name}
+            log.info("device %s joins, cut layer %s", device.name, place, extra=about)
         device.cut = cut
-        if cut is None:
-            return [self._run.assignment(device)]
-        return [self._run.assignment(device), *self._run.published.news(cut)]
+        out = [self._run.assignment(device)]
+        if cut is not None:
+            out += self._run.published.news(cut)
+        level = self._log_levels.of(device.name)
+        return out if level is None else [*out, down(device.name, order(level))]
 
     def _request(self, device: Device, request: Request) -> list[Envelope]:
         if request.what == "parameters" and device.cut is not None:

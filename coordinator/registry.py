@@ -81,7 +81,8 @@ class Registry:
         self._states[before] -= 1
         self._states[device.state] += 1
         if (before == "offline") != (device.state == "offline"):
-            log.info("%s is %s", name, "online" if device.online else "offline")
+            now = "online" if device.online else "offline"
+            log.info("%s is %s", name, now, extra={"device": name})
 
     def _enter(self, device: Device, status: Status) -> None:
         if status.state == "offline":

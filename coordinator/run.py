@@ -241,6 +241,11 @@ class Run:
             return []
         return self._end_round(current, closed=verdict is Verdict.CLOSE)
 
+    @property
+    def number(self) -> int:
+        """Of the round that runs, or the last one."""
+        return self._number
+
     def standing(self) -> Standing:
         """Where it is; may be asked for in any thread."""
         due, away = self._due, self._away_since

@@ -8,9 +8,10 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from broker.drive import drive
 from broker.envelopes import Envelope
 from broker.errors import TransportError
 from broker.link import DEFAULT_CHUNK_BYTES, Link, single_frame
+from broker.logs import LogControl, Untouched
 from broker.messages import Coordinator
 from broker.topics import Topics
 from broker.transport import Transport, Will
@@ -40,7 +42,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
-from coordinator.watching import watch_choice, watch_vitals
+from coordinator.watching import watch
 from tensors.codecs import Codec, Encode
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
 from tensors.errors import DataError
@@ -265,10 +267,12 @@ async def run_coordinator(
     *,
     stop: asyncio.Event,
     vitals: Vitals | None = None,
+    logs: LogControl | None = None,
 ) -> None:
     """Serve the fleet until the run has finished or ``stop`` is set, and keep ``vitals`` current.
 
-    ``transport`` must have :func:`last_will` with the core's boot as its will.
+    ``logs`` says where the run is, and follows ``splitfleet log-level``. ``transport`` must have
+    :func:`last_will` with the core's boot as its will.
 
     Raises ``ConnectRefused``, and ``StoreError`` when a checkpoint cannot be written.
     """
@@ -281,14 +285,20 @@ async def run_coordinator(
             own = settings.answer_threads or max(1, torch.get_num_threads() // 2)
             for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):
                 branches[name].call(partial(_compute_with, threads))
-            await _drive_both(core, branches, vitals or new_vitals(settings), stop)
+            vitals = vitals or new_vitals(settings)
+            watching = watch(core, branches, vitals, logs or Untouched(), settings.state_dir)
+            await _drive_both(core, branches, vitals, watching, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
                 await link.send(core.goodbye())
 
 
 async def _drive_both(
-    core: CoordinatorCore, branches: Branches, vitals: Vitals, stop: asyncio.Event
+    core: CoordinatorCore,
+    branches: Branches,
+    vitals: Vitals,
+    watching: Coroutine[Any, Any, None],
+    stop: asyncio.Event,
 ) -> None:
     """Train and answer, until the training machine has finished or ``stop`` is set."""
     loop = asyncio.get_running_loop()
@@ -323,8 +333,7 @@ async def _drive_both(
     )
     aside = [
         asyncio.create_task(branches.run(), name="branches"),
-        asyncio.create_task(watch_choice(core, branches[TRAINING]), name="choice"),
-        asyncio.create_task(watch_vitals(vitals, branches), name="vitals"),
+        asyncio.create_task(watching, name="watching"),
     ]
     tasks = [training, answering, *aside]
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from broker.logs import LogFormat, LogLevel
 from broker.messages import Name, Network
 from coordinator.exit_policies import parse_exit_policy
 from coordinator.server_momentum import MomentumRule
@@ -167,6 +168,9 @@ class CoordinatorSettings(BaseModel):
     metrics_host: str = "127.0.0.1"
     stall_s: Positive = 120.0
     """``/healthz`` calls a coordinator dead that has been at one step for longer."""
+
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "human"
 
     @field_validator("network", mode="before")
     @classmethod

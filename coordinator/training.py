@@ -350,7 +350,8 @@ class RoundInProgress:
     def _refuse(self, device: str, batch: int, refused: BatchRefused) -> list[Envelope]:
         self._ledgers[device].discard(batch, refused.reason)
         self._observer.batch_discarded(refused.reason)
-        log.warning("batch %d of %s is not trained on: %s", batch, device, refused.reason)
+        about = {"device": device, "reason": refused.reason}
+        log.warning("batch %d of %s is not trained on: %s", batch, device, refused, extra=about)
         return [self._receipt(device)]
 
     def _applied(self, waiting: _Waiting, step: Step, seconds: float) -> list[Envelope]:
@@ -384,7 +385,8 @@ class RoundInProgress:
             half = self._intake.half(message, cut, self.version, self._model.state)
         except (FormatError, AveragingError) as exc:
             self._observer.message_dropped("bad_parameters")
-            log.warning("the parameters of %s are left out: %s", device, exc)
+            about = {"device": device}
+            log.warning("the parameters of %s are left out: %s", device, exc, extra=about)
         if self._training:
             server, momentum = self._engine.finish(device)
         else:

@@ -1,7 +1,8 @@
-"""The commands ``splitfleet status`` and ``splitfleet top``."""
+"""The commands ``splitfleet status``, ``splitfleet top`` and ``splitfleet log-level``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +23,7 @@ def register(app: typer.Typer) -> None:
     """Add them to the command line."""
     app.command()(status)
     app.command()(top)
+    app.command("log-level")(log_level)
 
 
 def status(
@@ -55,6 +57,31 @@ def top(
 
     read = partial(fleet_status.read, _place(url))
     watching.top(read, order=sort, interval_s=interval, once=once, console=Console())
+
+
+def log_level(
+    level: Annotated[
+        str | None,
+        typer.Argument(help="debug, info, warning, error, or default: that of the settings"),
+    ] = None,
+    *,
+    state_dir: Annotated[Path, typer.Option(help="the coordinator's --state-dir")] = Path(
+        "coordinator-state"
+    ),
+    device: Annotated[str | None, typer.Option(help="of this device's log")] = None,
+    all_devices: Annotated[bool, typer.Option(help="of every device's log")] = False,
+) -> None:
+    """Change how much is logged while the fleet runs; without LEVEL say what was chosen.
+
+    A running coordinator follows within a second and tells the devices; one that is started later
+    at its start.
+    """
+    from ops import log_level as levels
+
+    if level is None:
+        levels.show(state_dir)
+    else:
+        levels.choose(state_dir, level, device=device, all_devices=all_devices)
 
 
 def _place(url: str) -> Place:

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from broker.logs import redact_urls
 from edge_agent.answer_json import PictureAnswer, PictureError, Predictions
 from edge_agent.errors import InputError
 from ops.errors import AgentUnreachable
@@ -37,7 +38,9 @@ class PredictSettings(BaseModel):
 
 def find_agent(name: str, agents: Mapping[str, str]) -> Place:
     """A URL, a name of the settings, or a machine. Raises :class:`SettingsWrong`."""
-    return parse_place(agents.get(name, name), flag=f"--agent {name}", default_port=DEFAULT_PORT)
+    return parse_place(
+        agents.get(name, name), flag=f"--agent {redact_urls(name)}", default_port=DEFAULT_PORT
+    )
 
 
 @dataclass(frozen=True, slots=True)
