@@ -14,6 +14,7 @@ from broker.envelopes import Envelope, channel
 from broker.link import Arrival, Link
 from broker.messages import LOSSY
 from broker.topics import Address
+from broker.transport import Connected
 
 WAITING = 1024
 """Events that wait for a machine. A branch that is full holds up all, which the senders' credits
@@ -81,6 +82,8 @@ class Branches:
         self._link = link
         self._route = route
         self._branches = {name: Branch(link) for name in names}
+        self.connected = False
+        """Whether there is a connection to the broker."""
 
     def __getitem__(self, name: str) -> Branch:
         return self._branches[name]
@@ -90,6 +93,7 @@ class Branches:
         while True:
             event = await self._link.receive()
             if not isinstance(event, Arrival):
+                self.connected = isinstance(event, Connected)
                 for branch in self._branches.values():
                     await branch.put(event)
                 continue

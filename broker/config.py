@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from broker.errors import ConfigError
+from broker.logs import redact_urls
 
 ENVIRONMENT_PREFIX = "SPLITFLEET"
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
@@ -167,5 +168,5 @@ def _explain(
         return f"{place}{origin} is not a setting; known are {known}"
     field = model.model_fields.get(key)
     secret = field is not None and "Secret" in str(field.annotation)
-    value = "(hidden)" if secret else repr(error["input"])
+    value = "(hidden)" if secret else redact_urls(repr(error["input"]))
     return f"{place} = {value}{origin} is not allowed: {message}"

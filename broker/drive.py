@@ -104,8 +104,9 @@ async def drive(
     stop: asyncio.Event,
     flush_s: float = 30.0,
     farewell_s: float = FAREWELL_S,
+    stepped: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run ``machine`` until it has finished or ``stop`` is set.
+    """Run ``machine`` until it has finished or ``stop`` is set; ``stepped`` follows each step.
 
     What is under way then is still sent, for at most ``flush_s`` seconds. If a connection was lost
     with the last words of a machine that has finished, it says them again on the next one, which
@@ -114,7 +115,7 @@ async def drive(
     Raises ``ConnectRefused`` when the broker will not have this client, and whatever the
     machine raises.
     """
-    loop = _Loop(machine, link, clock, flush_s=flush_s, farewell_s=farewell_s)
+    loop = _Loop(machine, link, clock, stepped, flush_s=flush_s, farewell_s=farewell_s)
     machine_job = loop.start()
     jobs: list[asyncio.Future[Any]] = [
         machine_job,
@@ -149,6 +150,7 @@ class _Loop:
         machine: Machine,
         link: Mail,
         clock: Callable[[], float],
+        stepped: Callable[[], None],
         *,
         flush_s: float,
         farewell_s: float,
@@ -156,6 +158,7 @@ class _Loop:
         self._machine = machine
         self._link = link
         self._clock = clock
+        self._stepped = stepped
         self._flush_s, self._farewell_s = flush_s, farewell_s
         self._given = self._done = 0
         """Effects that the machine wanted, and those of them that are over."""
@@ -182,6 +185,7 @@ class _Loop:
     def _compute(self) -> None:
         while not self._machine.finished and not self._ending.is_set():
             self._give(self._next_step()())
+            self._stepped()
         self._take_leave()
 
     def _give(self, effects: Sequence[Effect]) -> None:

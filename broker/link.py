@@ -2,8 +2,7 @@
 
 Outgoing messages are encoded, cut into frames and published; incoming frames are acknowledged once
 they are in the bounded reassembly buffer, put together, decoded and validated. What is wrong with
-them is counted by reason, logged once per device, reason and minute, and dropped: it never reaches
-the caller.
+them is counted by reason, logged and dropped: it never reaches the caller.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from broker.topics import Address, Topics
 from broker.transport import Connected, Disconnected, Transport
 
 log = logging.getLogger("splitfleet.link")
-LOG_EVERY_S = 60.0
 DEFAULT_CHUNK_BYTES = 96 << 10
 MEASURED_BYTES = 64 << 10
 LATENCY_BYTES = 2 << 10
@@ -77,7 +75,6 @@ class Framing:
         self._chunk = chunk_bytes
         self._frames = Reassembler(limits or Limits())
         self._next_id = first_id
-        self._logged: dict[tuple[str, str | None], float] = {}
         self.uplink_bytes_per_s = 0.0
         """Speed to the broker, its latency not counted; 0 if unknown.
 
@@ -133,14 +130,10 @@ class Framing:
             self.drop("reassembly_timeout", sender, "a message stayed incomplete")
 
     def drop(self, reason: str, device: str | None, why: str) -> None:
-        """Count a dropped message, and log it unless the same was logged in the last minute."""
+        """Count and log a dropped message."""
         self._observer.dropped(reason, device)
-        now = self._clock()
-        if now - self._logged.get((reason, device), -LOG_EVERY_S) >= LOG_EVERY_S:
-            if len(self._logged) > 4096:
-                self._logged.clear()
-            self._logged[reason, device] = now
-            log.warning("dropped a message of %s (%s): %s", device or "the fleet", reason, why)
+        about = {"device": device, "reason": reason}
+        log.warning("dropped a message of %s: %s", device or "the fleet", why, extra=about)
 
     def _measure(self, address: Address, size: int, elapsed_s: float) -> None:
         if address.kind == "activations" or size >= MEASURED_BYTES:

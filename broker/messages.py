@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from broker.errors import MessageError
+from broker.logs import LogLevel
 from broker.maps import Buffer, LazyBytes
 
 PROTOCOL = 1
@@ -364,10 +365,14 @@ class Parameters(Message):
 
 
 class Command(Message):
-    """An order to one device or to all."""
+    """An order to one device or to all.
 
-    command: Literal["stop"]
+    ``log_level``: log with ``level`` from now on; without one with that of the device's settings.
+    """
+
+    command: Literal["stop", "log_level"]
     reason: Text = ""
+    level: LogLevel | None = None
 
 
 # -- all and cut ----------------------------------------------------------------------------------

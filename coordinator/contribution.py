@@ -60,7 +60,10 @@ class Contribution:
         try:
             yield
         except AveragingError as exc:
-            log.warning("the %s of %s is left out of the average: %s", what, self.device, exc)
+            about = {"device": self.device}
+            log.warning(
+                "the %s of %s is left out of the average: %s", what, self.device, exc, extra=about
+            )
 
     def folded(self) -> Folded:
         """What of it is remembered."""

@@ -26,6 +26,8 @@ from broker.messages import (
 from coordinator.aggregation import Model
 from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator
+from coordinator.health import Health
+from coordinator.log_levels import LogLevels, order, orders
 from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.registry import Device, Registry
@@ -33,6 +35,8 @@ from coordinator.run import Keeper, Run
 from coordinator.serving import AnsweringMachine, Answers
 from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
+from coordinator.snapshot import Process, fleet_status
+from coordinator.status import FleetStatus, ServingStatus
 from coordinator.store import Checkpoint
 from coordinator.telemetry import TelemetryLedger
 from coordinator.training import RoundInProgress
@@ -64,10 +68,13 @@ class CoordinatorCore:
     ) -> None:
         self.versions = answers.versions
         self._settings = settings
+        self._clock = clock
+        self._process = Process(settings.fleet, boot, clock())
         self._placement = placement
         self._observer = observer
         self._boot = boot
         self._ledger = TelemetryLedger(cuts=len(placement.shapes), clock=clock)
+        self._log_levels = LogLevels()
         self._registry = Registry(settings.max_devices)
         self._registry.restore(checkpoint.registry)
         self._serving = ServingVersion(settings, run, answers.versions, evaluator, observer)
@@ -134,6 +141,7 @@ class CoordinatorCore:
         if known is None:
             self._observer.message_dropped("fleet_full")
             return []
+        known.heard = self._clock()
         match message:
             case Activations():
                 out = self._run.activations(known, message)
@@ -170,9 +178,35 @@ class CoordinatorCore:
         """Answer images with this version, or with None the last closed round's."""
         return self._serving.pin(version)
 
+    def follow(self, levels: LogLevels) -> list[Envelope]:
+        """Tell devices which level somebody has chosen for their logs."""
+        before, self._log_levels = self._log_levels, levels
+        return orders(before, levels)
+
+    @property
+    def place(self) -> dict[str, str | int]:
+        """Run and round, for lines of a log; may be asked for in any thread."""
+        return {"run": self._run.name, "round": self._run.number}
+
     def goodbye(self) -> Envelope:
         """The last status, when the coordinator leaves on purpose."""
         return to_all(Coordinator(state="offline", boot=self._boot))
+
+    def status(self, health: Health) -> FleetStatus:
+        """The fleet now; may be asked for in any thread."""
+        versions = self.versions
+        return fleet_status(
+            self._process,
+            self._run.standing(),
+            list(self._registry.devices.values()),
+            ServingStatus(
+                version=versions.serving.number,
+                pinned=versions.pinned is not None,
+                waiting_images=self.answering.waiting.images,
+            ),
+            health,
+            self._clock(),
+        )
 
     # -- what devices say -------------------------------------------------------------------------
 
@@ -181,16 +215,21 @@ class CoordinatorCore:
         try:
             cut = self._placement.cut_of(device.cut, hello)
         except DeviceRefused as exc:
-            log.warning("device %s cannot take part: %s", device.name, exc)
+            about = {"device": device.name}
+            log.warning("device %s cannot take part: %s", device.name, exc, extra=about)
             device.hello = device.cut = None
             return [down(device.name, Command(command="stop", reason=str(exc)))]
         device.hello = hello
         if first or device.cut != cut:
-            log.info("device %s joins, cut layer %s", device.name, cut or "to be measured")
+            place = cut or "to be measured"
+            about = {"device": device.name}
+            log.info("device %s joins, cut layer %s", device.name, place, extra=about)
         device.cut = cut
-        if cut is None:
-            return [self._run.assignment(device)]
-        return [self._run.assignment(device), *self._run.published.news(cut)]
+        out = [self._run.assignment(device)]
+        if cut is not None:
+            out += self._run.published.news(cut)
+        level = self._log_levels.of(device.name)
+        return out if level is None else [*out, down(device.name, order(level))]
 
     def _request(self, device: Device, request: Request) -> list[Envelope]:
         if request.what == "parameters" and device.cut is not None:
@@ -221,5 +260,6 @@ class CoordinatorCore:
             if report.inference.version == self._run.published.version:
                 device.inference = report.inference
         else:
+            device.report = report
             self._run.report(device, report)
         return []

@@ -115,4 +115,5 @@ class OpenRounds:
                 brought.samples,
                 staleness,
                 outcome,
+                extra={"device": brought.device},
             )

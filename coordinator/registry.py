@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from broker.messages import Hello, Inference, Status
+from broker.messages import Hello, Inference, Report, Status
 from coordinator.label_counts import LabelCounts
 from coordinator.rounds import Load
 
@@ -30,6 +30,10 @@ class Device:
     labels: LabelCounts | None = None
     """Of its batches so far; None where nobody asks."""
     inference: Inference | None = None
+    report: Report | None = None
+    """Its last account of an attempt."""
+    heard: float | None = None
+    """When it last said something, on the coordinator's clock."""
 
     @property
     def state(self) -> str:
@@ -77,7 +81,8 @@ class Registry:
         self._states[before] -= 1
         self._states[device.state] += 1
         if (before == "offline") != (device.state == "offline"):
-            log.info("%s is %s", name, "online" if device.online else "offline")
+            now = "online" if device.online else "offline"
+            log.info("%s is %s", name, now, extra={"device": name})
 
     def _enter(self, device: Device, status: Status) -> None:
         if status.state == "offline":

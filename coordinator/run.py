@@ -37,6 +37,7 @@ from coordinator.rounds import (
 from coordinator.server_momentum import carry_over
 from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
+from coordinator.snapshot import Standing
 from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
 from coordinator.training import RoundInProgress
@@ -239,6 +240,25 @@ class Run:
             log.warning("round %d is below quorum at its deadline: extended", self._number)
             return []
         return self._end_round(current, closed=verdict is Verdict.CLOSE)
+
+    @property
+    def number(self) -> int:
+        """Of the round that runs, or the last one."""
+        return self._number
+
+    def standing(self) -> Standing:
+        """Where it is; may be asked for in any thread."""
+        due, away = self._due, self._away_since
+        return Standing(
+            run=self.name,
+            phase=self._phase,
+            version=self.published.version,
+            rounds=self._rounds,
+            rounds_wanted=self._settings.rounds,
+            due_s=None if due is None or away is not None else due - self._clock(),
+            records=self._history.records,
+            traffic=self._traffic.totals(),
+        )
 
     def announcement(self) -> Envelope:
         """What the fleet is doing now."""

@@ -8,18 +8,20 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from broker.branches import Branch, Branches
+from broker.branches import Branches
 from broker.drive import drive
 from broker.envelopes import Envelope
 from broker.errors import TransportError
 from broker.link import DEFAULT_CHUNK_BYTES, Link, single_frame
+from broker.logs import LogControl, Untouched
 from broker.messages import Coordinator
 from broker.topics import Topics
 from broker.transport import Transport, Will
@@ -29,6 +31,7 @@ from coordinator.engines import Engine, make_engine
 from coordinator.errors import ResumeError, StoreError
 from coordinator.evaluation import Evaluator
 from coordinator.gradients import GradientEncoder
+from coordinator.health import Vitals
 from coordinator.intake import Intake
 from coordinator.observer import Observer
 from coordinator.placement import Placement
@@ -39,6 +42,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
+from coordinator.watching import watch
 from tensors.codecs import Codec, Encode
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
 from tensors.errors import DataError
@@ -47,13 +51,15 @@ from tensors.training import Compute, choose_compute
 
 log = logging.getLogger("splitfleet.coordinator")
 
-CHOICE_S = 1.0
-"""How often it is looked up which version was chosen to serve."""
-
 
 def new_boot() -> str:
     """A name for this life of the process."""
     return secrets.token_hex(8)
+
+
+def new_vitals(settings: CoordinatorSettings) -> Vitals:
+    """For :func:`run_coordinator` to keep current, and for others to ask."""
+    return Vitals((TRAINING, ANSWERING), bound_s=settings.stall_s, clock=time.monotonic)
 
 
 def last_will(settings: CoordinatorSettings, boot: str) -> Will:
@@ -260,10 +266,13 @@ async def run_coordinator(
     traffic: Traffic,
     *,
     stop: asyncio.Event,
+    vitals: Vitals | None = None,
+    logs: LogControl | None = None,
 ) -> None:
-    """Serve the fleet until the run has finished or ``stop`` is set.
+    """Serve the fleet until the run has finished or ``stop`` is set, and keep ``vitals`` current.
 
-    ``transport`` must have :func:`last_will` with the core's boot as its will.
+    ``logs`` says where the run is, and follows ``splitfleet log-level``. ``transport`` must have
+    :func:`last_will` with the core's boot as its will.
 
     Raises ``ConnectRefused``, and ``StoreError`` when a checkpoint cannot be written.
     """
@@ -276,13 +285,21 @@ async def run_coordinator(
             own = settings.answer_threads or max(1, torch.get_num_threads() // 2)
             for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):
                 branches[name].call(partial(_compute_with, threads))
-            await _drive_both(core, branches, stop)
+            vitals = vitals or new_vitals(settings)
+            watching = watch(core, branches, vitals, logs or Untouched(), settings.state_dir)
+            await _drive_both(core, branches, vitals, watching, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
                 await link.send(core.goodbye())
 
 
-async def _drive_both(core: CoordinatorCore, branches: Branches, stop: asyncio.Event) -> None:
+async def _drive_both(
+    core: CoordinatorCore,
+    branches: Branches,
+    vitals: Vitals,
+    watching: Coroutine[Any, Any, None],
+    stop: asyncio.Event,
+) -> None:
     """Train and answer, until the training machine has finished or ``stop`` is set."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -295,15 +312,28 @@ async def _drive_both(core: CoordinatorCore, branches: Branches, stop: asyncio.E
 
     core.versions.changed = changed
     training = asyncio.create_task(
-        drive(core, branches[TRAINING], clock=time.monotonic, stop=stop), name=TRAINING
+        drive(
+            core,
+            branches[TRAINING],
+            clock=time.monotonic,
+            stop=stop,
+            stepped=vitals.pulses[TRAINING].stepped,
+        ),
+        name=TRAINING,
     )
     answering = asyncio.create_task(
-        drive(core.answering, branches[ANSWERING], clock=time.monotonic, stop=ended),
+        drive(
+            core.answering,
+            branches[ANSWERING],
+            clock=time.monotonic,
+            stop=ended,
+            stepped=vitals.pulses[ANSWERING].stepped,
+        ),
         name=ANSWERING,
     )
     aside = [
         asyncio.create_task(branches.run(), name="branches"),
-        asyncio.create_task(_watch_choice(core, branches[TRAINING]), name="choice"),
+        asyncio.create_task(watching, name="watching"),
     ]
     tasks = [training, answering, *aside]
     try:
@@ -325,22 +355,6 @@ def _compute_with(threads: int) -> Sequence[Envelope]:
     torch.set_num_threads(threads)
     torch.get_num_threads()
     return ()
-
-
-async def _watch_choice(core: CoordinatorCore, branch: Branch) -> None:
-    """Have the version that is chosen by hand served, within about a second."""
-    before, complaint = core.versions.pinned, ""
-    while True:
-        await asyncio.sleep(CHOICE_S)
-        try:
-            chosen = await asyncio.to_thread(core.versions.chosen)
-        except StoreError as exc:
-            if str(exc) != complaint:
-                log.warning("%s", exc)
-            complaint = str(exc)
-            continue
-        if chosen != before and branch.call(partial(core.pin, chosen)):
-            before = chosen
 
 
 def held_out_images(settings: CoordinatorSettings) -> Dataset | None:

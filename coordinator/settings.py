@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from broker.logs import LogFormat, LogLevel
 from broker.messages import Name, Network
 from coordinator.exit_policies import parse_exit_policy
 from coordinator.server_momentum import MomentumRule
@@ -163,11 +164,17 @@ class CoordinatorSettings(BaseModel):
     data_root: Path | None = None
     download: bool = False
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Where ``/metrics``, ``/status`` and ``/healthz`` are served."""
     metrics_host: str = "127.0.0.1"
     metrics_devices: int = Field(default=50, ge=0, le=10_000)
     """How many devices the metrics show one by one; the rest are together."""
     energy_table: Path | None = None
     """A file in the manner of ops/energy.toml, for the classes and radios of the fleet."""
+    stall_s: Positive = 120.0
+    """``/healthz`` calls a coordinator dead that has been at one step for longer."""
+
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "human"
 
     @field_validator("network", mode="before")
     @classmethod

@@ -144,6 +144,16 @@ class RoundInProgress:
         return 0 if ledger is None or ledger.finished else ledger.credits
 
     @property
+    def ledgers(self) -> Mapping[str, Ledger]:
+        """By device; for looking only."""
+        return self._ledgers
+
+    @property
+    def losses(self) -> Mapping[int, list[float]]:
+        """Of each batch, by cut; for looking only."""
+        return self._losses
+
+    @property
     def unfinished(self) -> list[str]:
         """Devices that have not uploaded their parameters."""
         return [name for name, ledger in self._ledgers.items() if not ledger.finished]
@@ -340,7 +350,8 @@ class RoundInProgress:
     def _refuse(self, device: str, batch: int, refused: BatchRefused) -> list[Envelope]:
         self._ledgers[device].discard(batch, refused.reason)
         self._observer.batch_discarded(refused.reason)
-        log.warning("batch %d of %s is not trained on: %s", batch, device, refused.reason)
+        about = {"device": device, "reason": refused.reason}
+        log.warning("batch %d of %s is not trained on: %s", batch, device, refused, extra=about)
         return [self._receipt(device)]
 
     def _applied(self, waiting: _Waiting, step: Step, seconds: float) -> list[Envelope]:
@@ -374,7 +385,8 @@ class RoundInProgress:
             half = self._intake.half(message, cut, self.version, self._model.state)
         except (FormatError, AveragingError) as exc:
             self._observer.message_dropped("bad_parameters")
-            log.warning("the parameters of %s are left out: %s", device, exc)
+            about = {"device": device}
+            log.warning("the parameters of %s are left out: %s", device, exc, extra=about)
         if self._training:
             server, momentum = self._engine.finish(device)
         else:

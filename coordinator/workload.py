@@ -88,8 +88,12 @@ class Workload:
                 return False
             device.cut -= 1
             log.warning(
-                "%s is late even with little work: cut layer %d now", device.name, device.cut
+                "%s is late even with little work: cut layer %d now",
+                device.name,
+                device.cut,
+                extra={"device": device.name},
             )
         elif device.load.share != before:
-            log.warning("%s is given %.0f %% of its work", device.name, 100 * device.load.share)
+            percent, about = 100 * device.load.share, {"device": device.name}
+            log.warning("%s is given %.0f %% of its work", device.name, percent, extra=about)
         return device.load.share != before

@@ -19,6 +19,7 @@ import numpy as np
 from broker.drive import Effect, Subscribe
 from broker.envelopes import Envelope, up
 from broker.errors import MessageError
+from broker.logs import LogLevel
 from broker.messages import (
     Assignment,
     Command,
@@ -113,6 +114,8 @@ class AgentCore:
         self.problem: str | None = None
         self.on_version: OnVersion | None = None
         """Told of every version of the parameters it comes to hold, from then on."""
+        self.on_log_level: Callable[[LogLevel | None], None] | None = None
+        """Told which level the log shall have; None is that of the device's own settings."""
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -159,6 +162,8 @@ class AgentCore:
             case Command(command="stop"):
                 self.problem = message.reason or "the coordinator stopped this device"
                 self._become(Phase.FINISHED)
+            case Command(command="log_level") if self.on_log_level is not None:
+                self.on_log_level(message.level)
         return []
 
     def tick(self) -> list[Effect]:
@@ -205,6 +210,14 @@ class AgentCore:
         """What it has counted until now; also to be sent before it leaves."""
         cut = None if self._assignment is None else self._assignment.cut
         return up(self._device, self.reporter.report(cut))
+
+    @property
+    def place(self) -> dict[str, str | int]:
+        """Device, run and round, for lines of a log; may be asked for in any thread."""
+        announced = self._round
+        if announced is None:
+            return {"device": self._device}
+        return {"device": self._device, "run": announced.run, "round": announced.round}
 
     @property
     def has_work(self) -> bool:

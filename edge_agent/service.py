@@ -18,6 +18,7 @@ from broker.drive import drive
 from broker.envelopes import channel
 from broker.errors import TransportError
 from broker.link import Link, LinkObserver, single_frame
+from broker.logs import LogControl, Untouched
 from broker.messages import Assignment, Hello, Measurement, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
@@ -153,11 +154,12 @@ async def run_agent(
     stop: asyncio.Event,
     observer: LinkObserver | None = None,
     edge: EdgeService | None = None,
+    logs: LogControl | None = None,
 ) -> None:
     """Take part in the fleet until ``stop`` is set, or the run ends if the settings say so.
 
     ``transport`` must have :func:`last_will` of the same ``boot`` as its will. Images are answered
-    through ``edge`` meanwhile, if it is given.
+    through ``edge`` meanwhile, if it is given. ``logs`` has the level that the coordinator orders.
 
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
@@ -177,6 +179,9 @@ async def run_agent(
         )
         if edge is not None:
             core.reporter.add(edge.machine.meter)
+        logs = logs or Untouched()
+        logs.about(lambda: core.place)
+        core.on_log_level = logs.set_level
         await link.subscribe(*topics.device_filters(settings.device))
         try:
             if edge is None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from broker.errors import TopicError
+from broker.logs import LogFormat, LogLevel
 from broker.messages import Name
 from broker.topics import check_device
 from edge_agent.http_server import is_loopback, parse_address
@@ -88,6 +89,9 @@ class AgentSettings(BaseModel):
     """How long a batch may wait so."""
     exit_when_finished: bool = False
     """End the process after the run instead of waiting for the next one."""
+
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "human"
 
     @field_validator("device")
     @classmethod

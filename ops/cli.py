@@ -14,6 +14,7 @@ from ops import (
     cli_bench,
     cli_exits,
     cli_experiment,
+    cli_fleet,
     cli_learning,
     cli_model,
     cli_plan,
@@ -35,6 +36,7 @@ app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
+cli_fleet.register(app)
 cli_model.register(app)
 cli_plan.register(app)
 cli_predict.register(app)
@@ -47,7 +49,8 @@ ConfigFile = Annotated[
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="any other setting, key=value; may be repeated")
 ]
-LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error")]
+LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error; default info")]
+LogFormat = Annotated[str | None, typer.Option(help="human or json; default human")]
 Codec = Annotated[str | None, typer.Option(help="of activations, e.g. int4+zstd")]
 GradientCodec = Annotated[
     str | None, typer.Option(help="of gradients; default: four times the levels of the codec")
@@ -146,7 +149,8 @@ def coordinator(
     config: ConfigFile = None,
     assignments: Assignments = None,
     quiet: Annotated[bool, typer.Option(help="no progress")] = False,
-    log_level: LogLevel = "info",
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
     until_eof: UntilEof = False,
 ) -> None:
     """Run the coordinator: it trains with the fleet for the given rounds, then ends."""
@@ -171,6 +175,8 @@ def coordinator(
         "metrics_host": metrics_host,
         "seed": seed,
         "stay": stay,
+        "log_level": log_level,
+        "log_format": log_format,
     }
     serve_coordinator(
         flags,
@@ -179,7 +185,6 @@ def coordinator(
         config,
         fresh=fresh,
         quiet=quiet,
-        log_level=log_level,
         until_eof=until_eof,
     )
 
@@ -210,7 +215,8 @@ def agent(
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    log_level: LogLevel = "info",
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
     until_eof: UntilEof = False,
 ) -> None:
     """Run one device's agent."""
@@ -231,8 +237,10 @@ def agent(
         "exit_when_finished": exit_when_finished,
         "http": http,
         "http_token_file": http_token_file,
+        "log_level": log_level,
+        "log_format": log_format,
     }
-    serve_agent(flags, {"url": broker}, config, log_level=log_level, until_eof=until_eof)
+    serve_agent(flags, {"url": broker}, config, until_eof=until_eof)
 
 
 @broker_app.callback(invoke_without_command=True)

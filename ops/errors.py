@@ -7,7 +7,8 @@ OpsError                 1   something went wrong; the message says what to do
 ├── DiskTrouble          5   the disk is full, or state cannot be read or written
 ├── PortInUse            6   something else listens on a port that is needed
 ├── FleetFailed          7   a device was refused, or a process of the demo died
-└── AgentUnreachable     8   no agent answers pictures there, or it refuses this client
+├── AgentUnreachable     8   no agent answers pictures there, or it refuses this client
+└── CoordinatorSilent    9   no coordinator says there how its fleet is
 
 0 is success, 130 is Ctrl-C (the run can be resumed). ``docs/cli.md`` lists the codes.
 """
@@ -61,3 +62,9 @@ class AgentUnreachable(OpsError):
     """No agent answers pictures there, or it refuses this client."""
 
     exit_code = 8
+
+
+class CoordinatorSilent(OpsError):
+    """No coordinator says there how its fleet is."""
+
+    exit_code = 9

@@ -37,7 +37,7 @@ class Door:
         self._api = http_api
         self._limits = http_api.Limits(answer_s=settings.answer_deadline_s)
         file = settings.http_token_file
-        self._token = None if file is None else read_token(file)
+        self.token = None if file is None else read_token(file)
         self._socket: socket.socket = listen(*parse_address(settings.http))
 
     def __enter__(self) -> Self:
@@ -54,7 +54,7 @@ class Door:
     @contextlib.asynccontextmanager
     async def open(self, answerer: Answerer, classes: Sequence[str]) -> AsyncIterator[int]:
         """Serve as long as the context lasts; yields the port."""
-        api = self._api.HttpApi(answerer, classes, token=self._token, limits=self._limits)
+        api = self._api.HttpApi(answerer, classes, token=self.token, limits=self._limits)
         async with serve_http(api, self._socket) as port:
             log.info("pictures are answered at http://%s:%d", self._socket.getsockname()[0], port)
             yield port

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a coordinator: an observer that remembers, and the server that shows it.
+"""Prometheus metrics of a coordinator: an observer that remembers.
 
 Label values come from this side only (cut layers, reasons and phases that the code knows), so that
 no device can fill memory with series. Those whose values are known beforehand start at 0.
@@ -12,8 +12,7 @@ import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,7 +21,6 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -37,7 +35,6 @@ from coordinator.traffic import ROLES, Traffic
 from edge_agent.phases import Phase
 from ops.answer_metrics import AnswerMetrics
 from ops.energy import EnergyTable, load_energy_table
-from ops.errors import PortInUse
 from ops.fleet_metrics import FleetMetrics
 
 STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -303,45 +300,6 @@ class Metrics(AnswerMetrics, Collector):
         for cut, accuracy in self._scores.get("exit_accuracy", {}).items():
             exits.add_metric([str(cut)], accuracy)
         yield exits
-
-
-class MetricsServer:
-    """Serves ``/metrics`` from a thread of its own until closed, or until the process ends."""
-
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        self._server, self._thread = start_http_server(port, host, registry)
-        self.port = self._server.server_port
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> MetricsServer:
-    """Serve ``registry`` at ``http://host:port/metrics``; port 0 takes a free one.
-
-    Raises :class:`PortInUse`.
-    """
-    try:
-        return MetricsServer(registry, host, port)
-    except OSError as exc:
-        raise PortInUse(
-            f"metrics cannot be served on {host}:{port} ({exc.strerror or exc}): stop the program "
-            "that listens there, or choose another --metrics-port or --metrics-host"
-        ) from exc
 
 
 def _mean_by_cut(name: str, help_text: str, reported: Iterable[tuple[int, float]]) -> Metric:

@@ -7,13 +7,15 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from broker.logs import redact_urls
 from edge_agent.answer_json import PictureAnswer, PictureError, Predictions
 from edge_agent.errors import InputError
-from ops.errors import AgentUnreachable, SettingsWrong
+from ops.errors import AgentUnreachable
+from ops.http_place import Place, parse_place
 
 DEFAULT_PORT = 8470
 MOST_BYTES = 1 << 20
@@ -34,37 +36,11 @@ class PredictSettings(BaseModel):
     """How long a picture may take, pauses included that a busy agent asks for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an agent's API is."""
-
-    host: str
-    port: int
-    tls: bool
-    path: str
-
-    @property
-    def url(self) -> str:
-        """For messages."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.path}"
-
-
 def find_agent(name: str, agents: Mapping[str, str]) -> Place:
     """A URL, a name of the settings, or a machine. Raises :class:`SettingsWrong`."""
-    text = agents.get(name, name)
-    if "://" not in text:
-        text = f"http://{text}"
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError as exc:
-        raise SettingsWrong(f"--agent {name}: {exc}") from exc
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.username:
-        raise SettingsWrong(f"--agent {name}: give a name, HOST:PORT, or http(s)://HOST[:PORT]")
-    if port is None and text != f"http://{host}":
-        port = 443 if parts.scheme == "https" else None
-    return Place(host, port or DEFAULT_PORT, parts.scheme == "https", parts.path.rstrip("/"))
+    return parse_place(
+        agents.get(name, name), flag=f"--agent {redact_urls(name)}", default_port=DEFAULT_PORT
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +71,7 @@ class Agent:
 
     def _post(self, data: bytes, timeout_s: float) -> tuple[int, Mapping[str, str], bytes]:
         place = self.place
-        kind = http.client.HTTPSConnection if place.tls else http.client.HTTPConnection
-        connection = kind(place.host, place.port, timeout=timeout_s)
+        connection = place.connect(timeout_s)
         query = urlencode({"top": self.top, "timeout_s": f"{min(timeout_s, 600):.3f}"})
         headers = {"Content-Type": "application/octet-stream", "Accept": "application/json"}
         if self.token is not None:

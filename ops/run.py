@@ -1,13 +1,11 @@
-"""Running one service in this process: settings, logging, signals, errors as exit codes."""
+"""Running one service in this process: settings, signals, errors as exit codes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,17 +61,6 @@ def transport_for(broker: BrokerConfig, client_id: str, will: Will) -> Transport
     from broker.mqtt import MqttTransport
 
     return MqttTransport(broker, client_id, will=will)
-
-
-def set_up_logging(level: str) -> None:
-    """Human lines on standard error."""
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
 
 
 @contextlib.contextmanager

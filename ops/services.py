@@ -8,13 +8,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
 from broker.topics import COORDINATOR
 from ops import run
 from ops.errors import SettingsWrong
+from ops.logs import Logs
+
+if TYPE_CHECKING:
+    from coordinator.settings import CoordinatorSettings
+    from edge_agent.settings import AgentSettings
 
 
 def serve_coordinator(
@@ -25,7 +30,6 @@ def serve_coordinator(
     *,
     fresh: bool,
     quiet: bool,
-    log_level: str,
     until_eof: bool,
 ) -> None:
     """Run a coordinator to the end of its run.
@@ -34,16 +38,17 @@ def serve_coordinator(
     is taken from the data set.
     """
     from coordinator.observer import Observers
-    from coordinator.service import build_core, last_will, new_boot, run_coordinator
+    from coordinator.service import build_core, last_will, new_boot, new_vitals, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
     from ops.energy import load_energy_table
-    from ops.metrics import Metrics, serve_metrics
+    from ops.http_status import FleetPages, serve_http
+    from ops.metrics import Metrics
     from ops.progress import progress_observer
 
-    run.set_up_logging(log_level)
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
     settings = run.settings_of(CoordinatorSettings, "coordinator", config, flags)
+    logs = _logs(settings, broker)
     settings = settings.model_copy(update={"network": _network(settings, network)})
     boot = new_boot()
     traffic = Traffic(lambda reason: observer.message_dropped(reason))  # noqa: PLW0108 it comes below
@@ -54,19 +59,22 @@ def serve_coordinator(
     )
     progress = progress_observer(quiet=quiet)
     observer = Observers(metrics, progress)
+    vitals = new_vitals(settings)
+    pages = FleetPages(vitals)
 
     async def serve() -> bool:
         transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
         with run.stop_signals(until_eof=until_eof) as stop:
-            await run_coordinator(settings, transport, core, traffic, stop=stop)
+            await run_coordinator(
+                settings, transport, core, traffic, stop=stop, vitals=vitals, logs=logs
+            )
             return stop.is_set()
 
     with contextlib.ExitStack() as stack:
         if settings.metrics_port is not None:
-            stack.enter_context(
-                serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
-            )
-        core = build_core(
+            host, port = settings.metrics_host, settings.metrics_port
+            stack.enter_context(serve_http(metrics.registry, pages(), host, port))
+        core = pages.core = build_core(
             settings,
             observer=observer,
             traffic=traffic.totals,
@@ -85,7 +93,6 @@ def serve_agent(
     broker_flags: Mapping[str, Any],
     config: Path | None,
     *,
-    log_level: str,
     until_eof: bool,
 ) -> None:
     """Run an agent until it is stopped, or to the end of the run if its settings say so."""
@@ -96,9 +103,9 @@ def serve_agent(
     from edge_agent.snapshots import DiskSnapshots
     from ops.http_door import Door
 
-    run.set_up_logging(log_level)
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
     settings = run.settings_of(AgentSettings, "agent", config, flags)
+    logs = _logs(settings, broker)
     if settings.threads is not None:
         import torch
 
@@ -113,12 +120,16 @@ def serve_agent(
                 edge = EdgeService(settings, data.pictures)
                 await stack.enter_async_context(door.open(edge, data.train.classes))
             stop = stack.enter_context(run.stop_signals(until_eof=until_eof))
-            await run_agent(settings, transport, data, snapshots, boot=boot, stop=stop, edge=edge)
+            await run_agent(
+                settings, transport, data, snapshots, boot=boot, stop=stop, edge=edge, logs=logs
+            )
 
     with contextlib.ExitStack() as stack:
         door = None
         if settings.http is not None:
             door = stack.enter_context(Door(settings))
+            if door.token is not None:
+                logs.redaction.hide(door.token)
         asyncio.run(serve(load_device_data(settings), DiskSnapshots(settings.state_dir), door))
 
 
@@ -150,6 +161,13 @@ def write_broker_config(
             )
     files = write_mosquitto_config(folder, fleet, devices=devices, host=host, port=port)
     return files.credentials
+
+
+def _logs(settings: CoordinatorSettings | AgentSettings, broker: BrokerConfig) -> Logs:
+    logs = Logs(settings.log_level, settings.log_format)
+    if broker.password is not None:
+        logs.redaction.hide(broker.password.get_secret_value())
+    return logs
 
 
 def _network(settings: Any, flags: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from broker.logs import LogLevel
 from broker.messages import Activations, Assignment, Command, Hello, Request
 from edge_agent.attempt import Learner
 from edge_agent.errors import AssignmentError
@@ -12,6 +13,7 @@ from edge_agent.phases import Phase
 from edge_agent.probe import PROBE_WAIT_S
 from tensors.errors import NetworkError
 from tests.fake_device import (
+    DEVICE,
     Harness,
     MemorySnapshots,
     every,
@@ -80,6 +82,26 @@ def test_a_codec_it_does_not_know_ends_the_device_with_the_reason(key: str) -> N
     device.hear(make_assignment(**{key: "int9"}), make_round())
     assert device.core.finished
     assert "int9" in str(device.core.problem)
+
+
+def test_a_device_logs_with_the_level_that_is_ordered_and_trains_on() -> None:
+    device = Harness()
+    device.join()
+    device.hear(Command(command="log_level", level="debug"))  # nobody looks after its log
+    levels: list[LogLevel | None] = []
+    device.core.on_log_level = levels.append
+    device.hear(Command(command="log_level", level="debug"))
+    device.hear(Command(command="log_level"))
+    assert levels == ["debug", None]
+    assert device.core.phase is Phase.TRAINING
+
+
+def test_where_a_device_is_for_its_log() -> None:
+    device = Harness()
+    assert device.core.place == {"device": DEVICE}
+    device.join()
+    announced = make_round()
+    assert device.core.place == {"device": DEVICE, "run": announced.run, "round": announced.round}
 
 
 def test_a_device_that_is_refused_stops_with_the_reason() -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from broker.telemetry import REFUSALS
 from broker.topics import Address
 from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
-from ops.errors import PortInUse
-from ops.metrics import Metrics, serve_metrics
+from ops.metrics import Metrics
 
 Labels = dict[str, str]
 
@@ -230,21 +228,3 @@ def test_the_phase_of_the_run_is_one_of_its_phases(metrics: Metrics) -> None:
     phases = values(metrics, "splitfleet_run_phase")
     assert sum(phases.values()) == 1
     assert value(metrics, "splitfleet_run_phase", phase="inference") == 1
-
-
-def test_metrics_are_served_over_http(metrics: Metrics) -> None:
-    metrics.round_opened(4, 5, 0, 10)
-    with serve_metrics(metrics.registry, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            text = answer.read().decode()
-    assert "splitfleet_round 4.0" in text.splitlines()
-
-
-def test_a_port_taken_is_said_plainly(metrics: Metrics) -> None:
-    with (
-        serve_metrics(metrics.registry, "127.0.0.1", 0) as server,
-        pytest.raises(PortInUse, match=rf"{server.port}.*--metrics-port") as caught,
-    ):
-        serve_metrics(metrics.registry, "127.0.0.1", server.port)
-    assert caught.value.exit_code == 6

@@ -17,8 +17,9 @@ from edge_agent.errors import Overloaded
 from edge_agent.http_api import Limits
 from ops.cli import main
 from ops.errors import AgentUnreachable, SettingsWrong
+from ops.http_place import Place
 from ops.model_file import CutCard, ModelCard, write_model
-from ops.predict_agent import Agent, Place, find_agent
+from ops.predict_agent import Agent, find_agent
 from tensors.exit_rules import confidence, softmax
 from tensors.networks import Exits, NetworkSpec, build_network, read_state
 from tests.http_agent import FakeAnswerer, picture, serving_in_thread

@@ -254,6 +254,8 @@ def _down() -> list[tuple[str, Envelope]]:
             ("a pack", Parameters(run=RUN, version=5, cut=3, state=PACK)),
             ("a delta", Parameters(run=RUN, version=5, cut=3, base=4, state=PACK)),
             ("stop", Command(command="stop", reason="its images are too small – größer!")),
+            ("another log level", Command(command="log_level", level="debug")),
+            ("the log level of its settings", Command(command="log_level")),
         ]
     ]
 
@@ -284,6 +286,7 @@ def _to_many() -> list[tuple[str, Envelope]]:
         ("nothing is trained", to_all(Serving(**serving))),
         ("all fields", to_all(Serving(**serving, audit_share=0.05, cuts=policies))),
         ("stop", to_all(Command(command="stop"))),
+        ("another log level", to_all(Command(command="log_level", level="warning"))),
         ("online", to_all(Coordinator(state="online", boot="0011223344556677"))),
         ("last will", to_all(Coordinator(state="offline", boot="0011223344556677"))),
         ("least", to_cut(3, Manifest(**manifest, version=5, size=1_000_000))),
