@@ -235,7 +235,7 @@ class LinkFleet:
         return (self._folder / f"{name}.log").open("ab")
 
     def _last_words(self) -> str:
-        logs = [self._folder / f"{name}.log" for name in ("broker", "coordinator", "devices")]
+        logs = sorted(self._folder.glob("*.log"))
         said = [(log.stem, log.read_text("utf-8", "replace").splitlines()[-5:]) for log in logs]
         return "\n".join(f"{name}: {line}" for name, lines in said for line in lines)
 
