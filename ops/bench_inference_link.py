@@ -1,4 +1,4 @@
-"""``splitfleet bench inference --part link``: over a slow link, from never to always asking.
+"""``splitfleet bench inference-link``: over a slow link, from never to always asking.
 
 A trained fleet answers test images at both ends of a :mod:`ops.network_link`. For every threshold τ
 the coordinator is started anew with it, and every device is asked about the same images at the same
@@ -8,10 +8,8 @@ features at the cut. Latencies, shares and bytes are of all devices together.
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
-import json
 import math
 import statistics
 import tempfile
@@ -36,7 +34,6 @@ from ops.units import MISSING, percent
 from tensors.calibration import ANSWER_ALL, OFFLOAD_ALL
 from tensors.datasets import Dataset, load_dataset
 
-THRESHOLDS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 JPEG_QUALITY = 90
 
 Row = dict[str, Any]
@@ -52,15 +49,23 @@ class Setup:
     bits_per_s: float = 10e6
 
 
+def parse_thresholds(text: str) -> list[float]:
+    """Numbers separated by commas. Raises :class:`SettingsWrong`."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise SettingsWrong(f"--thresholds {text!r}: write numbers like 0.5,0.7,0.9") from None
+
+
 def run_link(
     state_dir: Path,
     setup: Setup,
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
-    data_root: Path | None = None,
-    append: Path | None = None,
-    plot: Path | None = None,
-    quiet: bool = False,
+    thresholds: Sequence[float],
+    data_root: Path | None,
+    append: Path | None,
+    plot: Path | None,
+    quiet: bool,
 ) -> list[Row]:
     """Measure these thresholds, edge only and cloud only; a row for each, which is shown.
 
@@ -77,7 +82,7 @@ def run_link(
     if not (sweep[0] == ANSWER_ALL and sweep[-1] == OFFLOAD_ALL) or any(map(math.isnan, sweep)):
         raise SettingsWrong(f"--thresholds must lie from {ANSWER_ALL:g} to {OFFLOAD_ALL:g}")
     if not min(setup.images, setup.images_per_s, setup.delay_s, setup.bits_per_s) > 0:
-        raise SettingsWrong("--images, --rate, --delay-ms and --mbit must be above 0")
+        raise SettingsWrong("--images, --rate, --delay-ms and --mbit-per-s must be above 0")
     console = Console(stderr=True, quiet=quiet)
     run = TrainedRun.read(state_dir)
     test = load_dataset(run.dataset, "test", root=data_root)
@@ -303,37 +308,3 @@ def curves(rows: Sequence[Row], pictures: Mapping[str, float]) -> str:
             legend=True,
         )
     return standalone(side_by_side(panels))
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state-dir", type=Path, required=True)
-    parser.add_argument("--thresholds", default=",".join(map(str, THRESHOLDS)))
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--rate", type=float, default=10.0)
-    parser.add_argument("--delay-ms", type=float, default=20.0)
-    parser.add_argument("--mbit", type=float, default=10.0)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--append", type=Path)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    rows = run_link(
-        given.state_dir,
-        Setup(
-            images=given.images,
-            images_per_s=given.rate,
-            delay_s=given.delay_ms / 1000,
-            bits_per_s=1e6 * given.mbit,
-        ),
-        thresholds=[float(part) for part in given.thresholds.split(",") if part],
-        data_root=given.data_root,
-        append=given.append,
-        plot=given.plot,
-    )
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,4 +1,4 @@
-"""The devices' end of ``splitfleet bench inference --part link``: one process, many agents.
+"""The devices' end of ``splitfleet bench inference-link``: one process, many agents.
 
 It reads a :class:`Task` as JSON from its standard input and prints :class:`Measured` as JSON.
 """

@@ -1,4 +1,4 @@
-"""The processes of ``splitfleet bench inference --part link``: a trained fleet over a slow link.
+"""The processes of ``splitfleet bench inference-link``: a trained fleet over a slow link.
 
 Mosquitto and the coordinator (``splitfleet coordinator --stay``, on a copy of the state folder) are
 at the near end of the link, one agent for each trained cut is at the far one.

@@ -14,6 +14,7 @@ from ops.bench_inference_link import (
     about_pictures,
     curves,
     make_rows,
+    parse_thresholds,
     picture_sizes,
     run_link,
 )
@@ -144,12 +145,23 @@ def test_every_device_is_asked_about_images_of_its_own() -> None:
 # -- what is wrong --------------------------------------------------------------------------------
 
 
+def bench(state_dir: Path, setup: Setup | None = None, **given: Any) -> list[dict[str, Any]]:
+    options = {"thresholds": (), "data_root": None, "append": None, "plot": None, "quiet": True}
+    return run_link(state_dir, setup or Setup(), **(options | given))
+
+
 @pytest.mark.parametrize("threshold", [-1.1, 1.01, float("nan")])
 def test_a_threshold_where_no_confidence_can_lie_is_refused(
     tmp_path: Path, threshold: float
 ) -> None:
     with pytest.raises(SettingsWrong, match="thresholds"):
-        run_link(tmp_path, Setup(), thresholds=[threshold], quiet=True)
+        bench(tmp_path, thresholds=[threshold])
+
+
+def test_thresholds_are_numbers() -> None:
+    assert parse_thresholds("0.5, 0.7,") == [0.5, 0.7]
+    with pytest.raises(SettingsWrong, match=r"'0\.5;0\.7'.*write numbers"):
+        parse_thresholds("0.5;0.7")
 
 
 @pytest.mark.parametrize(
@@ -157,14 +169,14 @@ def test_a_threshold_where_no_confidence_can_lie_is_refused(
 )
 def test_a_link_or_a_load_that_cannot_be_is_refused(tmp_path: Path, changes: Any) -> None:
     with pytest.raises(SettingsWrong, match="above 0"):
-        run_link(tmp_path, Setup(**changes), quiet=True)
+        bench(tmp_path, Setup(**changes))
 
 
 def test_a_folder_without_a_trained_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OpsError, match="is not there"):
-        run_link(tmp_path / "none", Setup(), quiet=True)
+        bench(tmp_path / "none")
     with pytest.raises(OpsError, match="no round was closed"):
-        run_link(tmp_path, Setup(), quiet=True)
+        bench(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -180,13 +192,11 @@ def test_a_trained_fleet_answers_over_a_slow_link(mosquitto: Mosquitto, tmp_path
         fleet.start()
         fleet.finish()
     before = {path: path.read_bytes() for path in fleet.state.rglob("*") if path.is_file()}
-    rows = run_link(
+    rows = bench(
         fleet.state,
         Setup(images=20, images_per_s=20.0, delay_s=0.005, bits_per_s=20e6),
-        thresholds=(),
         append=tmp_path / "rows.md",
         plot=tmp_path / "curves.svg",
-        quiet=True,
     )
     edge, cloud = rows
     assert (edge["offloaded"], cloud["offloaded"]) == (0.0, 1.0)
@@ -210,4 +220,4 @@ def test_a_coordinator_that_cannot_start_is_named_with_its_last_words(
     monkeypatch.setattr(TrainedRun, "read", lambda _: run)
     (tmp_path / "current").write_text("gone")
     with pytest.raises(OpsError, match=r"(?s)does not serve.*names the run 'gone'"):
-        run_link(tmp_path, Setup(), thresholds=(), quiet=True)
+        bench(tmp_path)
