@@ -107,11 +107,12 @@ def run_link(
             console.print(f"the link's queue was full for {link.dropped} packets")
     rows = make_rows(measured)
     pictures = picture_sizes(test, np.concatenate(shares(test, len(run.cuts), setup.images)))
-    cells = [[test.name, *_cells(row)] for row in rows]
-    bench_rows.show(f"over {_link(setup)}", _HEADER, cells, console)
+    cells = [_cells(row) for row in rows]
+    title = f"{test.name}, {rows[0]['images']:,} images, {_link(setup)}"
+    bench_rows.show(title, _HEADER, cells, console)
     console.print(about_pictures(pictures, setup), soft_wrap=True)
     if append is not None:
-        origin = [bench_rows.today(), bench_rows.machine(), bench_rows.commit()]
+        origin = [bench_rows.today(), bench_rows.machine(), bench_rows.commit(), test.name]
         bench_rows.append(append, [[*origin, *line] for line in cells])
     if plot is not None:
         bench_rows.write_text(plot, curves(rows, pictures))
@@ -125,20 +126,15 @@ def _link(setup: Setup) -> str:
 # -- rows -----------------------------------------------------------------------------------------
 
 _HEADER = (
-    "data",
     "τ",
-    "images",
     "asked",
-    "fallbacks",
+    "fell back",
     "accuracy %",
     "− edge only",
     "− cloud only",
-    "ms: mean",
-    "p50",
-    "p90",
-    "p99",
-    "bytes up",
-    "down",
+    "mean ms",
+    "p50 / p90 / p99",
+    "bytes up + down",
     "beats both",
 )
 
@@ -203,15 +199,14 @@ def _shares(devices: Sequence[OfDevice]) -> dict[str, float]:
 def _cells(row: Row) -> list[str]:
     return [
         f"{row['threshold']:g}".replace("-", "−"),
-        f"{row['images']:,}",
         percent(row["offloaded"]),
         percent(row["fallbacks"]),
         f"{100 * row['accuracy']:.1f}",
         _points(row["against_edge"], row["half_edge"]),
         _points(row["against_cloud"], row["half_cloud"]),
-        *(f"{row[name]:.1f}" for name in ("mean_ms", "p50_ms", "p90_ms", "p99_ms")),
-        f"{row['bytes_up']:,.0f}",
-        f"{row['bytes_down']:,.0f}",
+        f"{row['mean_ms']:.1f}",
+        " / ".join(f"{row[name]:.1f}" for name in ("p50_ms", "p90_ms", "p99_ms")),
+        f"{row['bytes_up']:,.0f} + {row['bytes_down']:,.0f}",
         "yes" if row["beats"] else "no",
     ]
 
