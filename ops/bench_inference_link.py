@@ -26,7 +26,7 @@ from rich.console import Console
 from ops import bench_rows
 from ops.bench_link_devices import Measured, OfDevice, shares
 from ops.bench_link_fleet import LinkFleet, TrainedRun
-from ops.charts import Series, line_chart, share_range, side_by_side, standalone
+from ops.charts import Series, line_chart, side_by_side, standalone
 from ops.errors import SettingsWrong
 from ops.network_link import NetworkLink
 from ops.paired import difference
@@ -107,6 +107,8 @@ def run_link(
             console.print(f"the link's queue was full for {link.dropped} packets")
     rows = make_rows(measured)
     pictures = picture_sizes(test, np.concatenate(shares(test, len(run.cuts), setup.images)))
+    for row in rows:
+        row |= {"dataset": test.name, "pictures": pictures}
     cells = [_cells(row) for row in rows]
     title = f"{test.name}, {rows[0]['images']:,} images, {_link(setup)}"
     bench_rows.show(title, _HEADER, cells, console)
@@ -267,6 +269,7 @@ def curves(rows: Sequence[Row], pictures: Mapping[str, float]) -> str:
         level("edge only", "c1", rows[0]["accuracy"]),
         level("cloud only", "c2", rows[-1]["accuracy"]),
     ]
+    right = [row["accuracy"] for row in rows]
     latency = [
         line("99 of 100 within", "c3", "p99_ms"),
         line("9 of 10 within", "c1", "p90_ms"),
@@ -284,7 +287,7 @@ def curves(rows: Sequence[Row], pictures: Mapping[str, float]) -> str:
             name="accuracy by threshold",
             x_label="threshold τ",
             x_range=(0.0, 1.0),
-            y_range=share_range(y for each in accuracy for _, y in each.points),
+            y_range=(min(right) - 0.01, max(right) + 0.01),
             x_format=lambda x: f"{x:g}",
             y_format=percent,
             legend=True,

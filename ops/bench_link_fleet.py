@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,10 @@ STOP_S = 20.0
 RESULT_S = 600.0
 """How long a coordinator may take to score its run."""
 POLL_S = 0.1
+_BROKER = (
+    'exec 3<&0; "$1" -c "$2" & broker=$!; { cat <&3 >/dev/null; kill $broker; } & wait $broker'
+)
+"""Mosquitto does not end with its standard input, that is with this process; this makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +124,8 @@ class LinkFleet:
             port=PORT,
         )
         self._passwords = files.credentials
-        command = [program, "-c", str(files.configuration)]
-        self._stack.enter_context(self._process("broker", self._link.near, command))
+        command = ["sh", "-c", _BROKER, "sh", program, str(files.configuration)]
+        self._broker = self._stack.enter_context(self._process("broker", self._link.near, command))
         return self
 
     def __exit__(
@@ -199,7 +204,8 @@ class LinkFleet:
             # It scores the finished run again before it listens, and then writes this.
             end = time.monotonic() + RESULT_S
             while not result.exists():
-                if process.poll() is not None or time.monotonic() > end:
+                ended = [child.poll() is not None for child in (self._broker, process)]
+                if any(ended) or time.monotonic() > end:
                     raise FleetFailed(f"the coordinator does not serve\n{self._last_words()}")
                 time.sleep(POLL_S)
             yield
@@ -224,11 +230,12 @@ class LinkFleet:
         try:
             yield process
         finally:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.communicate(timeout=STOP_S)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
 
     def _log(self, name: str) -> IO[bytes]:

@@ -25,7 +25,7 @@ _STANDALONE = (
     "--c7:#7d8a17;--c8:#8a5a35;background:var(--card);font-family:system-ui,sans-serif}"
     ".chart text{fill:var(--soft);font-size:11px}.grid{stroke:var(--faint)}"
     ".axis{stroke:var(--soft)}.band{fill:var(--faint);opacity:.5}"
-    ".line{stroke-width:2;fill:none}.dashed{stroke-dasharray:6 4}"
+    ".line{stroke-width:2;fill:none}.line.dashed{stroke-dasharray:6 4}"
     ".dot{stroke:var(--card);stroke-width:1.5}"
     ".dot.hidden{opacity:0}.dot.hidden:hover{opacity:1}"
     + "".join(f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}" for i in range(9))

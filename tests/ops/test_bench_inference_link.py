@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ops import bench_link_fleet
 from ops.bench_inference_link import (
     Setup,
     about_pictures,
@@ -220,4 +221,16 @@ def test_a_coordinator_that_cannot_start_is_named_with_its_last_words(
     monkeypatch.setattr(TrainedRun, "read", lambda _: run)
     (tmp_path / "current").write_text("gone")
     with pytest.raises(OpsError, match=r"(?s)does not serve.*names the run 'gone'"):
+        bench(tmp_path)
+
+
+@pytest.mark.slow
+@needs_links
+def test_a_broker_that_ends_is_named_with_its_last_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = TrainedRun(tmp_path, "run", SETTINGS, 1, (2,))
+    monkeypatch.setattr(TrainedRun, "read", lambda _: run)
+    monkeypatch.setattr(bench_link_fleet, "_BROKER", "echo out of luck")
+    with pytest.raises(OpsError, match=r"(?s)does not serve.*broker: out of luck"):
         bench(tmp_path)
