@@ -317,11 +317,12 @@ class AgentCore:
         return [self._status()]
 
     def _coordinator(self, message: Coordinator) -> list[Effect]:
-        self._coordinator_online = message.state == "online"
+        was_online, self._coordinator_online = self._coordinator_online, message.state == "online"
         if not self._coordinator_online:
             return self._interrupted()
         before, self._coordinator_boot = self._coordinator_boot, message.boot
-        if before == message.boot or (before is None and self._assignment is not None):
+        met = before is None and was_online and self._assignment is not None
+        if before == message.boot or met:
             return self._unanswered()  # it may not have been there when that was said before
         out: list[Effect] = [self._status(), up(self._device, self._hello)]
         if self._place is not None and self.attempt is not None and not self.attempt.barrier:

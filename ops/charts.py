@@ -6,7 +6,7 @@ A chart scales with its place; what is hovered over tells its value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -25,7 +25,7 @@ _STANDALONE = (
     "--c7:#7d8a17;--c8:#8a5a35;background:var(--card);font-family:system-ui,sans-serif}"
     ".chart text{fill:var(--soft);font-size:11px}.grid{stroke:var(--faint)}"
     ".axis{stroke:var(--soft)}.band{fill:var(--faint);opacity:.5}"
-    ".line{stroke-width:2;fill:none}.dashed{stroke-dasharray:6 4}"
+    ".line{stroke-width:2;fill:none}.line.dashed{stroke-dasharray:6 4}"
     ".dot{stroke:var(--card);stroke-width:1.5}"
     ".dot.hidden{opacity:0}.dot.hidden:hover{opacity:1}"
     + "".join(f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}" for i in range(9))
@@ -183,6 +183,20 @@ def standalone(chart: str) -> str:
     )
 
 
+def side_by_side(panels: Mapping[str, str]) -> str:
+    """Charts in a row, as one; each under its title."""
+    parts, highest = [], 0.0
+    for index, (title, chart) in enumerate(panels.items()):
+        height = float(chart.split('viewBox="', 1)[1].split('"', 1)[0].split()[3])
+        highest = max(highest, height)
+        place = f'<svg x="{WIDTH * index}" y="{LINE}" width="{WIDTH}" height="{height:g}"'
+        parts.append(
+            f'<text class="note" x="{WIDTH * index + LEFT}" y="{LINE - 4}">{escape(title)}</text>'
+            + chart.replace("<svg", place, 1)
+        )
+    return _svg("; ".join(panels), parts, highest + LINE, WIDTH * len(panels))
+
+
 def mirrored_bars(
     bars: Sequence[Bar], *, name: str, x_label: str, y_format: Format, tick_format: Format
 ) -> str:
@@ -305,8 +319,8 @@ def _rectangle(style: str, x: float, width: float, top: float, bottom: float) ->
     )
 
 
-def _svg(name: str, parts: Iterable[str], height: float = HEIGHT) -> str:
+def _svg(name: str, parts: Iterable[str], height: float = HEIGHT, width: float = WIDTH) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(name)}">{"".join(parts)}</svg>'
     )

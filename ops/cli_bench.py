@@ -236,3 +236,44 @@ def bench_inference(
     )
     if as_json:
         print(json.dumps(rows, indent=1))
+
+
+@bench.command("inference-link")
+def bench_inference_link(
+    *,
+    state_dir: Annotated[
+        Path, typer.Option(help="of a coordinator whose run has closed rounds")
+    ] = (Path("coordinator-state")),
+    thresholds: Annotated[
+        str, typer.Option(help="beside −1, edge only, and 1, cloud only")
+    ] = "0.2,0.4,0.5,0.6,0.7,0.8,0.9,0.97",
+    images: Annotated[int, typer.Option(help="test images for each device")] = 500,
+    rate: Annotated[float, typer.Option(help="images a second for each device, the mean")] = 10.0,
+    delay_ms: Annotated[float, typer.Option(help="of the link, one way")] = 20.0,
+    mbit_per_s: Annotated[float, typer.Option(help="of the link, in each direction")] = 10.0,
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the curves over thresholds: an SVG")] = (
+        None
+    ),
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Answer test images over a slow link: accuracy, latency and bytes for each threshold."""
+    from ops.bench_inference_link import Setup, parse_thresholds, run_link
+
+    rows = run_link(
+        state_dir,
+        Setup(
+            images=images,
+            images_per_s=rate,
+            delay_s=delay_ms / 1000,
+            bits_per_s=1e6 * mbit_per_s,
+        ),
+        thresholds=parse_thresholds(thresholds),
+        data_root=data_root,
+        append=append,
+        plot=plot,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))

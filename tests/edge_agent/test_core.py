@@ -136,6 +136,13 @@ def test_a_coordinator_that_comes_back_is_told_who_is_there() -> None:
     assert every(Status, said)
 
 
+def test_a_device_says_hello_to_a_coordinator_that_was_away_when_it_connected() -> None:
+    device = Harness()
+    device.connect()
+    device.hear(make_assignment(), Coordinator(state="offline", boot="first"))  # both retained
+    assert every(Hello, device.hear(Coordinator(state="online", boot="second")))
+
+
 def test_a_device_that_was_there_first_says_hello_to_the_coordinator_at_once() -> None:
     device = Harness()
     device.connect()
