@@ -44,17 +44,16 @@ class Containers:
 
     def compose(self, *arguments: str, limit_s: float = COMMAND_S) -> str:
         done = self.call(*arguments, limit_s=limit_s)
-        assert done.returncode == 0, f"{arguments}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{done.args}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
         return done.stdout
 
     def call(self, *arguments: str, limit_s: float = COMMAND_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [COMPOSE, *arguments],
+            ["timeout", "--kill-after=10", f"{limit_s}", COMPOSE, *arguments],  # with its children
             env=self._environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=limit_s,
             check=False,
         )
 
@@ -108,7 +107,7 @@ def containers() -> Iterator[Containers]:
         fleet.compose("up", "--detach", "--scale", f"agent={AGENTS}")
         yield fleet
     finally:
-        fleet.call("down", "--volumes")
+        fleet.call("down", "--volumes", "--remove-orphans")  # agents beyond the default
 
 
 def test_eight_agents_train_a_round_and_prometheus_sees_them(containers: Containers) -> None:
