@@ -9,7 +9,7 @@ import base64
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class MosquittoFiles:
     acl: Path
     passwords: Path
     credentials: dict[str, str]
-    """Client name -> password, of the clients that had none before."""
+    """Client name -> password, of the clients that had none before and were given none."""
 
 
 def write_mosquitto_config(
@@ -79,6 +79,7 @@ def write_mosquitto_config(
     fleet: str,
     *,
     devices: Iterable[str],
+    passwords: Mapping[str, str] | None = None,
     host: str = "0.0.0.0",  # noqa: S104 a broker is there to be reached
     port: int = 1883,
     certificate: ServerCertificate | None = None,
@@ -87,10 +88,11 @@ def write_mosquitto_config(
 ) -> MosquittoFiles:
     """Write mosquitto.conf, acl and passwords into `folder`.
 
-    Clients that already have a password there keep it; the passwords of clients no longer named are
-    removed. `persistence` is a folder in which the broker keeps its state over a restart; `seen_as`
-    is where the broker finds `folder`, when that is another path, as in a container. Raises
-    TopicError for a bad name and ConfigError when the files cannot be written.
+    A client has the password that is given, else the one it already has there, else a new one;
+    passwords of clients no longer named are removed. `persistence` is a folder in which the broker
+    keeps its state over a restart; `seen_as` is where the broker finds `folder`, when that is
+    another path, as in a container. Raises TopicError for a bad name and ConfigError when the files
+    cannot be written.
     """
     topics = Topics(fleet)
     names = [COORDINATOR, *(check_device(device) for device in devices)]
@@ -102,7 +104,9 @@ def write_mosquitto_config(
         folder.mkdir(parents=True, exist_ok=True)
         hashes = _read_hashes(files.passwords)
         for name in names:
-            if name not in hashes:
+            if passwords is not None and name in passwords:
+                hashes[name] = hash_password(passwords[name])
+            elif name not in hashes:
                 files.credentials[name] = secrets.token_urlsafe(_PASSWORD_BYTES)
                 hashes[name] = hash_password(files.credentials[name])
         _write_private(files.passwords, "".join(f"{name}:{hashes[name]}\n" for name in names))

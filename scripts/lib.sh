@@ -93,15 +93,22 @@ print(wheel["download_info"]["url"])
 '
 }
 
-# The requirement of package $1 as pyproject.toml pins it for agents.
-pinned() {
+# requirements EXTRAS: what pyproject.toml wants with these extras (a,b,...), one requirement per line.
+requirements() {
     "$VENV/bin/python" -c '
 import sys, tomllib
 
 with open(sys.argv[1], "rb") as file:
-    extras = tomllib.load(file)["project"]["optional-dependencies"]
-print(next(line for line in extras["agent"] if line.split("==")[0] == sys.argv[2]))
+    project = tomllib.load(file)["project"]
+extras = project["optional-dependencies"]
+wanted = [*project["dependencies"], *(line for extra in sys.argv[2].split(",") for line in extras[extra])]
+print("\n".join(dict.fromkeys(wanted)))
 ' "$ROOT/pyproject.toml" "$1"
+}
+
+# The requirement of package $1 as pyproject.toml pins it for agents.
+pinned() {
+    requirements agent | grep "^$1=="
 }
 
 # torch_wheels: on Linux without an NVIDIA GPU, the wheels to hand to pip so that it has no reason to
