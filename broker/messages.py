@@ -171,6 +171,7 @@ class DeviceParameters(Stamp):
 class Features(Message):
     """Features of images that the server is asked about; answered with a prediction, if that."""
 
+    run: Name
     request: Count
     version: Count
     deadline_ms: Annotated[int, Field(ge=1, le=600_000)]

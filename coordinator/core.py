@@ -94,6 +94,7 @@ class CoordinatorCore:
         )
         self.answering = AnsweringMachine(
             settings,
+            run,
             answers,
             placement.shapes,
             find=self._registry.find,

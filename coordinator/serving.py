@@ -72,7 +72,7 @@ def route(address: Address) -> Collection[str]:
 
 
 class AnsweringMachine:
-    """Features in, predictions out; see ``broker.drive.Machine``.
+    """Features of ``run`` in, predictions out; see ``broker.drive.Machine``.
 
     ``shapes[c-1]`` is the shape of one image's features at cut ``c``; ``find`` gives the device of
     a name, None for one that is not known.
@@ -81,6 +81,7 @@ class AnsweringMachine:
     def __init__(
         self,
         settings: CoordinatorSettings,
+        run: str,
         answers: Answers,
         shapes: Sequence[tuple[int, ...]],
         *,
@@ -88,6 +89,7 @@ class AnsweringMachine:
         observer: Observer,
         clock: Callable[[], float],
     ) -> None:
+        self._run = run
         self._versions = answers.versions
         self._network = answers.network
         self._shapes = shapes
@@ -177,7 +179,7 @@ class AnsweringMachine:
             reason = "unknown_device"
         elif not cut:
             reason = "untrained"
-        elif not self._versions.answers(message.version):
+        elif message.run != self._run or not self._versions.answers(message.version):
             reason = "version"
         else:
             images, reason = self._images(cut, message)

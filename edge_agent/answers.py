@@ -326,7 +326,7 @@ class Answers:
         model = self._model
         assert model is not None
         return self._offloads.ask(
-            model.version, images, lambda: model.codec.encode(features[wanted])
+            model.run, model.version, images, lambda: model.codec.encode(features[wanted])
         )
 
     def _due(self, ticket: Ticket, now: float) -> float:

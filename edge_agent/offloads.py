@@ -73,7 +73,9 @@ class Offloads:
         self._most = most
         self._out: dict[int, _Sent] = {}
 
-    def ask(self, version: int, images: list[Asked], encode: Callable[[], Any]) -> Features | None:
+    def ask(
+        self, run: str, version: int, images: list[Asked], encode: Callable[[], Any]
+    ) -> Features | None:
         """The message that asks about these images; ``encode`` makes their features, encoded.
 
         None if it is not sent: then the offloaded among them are settled.
@@ -107,7 +109,9 @@ class Offloads:
         counts.offloads += sum(image.offloaded for image in images)
         counts.audits += sum(image.audited for image in images)
         deadline_ms = min(LONGEST_MS, max(1, round(1000 * (due - now))))
-        return Features(request=number, version=version, deadline_ms=deadline_ms, tensor=encoded)
+        return Features(
+            run=run, request=number, version=version, deadline_ms=deadline_ms, tensor=encoded
+        )
 
     def answer(self, prediction: Prediction) -> None:
         """Enter the coordinator's answer; one that comes too late changes nothing."""

@@ -266,7 +266,10 @@ async def put_load(load: Load) -> dict[str, float]:
             tensors = questions[names[device]]
             tensor = tensors[number % len(tensors)]
             await link.send(
-                up(device, Features(request=number, version=1, deadline_ms=60_000, tensor=tensor))
+                up(
+                    device,
+                    Features(run=run, request=number, version=1, deadline_ms=60_000, tensor=tensor),
+                )
             )
 
         await link.subscribe(*(topic for name in names for topic in topics.device_filters(name)))
@@ -274,7 +277,7 @@ async def put_load(load: Load) -> dict[str, float]:
             pass
         for name, cut in names.items():
             await link.send(up(name, _hello(boot, cut)))
-        assigned: set[str] = set()
+        run, assigned = "", set[str]()
         begun = asyncio.get_running_loop().time() + START_S
         while (now := asyncio.get_running_loop().time()) < begun + load.seconds:
             event = await link.receive()
@@ -282,6 +285,7 @@ async def put_load(load: Load) -> dict[str, float]:
                 continue
             device, message = event.envelope.address.device, event.envelope.message
             if isinstance(message, Assignment) and device not in assigned:
+                run = message.run
                 assigned.add(device)
                 if len(assigned) == len(names):
                     begun = now + SETTLE_S

@@ -17,7 +17,7 @@ from coordinator.service import build_core
 from coordinator.store import Checkpoint, Store
 from coordinator.telemetry import Gain
 from tests.server_side import make_activations, make_upload
-from tests.tiny import Clock, make_hello, make_settings
+from tests.tiny import RUN, Clock, make_hello, make_settings
 
 M = TypeVar("M", bound=Message)
 _FOLDERS = Path(tempfile.mkdtemp(prefix="splitfleet-tests-"))
@@ -75,6 +75,7 @@ class Harness:
             boot="boot",
             clock=self.clock,
             fresh=fresh,
+            name=lambda: "afresh" if fresh else RUN,
         )
         self.cuts: dict[str, int] = {}
         self.said: list[Envelope] = []

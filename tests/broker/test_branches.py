@@ -80,7 +80,7 @@ async def test_a_machine_with_too_much_to_do_loses_what_may_be_lost_and_holds_no
         )
         fleet.reader.cancel()
         fleet.reader = asyncio.create_task(fleet.branches.run())
-        question = up("d", Features(request=1, version=1, deadline_ms=1000, tensor=b""))
+        question = up("d", Features(run="run", request=1, version=1, deadline_ms=1000, tensor=b""))
         for _ in range(WAITING):
             assert fleet.branches["slow"].offer(Arrival(question))
         await fleet.device.send(question)

@@ -32,6 +32,7 @@ def trained_server() -> Harness:
 
 def features_of(server: Harness, tensor: bytes, **changes: Any) -> Features:
     fields: dict[str, Any] = {
+        "run": server.round.run,
         "request": 3,
         "version": server.round.version,
         "deadline_ms": 1000,

@@ -113,7 +113,12 @@ def messages(server: Harness) -> st.SearchStrategy[Message]:
             )
         ),
         st.builds(
-            Features, request=numbers, version=numbers, deadline_ms=st.just(1), tensor=TENSORS
+            Features,
+            run=st.sampled_from([server.round.run, "other"]),
+            request=numbers,
+            version=numbers,
+            deadline_ms=st.just(1),
+            tensor=TENSORS,
         ),
         st.builds(
             Request,

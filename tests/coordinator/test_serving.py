@@ -23,7 +23,7 @@ from tensors.networks import build_network, write_state
 from tensors.parameters import unpack_parameters
 from tests.fake_coordinator import Harness, every, only
 from tests.server_side import FP32, features_at, poisoned_features
-from tests.tiny import SPEC, Array, make_dataset, make_hello
+from tests.tiny import RUN, SPEC, Array, make_dataset, make_hello
 
 REQUEST = up("d", Request(what="parameters"))
 
@@ -32,6 +32,7 @@ def features(
     version: int = 1, *, cut: int = 2, seed: int = 0, size: int = 2, **changes: Any
 ) -> Features:
     fields: dict[str, Any] = {
+        "run": RUN,
         "request": seed,
         "version": version,
         "deadline_ms": 1000,
@@ -359,3 +360,9 @@ def test_thresholds_are_chosen_after_each_round_and_survive_a_restart(
     )
     assert {p.offload_rate for p in only(Serving, other.said).cuts.values()} == {0.0}
     assert len(measured) == 1
+
+
+def test_a_version_of_another_run_is_refused() -> None:
+    made = server()
+    refused = only(Prediction, ask(made, ("a", features(run="before"))))
+    assert refused.refused == "version"

@@ -19,7 +19,7 @@ from coordinator.registry import Device
 from coordinator.serving import AnsweringMachine, Answers
 from coordinator.versions import Version, Versions
 from tests.server_side import FP32, SHAPES, features_at, poisoned_features
-from tests.tiny import CLASSES, Clock, make_hello, make_settings
+from tests.tiny import CLASSES, RUN, Clock, make_hello, make_settings
 
 DEVICES = {
     "a": Device("a", cut=2, hello=make_hello()),
@@ -102,6 +102,7 @@ def test_every_question_is_answered_or_refused_once(
     )
     machine = AnsweringMachine(
         make_settings(answer_batch=12, answer_queue=queue, batch_wait_s=0.05),
+        RUN,
         Answers(versions, Slow(clock, fails)),
         SHAPES,
         find=DEVICES.get,
@@ -121,7 +122,11 @@ def test_every_question_is_answered_or_refused_once(
             request = len(asked)
             asked[request] = device
             question = Features(
-                request=request, version=version, deadline_ms=deadline_ms, tensor=TENSORS[tensor]
+                run=RUN,
+                request=request,
+                version=version,
+                deadline_ms=deadline_ms,
+                tensor=TENSORS[tensor],
             )
             said += machine.receive(up(device, question))
         assert machine.waiting.images <= queue

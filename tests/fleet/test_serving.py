@@ -101,7 +101,13 @@ class Asker:
         request = len(self.asked)
         self.asked[request] = version
         tensor = FP32.encode(features_at(self.cut, request, 2))
-        question = Features(request=request, version=version, deadline_ms=20_000, tensor=tensor)
+        question = Features(
+            run=self.newest(Serving).run,
+            request=request,
+            version=version,
+            deadline_ms=20_000,
+            tensor=tensor,
+        )
         await self.send(question)
         await self.until(lambda: request in self.answers)
         return self.answers[request][0]

@@ -155,7 +155,10 @@ def _up() -> list[tuple[str, Envelope]]:
             ("a pack", DeviceParameters(**STAMP, version=5, produced=300, state=PACK)),
             ("a delta", DeviceParameters(**STAMP, version=5, produced=9, base=5, state=PACK)),
             ("nothing usable", DeviceParameters(**STAMP, version=5, produced=0, state=b"")),
-            ("two images", Features(request=12, version=5, deadline_ms=10_000, tensor=tensor)),
+            (
+                "two images",
+                Features(run=RUN, request=12, version=5, deadline_ms=10_000, tensor=tensor),
+            ),
             ("least", Report(**STAMP)),
             ("an attempt", Report(**STAMP, **report)),
             ("inference", Report(**STAMP, inference=INFERENCE)),
