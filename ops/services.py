@@ -52,7 +52,7 @@ def serve_coordinator(
     boot = new_boot()
     traffic = Traffic(lambda reason: observer.message_dropped(reason))  # noqa: PLW0108 it comes below
     metrics = Metrics(traffic)
-    progress = progress_observer(quiet=quiet)
+    progress = progress_observer(quiet=quiet, logged=settings.log_format == "json")
     observer = Observers(metrics, progress)
     vitals = new_vitals(settings)
     pages = FleetPages(vitals)
@@ -101,6 +101,7 @@ def serve_agent(
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
     settings = run.settings_of(AgentSettings, "agent", config, flags)
     logs = _logs(settings, broker)
+    logs.about(lambda: {"device": settings.device})
     if settings.threads is not None:
         import torch
 
