@@ -230,11 +230,9 @@ class _Loop:
         self._loop.call_soon_threadsafe(self._room.release)
         match event:
             case Connected():
-                log.info("connected to the broker")
                 self._unsaid = False
                 return self._machine.connected
-            case Disconnected(reason):
-                log.warning("no connection to the broker (%s); trying again", reason)
+            case Disconnected():
                 return self._machine.disconnected
             case Arrival(envelope):
                 return lambda: self._machine.receive(envelope)

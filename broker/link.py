@@ -210,9 +210,11 @@ class Link:
             event = await self._transport.receive()
             match event:
                 case Connected():
+                    log.info("connected to the broker")
                     self._framing.connected(event.capabilities.max_packet_size)
                     return event
-                case Disconnected():
+                case Disconnected(reason):
+                    log.warning("no connection to the broker (%s); trying again", reason)
                     return event
             envelope = self._framing.open(event.topic, event.payload)
             event.ack()

@@ -55,7 +55,7 @@ class Repeats(logging.Filter):
 
     Of one kind are lines of the same logger, level and unformatted message, device and reason. The
     first one after that minute has ``left_out``, how many were not let through. Details for
-    debugging are always let through.
+    debugging are always let through, and information that is not about one device.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Repeats(logging.Filter):
         self._kinds: OrderedDict[tuple[object, ...], tuple[float, int]] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno <= logging.DEBUG:
-            return True
         device, reason = getattr(record, "device", None), getattr(record, "reason", None)
+        if record.levelno < (logging.WARNING if device is None else logging.INFO):
+            return True
         kind = (record.name, record.levelno, str(record.msg), device, reason)
         now = self._clock()
         with self._lock:

@@ -1,4 +1,4 @@
-"""How far a run is, on standard error: bars on a terminal, lines elsewhere, nothing if quiet."""
+"""How far a run is: bars on a terminal, lines elsewhere or in the log, nothing if quiet."""
 
 # ruff: noqa: ARG002 (an observer is told more than it needs)
 
@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -23,6 +24,8 @@ from rich.progress import (
 from rich.table import Column
 
 from coordinator.observer import Observer
+
+log = logging.getLogger("splitfleet.progress")
 
 SMOOTHING = 0.9
 
@@ -43,10 +46,10 @@ class Silence(Observer):
 
 
 class Lines(Silence):
-    """One plain line per round that ended."""
+    """One plain line per round that ended, for ``say`` to take somewhere."""
 
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self._rounds = 0
 
     def round_opened(self, number: int, rounds: int, attempt: int, quota: int) -> None:
@@ -54,7 +57,7 @@ class Lines(Silence):
 
     def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
         what = describe(record) if outcome == "closed" else outcome
-        print(f"round {number}/{self._rounds}: {what}", file=self._file, flush=True)
+        self._say(f"round {number}/{self._rounds}: {what}")
 
 
 class Bars(Silence):
@@ -156,15 +159,22 @@ class Bars(Silence):
 def progress_observer(
     *,
     quiet: bool = False,
+    logged: bool = False,
     file: IO[str] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Silence:
-    """What suits ``file`` (standard error if not given): bars on a terminal, else lines."""
-    file = sys.stderr if file is None else file
+    """What suits ``file`` (standard error if not given): bars on a terminal, else lines.
+
+    If it shall be ``logged``, lines of the log.
+    """
     if quiet:
         return Silence()
-    console = Console(file=file)
-    return Bars(console, clock) if console.is_terminal else Lines(file)
+    if logged:
+        return Lines(partial(log.info, "%s"))
+    console = Console(file=sys.stderr if file is None else file)
+    if console.is_terminal:
+        return Bars(console, clock)
+    return Lines(partial(print, file=console.file, flush=True))
 
 
 def describe(record: dict[str, object]) -> str:

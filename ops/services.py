@@ -57,7 +57,7 @@ def serve_coordinator(
         energy=load_energy_table(settings.energy_table),
         devices=settings.metrics_devices,
     )
-    progress = progress_observer(quiet=quiet)
+    progress = progress_observer(quiet=quiet, logged=settings.log_format == "json")
     observer = Observers(metrics, progress)
     vitals = new_vitals(settings)
     pages = FleetPages(vitals)
@@ -106,6 +106,7 @@ def serve_agent(
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
     settings = run.settings_of(AgentSettings, "agent", config, flags)
     logs = _logs(settings, broker)
+    logs.about(lambda: {"device": settings.device})
     if settings.threads is not None:
         import torch
 

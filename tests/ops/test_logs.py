@@ -322,9 +322,11 @@ def test_another_device_reason_level_or_text_is_another_kind() -> None:
     assert say("something else") == 0
 
 
-def test_details_for_debugging_are_all_let_through() -> None:
+def test_details_and_information_about_no_device_are_all_let_through() -> None:
     say = Sieve()
-    assert [say("detail", logging.DEBUG) for _ in range(100)] == [0] * 100
+    assert [say("detail", logging.DEBUG, device="a") for _ in range(100)] == [0] * 100
+    assert [say("round closed", logging.INFO) for _ in range(100)] == [0] * 100
+    assert [say("online", logging.INFO, device="a") for _ in range(3)] == [0, 0, None]
 
 
 def test_kinds_do_not_fill_memory() -> None:

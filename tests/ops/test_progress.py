@@ -71,6 +71,14 @@ def test_a_round_that_failed_has_its_line_too() -> None:
     assert file.getvalue() == "round 3/6: abandoned\n"
 
 
+def test_it_can_be_part_of_the_log(caplog: pytest.LogCaptureFixture, terminal: Terminal) -> None:
+    caplog.set_level(logging.INFO, "splitfleet")
+    with progress_observer(logged=True, file=terminal) as progress:
+        a_round(progress, 3, "abandoned")
+    assert caplog.messages == ["round 3/6: abandoned"]
+    assert terminal.getvalue() == ""
+
+
 def test_a_run_without_evaluation_still_says_its_speed() -> None:
     file = io.StringIO()
     record: dict[str, object] = {"seconds": 10.0, "devices": RECORD["devices"]}
