@@ -107,7 +107,7 @@ def write_mosquitto_config(
             if passwords is not None and name in passwords:
                 hashes[name] = hash_password(passwords[name])
             elif name not in hashes:
-                files.credentials[name] = secrets.token_urlsafe(_PASSWORD_BYTES)
+                files.credentials[name] = new_password()
                 hashes[name] = hash_password(files.credentials[name])
         _write_private(files.passwords, "".join(f"{name}:{hashes[name]}\n" for name in names))
         _write_private(files.acl, format_acl(topics))
@@ -136,6 +136,11 @@ def format_acl(topics: Topics) -> str:
     lines += ["", f"user {COORDINATOR}"]
     lines += [f"topic {grant.access} {grant.topic_filter}" for grant in topics.coordinator_grants()]
     return "\n".join(lines) + "\n"
+
+
+def new_password() -> str:
+    """A password that nobody guesses."""
+    return secrets.token_urlsafe(_PASSWORD_BYTES)
 
 
 def hash_password(password: str, salt: bytes | None = None) -> str:

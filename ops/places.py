@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import socket
 import sys
 import tomllib
@@ -27,13 +26,11 @@ from typing import Annotated, Any
 import typer
 
 from broker.config import BrokerConfig, load_settings
-from broker.mosquitto import write_mosquitto_config
+from broker.mosquitto import new_password, write_mosquitto_config
 from broker.topics import COORDINATOR
 from ops import run
 from ops.errors import DiskTrouble, FleetFailed, OpsError, SettingsWrong
 from ops.files import write_whole
-
-_PASSWORD_BYTES = 24
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
@@ -54,7 +51,7 @@ def lay_out(
     files = {name: folder / "agents" / name / "agent.toml" for name in names[1:]}
     files[COORDINATOR] = folder / "coordinator" / "coordinator.toml"
     known = {name: _password(file) for name, file in files.items() if file.exists()}
-    passwords = {name: known.get(name) or secrets.token_urlsafe(_PASSWORD_BYTES) for name in names}
+    passwords = {name: known.get(name) or new_password() for name in names}
     try:
         (folder / "broker" / "data").mkdir(parents=True, exist_ok=True)
         for file in files.values():
