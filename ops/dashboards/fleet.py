@@ -37,9 +37,10 @@ def _now() -> Row:
         [
             number(
                 "Coordinator",
-                "1 while Prometheus reaches the coordinator.",
+                "Whether Prometheus reaches the coordinator.",
                 Curve(series("up"), "up"),
                 levels=((None, "red"), (1, "green")),
+                words={"0": "down", "1": "up"},
             ),
             number(
                 "Phase",
@@ -142,6 +143,7 @@ def _trouble() -> Row:
                 Curve(rate("splitfleet_messages_dropped", by="reason"), "{{reason}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
             ),
             graph(
                 "Batches discarded, by reason",
@@ -149,6 +151,7 @@ def _trouble() -> Row:
                 Curve(rate("splitfleet_batches_discarded", by="reason"), "{{reason}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
             ),
             graph(
                 "Offloads that failed, by cut",

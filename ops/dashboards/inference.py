@@ -157,6 +157,7 @@ def _who_answers() -> Row:
                 Curve(rate(OFFLOADS, *REPORTED, by="outcome"), "{{outcome}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
             ),
             graph(
                 "Unsure, and not asked",
@@ -165,6 +166,7 @@ def _who_answers() -> Row:
                 Curve(rate("splitfleet_offloads_held", *REPORTED, by="reason"), "{{reason}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
             ),
             graph(
                 "Not answered",
@@ -315,6 +317,7 @@ def _server() -> Row:
                 Curve(rate(f"{FEATURES}_requests", by="outcome"), "{{outcome}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
             ),
             graph(
                 "Images answered, by cut",

@@ -20,7 +20,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 SOURCE = options.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 COUNT = "short"
-PER_SECOND = "cps"
+PER_SECOND = "suffix:/s"
 SECONDS = "s"
 BYTES = "bytes"
 BYTES_PER_SECOND = "Bps"
@@ -29,6 +29,19 @@ JOULES = "joule"
 
 REPORT_STEP = "30s"
 """Devices report each minute: ``$__rate_interval`` is 4 of these and so sees a report of each."""
+
+COLORS = {
+    "whole network": {"whole network": "text"},
+    "{{answered_by}}": {"exit": "green", "server": "blue", "fallback": "orange"},
+    "{{outcome}}": {
+        "answered": "green",
+        "closed": "green",
+        "extended": "orange",
+        "abandoned": "red",
+    },
+    "{{state}}": {"online": "green", "offline": "red"},
+}
+"""Legend → colours of the names that it can give, the same on all dashboards."""
 
 Levels = Sequence[tuple[float | None, str]]
 GOOD: Levels = ((None, "green"),)
@@ -61,10 +74,14 @@ def number(
     unit: str = COUNT,
     levels: Levels = PLAIN,
     decimals: int | None = None,
+    words: Mapping[str, str] | None = None,
     named: bool = False,
     width: int = 4,
 ) -> stat.Panel:
-    """The last value, with its recent course behind it; ``named``: its legend, not its value."""
+    """The last value, with its recent course behind it.
+
+    ``words`` say it in place of the digits; ``named`` shows the legend, not the value.
+    """
     panel = (
         stat.Panel()
         .title(title)
@@ -79,6 +96,8 @@ def number(
         .graph_mode(options.BigValueGraphMode.NONE if named else options.BigValueGraphMode.AREA)
         .text_mode(options.BigValueTextMode.NAME if named else options.BigValueTextMode.VALUE)
     )
+    if words is not None:
+        panel.mappings([_in_words(words)])
     return panel if decimals is None else panel.decimals(decimals)
 
 
@@ -92,9 +111,10 @@ def graph(
     high: float | None = None,
     logarithmic: bool = False,
     levels: Levels = (),
+    many: bool = False,
     width: int = 8,
 ) -> timeseries.Panel:
-    """Curves over time; ``levels`` are drawn as lines."""
+    """Curves over time; ``levels`` are drawn as lines. ``many``: of which most stay at 0."""
     stacking = options.StackingMode.NORMAL if stacked else options.StackingMode.NONE
     panel = (
         timeseries.Panel()
@@ -109,18 +129,17 @@ def graph(
         .fill_opacity(25 if stacked else 0)
         .show_points(options.VisibilityMode.NEVER)
         .stacking(common.StackingConfig().mode(stacking).group("A"))
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(options.LegendDisplayMode.LIST)
-            .placement(options.LegendPlacement.BOTTOM)
-            .show_legend(show_legend=True)
-        )
+        .legend(_legend(many=many))
         .tooltip(
             common.VizTooltipOptions()
             .mode(options.TooltipDisplayMode.MULTI)
             .sort(options.SortOrder.DESCENDING)
         )
     )
+    for curve in curves:
+        for name, color in COLORS.get(curve.legend, {}).items():
+            fixed = {"mode": "fixed", "fixedColor": color}
+            panel.override_by_name(name, [model.DynamicConfigValue(id_val="color", value=fixed)])
     if low is not None:
         panel.min(low)
     if high is not None:
@@ -222,6 +241,29 @@ def _queries(
             query.interval(REPORT_STEP)
         queries.append(query.instant() if instant else query.range())
     return queries
+
+
+def _legend(*, many: bool) -> common.VizLegendOptions:
+    legend = common.VizLegendOptions().show_legend(show_legend=True)
+    if not many:
+        return legend.display_mode(options.LegendDisplayMode.LIST).placement(
+            options.LegendPlacement.BOTTOM
+        )
+    return (
+        legend.display_mode(options.LegendDisplayMode.TABLE)
+        .placement(options.LegendPlacement.RIGHT)
+        .calcs(["max"])
+        .sort_by("Max")
+        .sort_desc(sort_desc=True)
+    )
+
+
+def _in_words(words: Mapping[str, str]) -> model.ValueMap:
+    results = {
+        value: model.ValueMappingResult(text=text, index=index)
+        for index, (value, text) in enumerate(words.items())
+    }
+    return model.ValueMap(options=results)
 
 
 def _ref(number: int) -> str:

@@ -127,6 +127,7 @@ def _rounds() -> Row:
                 Curve(rate("splitfleet_batches_discarded", by="reason"), "{{reason}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
                 width=6,
             ),
             graph(
@@ -135,6 +136,7 @@ def _rounds() -> Row:
                 Curve(rate("splitfleet_late_samples", by="outcome"), "{{outcome}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
                 width=6,
             ),
         ],

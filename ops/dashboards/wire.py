@@ -64,6 +64,7 @@ def _losses() -> Row:
                 Curve(rate("splitfleet_messages_dropped", by="reason"), "{{reason}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                many=True,
                 width=24,
             ),
         ],
