@@ -1,4 +1,4 @@
-"""One device: what it does, what it costs it, how it is doing."""
+"""One device: what it does, what that costs it, how it is doing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from ops.dashboards import page
 from ops.dashboards.page import Row
-from ops.dashboards.panels import PER_SECOND, SHARE, Curve, graph, number, rising
-from ops.dashboards.promql import DEVICE, mean, rate, ratio, total
+from ops.dashboards.panels import (
+    BYTES,
+    BYTES_PER_SECOND,
+    CELSIUS,
+    PER_SECOND,
+    SECONDS,
+    SHARE,
+    Curve,
+    graph,
+    number,
+    rising,
+)
+from ops.dashboards.promql import DEVICE, behind, increase, mean, rate, ratio, series, total
 
 PREDICTIONS = "splitfleet_predictions"
 
@@ -17,9 +28,9 @@ def device() -> Dashboard:
     return page.page(
         "device",
         "one device",
-        "What one device does and what that costs it. Those beyond the number that is shown by "
-        "name are together under other.",
-        [_now(), _answering()],
+        "What one device does, what that costs it and how it is doing. Those beyond the number "
+        "that is shown by name are together under other.",
+        [_now(), _doing(), _being()],
         variables=[page.device()],
     )
 
@@ -29,47 +40,55 @@ def _now() -> Row:
         "Now",
         [
             number(
-                "Images answered",
-                "Images a second.",
-                Curve(rate(PREDICTIONS, DEVICE), "images/s"),
-                unit=PER_SECOND,
+                "Cut layer and class",
+                "Where its half of the network ends, and what kind of board it is.",
+                Curve(series("splitfleet_uptime_seconds", DEVICE), "{{cut}}, {{device_class}}"),
+                named=True,
                 width=6,
             ),
             number(
-                "Answered by the exit",
-                "Share of the answered images whose exit was sure.",
-                Curve(
-                    ratio(
-                        rate(PREDICTIONS, 'answered_by="exit"', DEVICE), rate(PREDICTIONS, DEVICE)
-                    ),
-                    "exit",
-                ),
-                unit=SHARE,
-                width=6,
+                "Uptime",
+                "Since its agent started.",
+                Curve(series("splitfleet_uptime_seconds", DEVICE), "uptime"),
+                unit=SECONDS,
             ),
             number(
-                "Threshold in force",
-                "Confidence above which its exit answers.",
-                Curve(mean("splitfleet_exit_threshold", DEVICE), "threshold"),
-                unit="none",
-                width=6,
+                "Versions behind",
+                "How much older the parameters are that it trains from than the last closed "
+                "round's.",
+                Curve(behind(DEVICE, by="device"), "versions"),
+                levels=rising(2, 5),
             ),
             number(
-                "Drifts",
-                "1 while it trusts its exit less than it was told to, for its audits agreed too "
+                "Reconnects",
+                "Connections to the broker within a day after the first one of a boot.",
+                Curve(increase("splitfleet_reconnects", "1d", DEVICE), "reconnects"),
+                decimals=0,
+                levels=rising(10, 100),
+            ),
+            number(
+                "Drift",
+                "Whether it trusts its exit less than it was told to, for its audits agreed too "
                 "seldom.",
                 Curve(total("splitfleet_drifting_devices", DEVICE), "drifts"),
                 levels=rising(1, 2),
+                words={"0": "none", "1": "drifts"},
                 width=6,
             ),
         ],
     )
 
 
-def _answering() -> Row:
+def _doing() -> Row:
     return Row(
-        "Answering",
+        "What it does",
         [
+            graph(
+                "Batches made",
+                "Training batches a second that it computed and encoded.",
+                Curve(rate("splitfleet_batches_made", DEVICE), "batches"),
+                unit=PER_SECOND,
+            ),
             graph(
                 "Answers by origin",
                 "Images a second answered by its exit, by the server, or by its exit as a "
@@ -77,14 +96,62 @@ def _answering() -> Row:
                 Curve(rate(PREDICTIONS, DEVICE, by="answered_by"), "{{answered_by}}"),
                 unit=PER_SECOND,
                 stacked=True,
-                width=12,
             ),
             graph(
-                "Processor time of answering",
-                "Of the threads that answer: 1 is one core all the time.",
-                Curve(rate("splitfleet_answering_cpu_seconds", DEVICE), "cores"),
+                "Share answered by the exit, and its threshold",
+                "The confidence above which its exit answers, and how often it did.",
+                Curve(
+                    ratio(
+                        rate(PREDICTIONS, 'answered_by="exit"', DEVICE), rate(PREDICTIONS, DEVICE)
+                    ),
+                    "share",
+                ),
+                Curve(mean("splitfleet_exit_threshold", DEVICE), "threshold"),
+                unit=SHARE,
+                low=None,
+                high=1,
+            ),
+        ],
+    )
+
+
+def _being() -> Row:
+    return Row(
+        "What that costs it",
+        [
+            graph(
+                "Processor cores in use",
+                "Of the agent's process, and of that, of the threads that answer images.",
+                Curve(rate("splitfleet_agent_cpu_seconds", DEVICE), "agent"),
+                Curve(rate("splitfleet_answering_cpu_seconds", DEVICE), "answering"),
                 unit="none",
-                width=12,
+                width=6,
+            ),
+            graph(
+                "Memory",
+                "Resident memory of the agent's process.",
+                Curve(total("splitfleet_agent_memory_bytes", DEVICE), "resident"),
+                unit=BYTES,
+                width=6,
+            ),
+            graph(
+                "Bytes sent and received",
+                "Application payload over its link.",
+                Curve(
+                    rate("splitfleet_agent_message_bytes", DEVICE, by="direction"),
+                    "{{direction}}",
+                ),
+                unit=BYTES_PER_SECOND,
+                width=6,
+            ),
+            graph(
+                "Temperature",
+                "Its hottest sensor; empty where a board has none.",
+                Curve(series("splitfleet_temperature_celsius", DEVICE), "hottest"),
+                unit=CELSIUS,
+                low=None,
+                levels=rising(75, 85),
+                width=6,
             ),
         ],
     )

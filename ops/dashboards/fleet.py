@@ -7,15 +7,30 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from ops.dashboards import page
 from ops.dashboards.page import Row
 from ops.dashboards.panels import (
+    BYTES,
     BYTES_PER_SECOND,
+    COUNT,
     PER_SECOND,
+    SECONDS,
     SHARE,
     Curve,
     falling,
     graph,
     number,
+    rows,
 )
-from ops.dashboards.promql import CUT, REPORTED, rate, ratio, series, total
+from ops.dashboards.promql import (
+    CUT,
+    REPORTED,
+    behind,
+    increase,
+    largest,
+    mean,
+    rate,
+    ratio,
+    series,
+    total,
+)
 
 ONLINE = series("splitfleet_devices", 'state="online"')
 
@@ -26,7 +41,7 @@ def fleet() -> Dashboard:
         "fleet",
         "fleet overview",
         "Is the fleet well, what does it do, and where to look next.",
-        [_now(), _devices(), _work(), _trouble()],
+        [_now(), _devices(), _work(), _resources(), _trouble(), _each()],
         variables=[page.cut(), page.device_class()],
     )
 
@@ -122,38 +137,6 @@ def _work() -> Row:
                 stacked=True,
             ),
             graph(
-                "Bytes on the wire",
-                "Application payload over the coordinator's link, from devices (up) and to them.",
-                Curve(rate("splitfleet_message_bytes", by="direction"), "{{direction}}"),
-                unit=BYTES_PER_SECOND,
-                stacked=True,
-            ),
-        ],
-    )
-
-
-def _trouble() -> Row:
-    return Row(
-        "Trouble",
-        [
-            graph(
-                "Messages dropped, by reason",
-                "Messages a second that were malformed, foreign, too large, or late. Quiet when "
-                "all is well.",
-                Curve(rate("splitfleet_messages_dropped", by="reason"), "{{reason}}"),
-                unit=PER_SECOND,
-                stacked=True,
-                many=True,
-            ),
-            graph(
-                "Batches discarded, by reason",
-                "Batches a second that came and were not trained on.",
-                Curve(rate("splitfleet_batches_discarded", by="reason"), "{{reason}}"),
-                unit=PER_SECOND,
-                stacked=True,
-                many=True,
-            ),
-            graph(
                 "Offloads that failed, by cut",
                 "Share of the images the server was asked about whose answer did not come in time, "
                 "or was refused.",
@@ -171,6 +154,117 @@ def _trouble() -> Row:
                 ),
                 unit=SHARE,
                 high=1,
+            ),
+        ],
+    )
+
+
+def _resources() -> Row:
+    return Row(
+        "What it takes",
+        [
+            graph(
+                "Processor cores in use, by device class",
+                "Of the agents' processes, all devices of a class together.",
+                Curve(
+                    rate("splitfleet_agent_cpu_seconds", *REPORTED, by="device_class"),
+                    "{{device_class}}",
+                ),
+                unit="none",
+                stacked=True,
+            ),
+            graph(
+                "Largest agent, by device class",
+                "Resident memory of the agent that has most of it.",
+                Curve(
+                    largest("splitfleet_agent_memory_bytes", *REPORTED, by="device_class"),
+                    "{{device_class}}",
+                ),
+                unit=BYTES,
+            ),
+            graph(
+                "Bytes on the wire",
+                "Application payload over the coordinator's link, from devices (up) and to them.",
+                Curve(rate("splitfleet_message_bytes", by="direction"), "{{direction}}"),
+                unit=BYTES_PER_SECOND,
+                stacked=True,
+            ),
+        ],
+    )
+
+
+def _trouble() -> Row:
+    return Row(
+        "Trouble",
+        [
+            graph(
+                "Messages dropped, by reason",
+                "Messages a second that the coordinator did not understand or want. Quiet when "
+                "all is well.",
+                Curve(rate("splitfleet_messages_dropped", by="reason"), "{{reason}}"),
+                unit=PER_SECOND,
+                stacked=True,
+                many=True,
+                width=12,
+            ),
+            graph(
+                "Batches discarded, by reason",
+                "Batches a second that came and were not trained on.",
+                Curve(rate("splitfleet_batches_discarded", by="reason"), "{{reason}}"),
+                unit=PER_SECOND,
+                stacked=True,
+                many=True,
+                width=12,
+            ),
+        ],
+    )
+
+
+def _each() -> Row:
+    place = "device, cut, device_class"
+    images = rate("splitfleet_predictions", *REPORTED, by=place)
+    exits = rate("splitfleet_predictions", 'answered_by="exit"', *REPORTED, by=place)
+    return Row(
+        "Device by device",
+        [
+            rows(
+                "Devices",
+                "Those that are shown by name, and the others together. A name leads to what is "
+                "known of that device.",
+                "device",
+                {
+                    "Uptime": (total("splitfleet_uptime_seconds", *REPORTED, by=place), SECONDS),
+                    "Versions behind": (behind(*REPORTED, by=place), COUNT),
+                    "Batches": (
+                        rate("splitfleet_batches_made", *REPORTED, by=place),
+                        PER_SECOND,
+                    ),
+                    "Images": (images, PER_SECOND),
+                    "By the exit": (ratio(exits, images), SHARE),
+                    "Threshold": (mean("splitfleet_exit_threshold", *REPORTED, by=place), "none"),
+                    "Up": (
+                        rate(
+                            "splitfleet_agent_message_bytes",
+                            'direction="up"',
+                            *REPORTED,
+                            by=place,
+                        ),
+                        BYTES_PER_SECOND,
+                    ),
+                    "Cores": (
+                        rate("splitfleet_agent_cpu_seconds", *REPORTED, by=place),
+                        "none",
+                    ),
+                    "Memory": (
+                        total("splitfleet_agent_memory_bytes", *REPORTED, by=place),
+                        BYTES,
+                    ),
+                    "Reconnects in a day": (
+                        increase("splitfleet_reconnects", "1d", *REPORTED, by=place),
+                        COUNT,
+                    ),
+                },
+                link=page.link_to("device", "var-device=${__value.text}"),
             ),
         ],
     )

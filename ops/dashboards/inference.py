@@ -158,6 +158,7 @@ def _who_answers() -> Row:
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
+                width=9,
             ),
             graph(
                 "Unsure, and not asked",
@@ -167,6 +168,7 @@ def _who_answers() -> Row:
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
+                width=8,
             ),
             graph(
                 "Not answered",
@@ -175,6 +177,7 @@ def _who_answers() -> Row:
                 Curve(rate("splitfleet_predictions_failed", *REPORTED, by="reason"), "{{reason}}"),
                 unit=PER_SECOND,
                 stacked=True,
+                width=7,
             ),
         ],
     )

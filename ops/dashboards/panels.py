@@ -26,6 +26,7 @@ BYTES = "bytes"
 BYTES_PER_SECOND = "Bps"
 SHARE = "percentunit"
 JOULES = "joule"
+CELSIUS = "celsius"
 
 REPORT_STEP = "30s"
 """Devices report each minute: ``$__rate_interval`` is 4 of these and so sees a report of each."""

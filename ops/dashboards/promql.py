@@ -30,6 +30,11 @@ def mean(name: str, *matchers: str, by: str = "") -> str:
     return f"avg{_by(by)} ({series(name, *matchers)})"
 
 
+def largest(name: str, *matchers: str, by: str = "") -> str:
+    """The largest of the series that match."""
+    return f"max{_by(by)} ({series(name, *matchers)})"
+
+
 def rate(name: str, *matchers: str, by: str = "") -> str:
     """How fast counters grow, a second; ``name`` without its suffix ``_total``."""
     return f"sum{_by(by)} (rate({series(f'{name}_total', *matchers)}[{WINDOW}]))"
@@ -56,6 +61,13 @@ def average(name: str, *matchers: str, by: str = "") -> str:
     parts = (f"{name}_sum", f"{name}_count")
     rates = [f"sum{_by(by)} (rate({series(part, *matchers)}[{WINDOW}]))" for part in parts]
     return ratio(*rates)
+
+
+def behind(*matchers: str, by: str) -> str:
+    """By how many versions the devices that are furthest behind are behind, by ``by``."""
+    held = series("splitfleet_held_version", *matchers)
+    newest = series("splitfleet_parameter_version")
+    return f"max{_by(by)} ({newest} - on (instance) group_right () {held})"
 
 
 def _by(labels: str) -> str:

@@ -7,9 +7,24 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from ops.dashboards import page
 from ops.dashboards.page import Row
 from ops.dashboards.panels import PER_SECOND, SECONDS, SHARE, Curve, graph, number
-from ops.dashboards.promql import CUT, REPORTED, increase, quantile, rate, series
+from ops.dashboards.promql import (
+    CUT,
+    REPORTED,
+    average,
+    behind,
+    increase,
+    quantile,
+    rate,
+    ratio,
+    series,
+    total,
+)
 
 ROUNDS = "splitfleet_rounds"
+EXIT = "splitfleet_exit_training"
+PARTS = "splitfleet_training_seconds"
+ROUND_TRIP = "splitfleet_round_trip_seconds"
+STALENESS = "splitfleet_gradient_staleness_batches"
 STEP = "splitfleet_training_step_seconds"
 
 
@@ -19,7 +34,7 @@ def training() -> Dashboard:
         "training",
         "training",
         "How well the network does, how its rounds go, and where their time goes.",
-        [_now(), _learning(), _rounds(), _time()],
+        [_now(), _learning(), _rounds(), _pipeline(), _time(), _losses()],
         variables=[page.cut(), page.device_class()],
     )
 
@@ -70,6 +85,7 @@ def _now() -> Row:
 
 
 def _learning() -> Row:
+    exit_images = rate(f"{EXIT}_images", *REPORTED, by="cut")
     return Row(
         "Learning",
         [
@@ -92,8 +108,8 @@ def _learning() -> Row:
             ),
             graph(
                 "Loss of the exits, by cut",
-                "Cross entropy of the early exits, mean of their devices' last reports.",
-                Curve(series("splitfleet_exit_loss", CUT), "cut {{cut}}"),
+                "Cross entropy of the early exits on the images that they learn from.",
+                Curve(ratio(rate(f"{EXIT}_loss", *REPORTED, by="cut"), exit_images), "cut {{cut}}"),
                 unit="none",
                 low=None,
             ),
@@ -111,7 +127,6 @@ def _rounds() -> Row:
                 "abandoned.",
                 Curve(increase(ROUNDS, "1h", by="outcome"), "{{outcome}}"),
                 stacked=True,
-                width=6,
             ),
             graph(
                 "Samples applied, by cut",
@@ -119,16 +134,37 @@ def _rounds() -> Row:
                 Curve(rate("splitfleet_samples_applied", CUT, by="cut"), "cut {{cut}}"),
                 unit=PER_SECOND,
                 stacked=True,
-                width=6,
             ),
             graph(
-                "Batches discarded, by reason",
-                "Batches a second that came and were not trained on. not_finite are NaNs.",
+                "Versions behind, by cut",
+                "How far the device that is furthest behind trains from older parameters than the "
+                "last closed round's. 1 is what a device has that is still fetching them.",
+                Curve(behind(*REPORTED, by="cut"), "cut {{cut}}"),
+            ),
+        ],
+    )
+
+
+def _losses() -> Row:
+    return Row(
+        "Work that came to nothing",
+        [
+            graph(
+                "At the coordinator, by reason",
+                "Batches a second that came and were not trained on; not_finite are NaNs.",
                 Curve(rate("splitfleet_batches_discarded", by="reason"), "{{reason}}"),
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
-                width=6,
+            ),
+            graph(
+                "At the devices, by reason",
+                "Batches a second without an answer in time, with activations that were not "
+                "finite, or given up without a connection.",
+                Curve(rate("splitfleet_batches_lost", *REPORTED, by="reason"), "{{reason}}"),
+                unit=PER_SECOND,
+                stacked=True,
+                many=True,
             ),
             graph(
                 "Late samples, by outcome",
@@ -137,7 +173,36 @@ def _rounds() -> Row:
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
-                width=6,
+            ),
+        ],
+    )
+
+
+def _pipeline() -> Row:
+    return Row(
+        "Batches under way",
+        [
+            graph(
+                "In flight, kept, allowed",
+                "Batches of all devices that are sent and not answered yet, that wait for a "
+                "connection, and that may be out at once (credits).",
+                Curve(total("splitfleet_batches_in_flight", *REPORTED), "in flight"),
+                Curve(total("splitfleet_batches_kept", *REPORTED), "kept"),
+                Curve(total("splitfleet_credits", *REPORTED), "credits"),
+            ),
+            graph(
+                "Staleness of gradients",
+                "How many other batches a device learnt from between making a batch and learning "
+                "from its gradient: mean, and 95th percentile.",
+                Curve(average(STALENESS, *REPORTED), "mean"),
+                Curve(quantile(0.95, STALENESS, *REPORTED), "95 %"),
+            ),
+            graph(
+                "Gradients that came too late",
+                "Gradients a second that came after their time-out and changed nothing.",
+                Curve(rate("splitfleet_gradients_late", *REPORTED, by="cut"), "cut {{cut}}"),
+                unit=PER_SECOND,
+                stacked=True,
             ),
         ],
     )
@@ -151,12 +216,19 @@ def _time() -> Row:
                 "Round trip of a batch",
                 "From a device sending activations to having their gradient: median, 95th and 99th "
                 "percentile.",
-                Curve(quantile(0.5, "splitfleet_round_trip_seconds", *REPORTED), "median"),
-                Curve(quantile(0.95, "splitfleet_round_trip_seconds", *REPORTED), "95 %"),
-                Curve(quantile(0.99, "splitfleet_round_trip_seconds", *REPORTED), "99 %"),
+                Curve(quantile(0.5, ROUND_TRIP, *REPORTED), "median"),
+                Curve(quantile(0.95, ROUND_TRIP, *REPORTED), "95 %"),
+                Curve(quantile(0.99, ROUND_TRIP, *REPORTED), "99 %"),
                 unit=SECONDS,
                 logarithmic=True,
-                width=12,
+            ),
+            graph(
+                "Work of a device on a batch, by part",
+                "Layers and exit forward, encoding the activations, decoding the gradient, "
+                "backward with the step: medians.",
+                Curve(quantile(0.5, PARTS, *REPORTED, by="part"), "{{part}}"),
+                unit=SECONDS,
+                logarithmic=True,
             ),
             graph(
                 "Training step of the coordinator, by cut",
@@ -165,7 +237,6 @@ def _time() -> Row:
                 Curve(quantile(0.5, STEP, CUT, by="cut"), "cut {{cut}}"),
                 unit=SECONDS,
                 logarithmic=True,
-                width=12,
             ),
         ],
     )
