@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -8,7 +7,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from broker.messages import Report
 from broker.telemetry import REFUSALS
 from broker.topics import Address
-from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
 from ops.metrics import Metrics
 
