@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -94,13 +94,16 @@ class Fleet:
     def start_coordinator(self) -> subprocess.Popen[bytes]:
         return self._start("coordinator", "coordinator")
 
-    def start_agent(self, number: int, url: str | None = None) -> subprocess.Popen[bytes]:
+    def start_agent(
+        self, number: int, url: str | None = None, flags: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         name = self.names[number]
         return self._start(
             name,
             "agent",
             *("--device", name, "--cut", str(self.cuts[number]), "--share", str(number)),
             *(() if url is None else ("--broker", url)),
+            *flags,
         )
 
     def kill(self, name: str) -> None:

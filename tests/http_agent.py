@@ -7,6 +7,8 @@ import contextlib
 import io
 import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,3 +183,19 @@ def multipart(*parts: tuple[str | None, bytes]) -> tuple[bytes, str]:
         body += f'--limit\r\nContent-Disposition: form-data; name="p"{file}\r\n\r\n'.encode()
         body += content + b"\r\n"
     return body + b"--limit--\r\n", "multipart/form-data; boundary=limit"
+
+
+def post(address: str, body: bytes) -> dict[str, Any]:
+    """The answer to one picture; ``by`` is empty and ``error`` says why if there is none."""
+    request = urllib.request.Request(
+        f"http://{address}/predict", body, {"Content-Type": "image/png"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310
+            found: dict[str, Any] = json.load(reply)["predictions"][0]
+            return found
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return {"by": "", "error": exc.read().decode()}
+    except OSError as exc:  # it does not listen yet
+        return {"by": "", "error": str(exc)}

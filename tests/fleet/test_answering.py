@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +17,7 @@ from edge_agent.errors import NotReady, Unanswered
 from edge_agent.settings import AgentSettings
 from tensors.datasets import BUNDLED, load_dataset
 from tests.fleet_processes import FLEET, Fleet, wait_until
-from tests.http_agent import picture
+from tests.http_agent import picture, post
 from tests.mosquitto_process import Mosquitto, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -196,19 +192,3 @@ def test_a_picture_that_is_posted_to_a_device_is_answered_by_the_server(
         wait_until(lambda: post(address, picture(size=28))["by"] == "fallback", "the exit answers")
         fleet.start_coordinator()
         wait_until(lambda: post(address, picture(size=28))["by"] == "server", "it is back")
-
-
-def post(address: str, body: bytes) -> dict[str, Any]:
-    """The answer to one picture; ``by`` is empty and ``error`` says why if there is none."""
-    request = urllib.request.Request(
-        f"http://{address}/predict", body, {"Content-Type": "image/png"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310
-            found: dict[str, Any] = json.load(reply)["predictions"][0]
-            return found
-    except urllib.error.HTTPError as exc:
-        with exc:
-            return {"by": "", "error": exc.read().decode()}
-    except OSError as exc:  # it does not listen yet
-        return {"by": "", "error": str(exc)}
