@@ -64,7 +64,7 @@ def policy_of(serving: Serving, cut: int) -> Policy | None:
     return Policy(
         rule=serving.exit_rule,
         threshold=served.threshold,
-        timeout_s=serving.offload_timeout_s,
+        timeout_s=min(LONGEST_S, serving.offload_timeout_s),
         audit_share=serving.audit_share,
         agreement=served.agreement,
     )
@@ -246,16 +246,16 @@ class ExitPolicy:
         sure = exits(confidence, self.threshold_in_force)
         drawn = self._random.random(len(confidence)) < policy.audit_share
         audits = exits(confidence, policy.threshold) & drawn
-        return Decision(sure, audits, self._late(elapsed_s) & ~sure)
+        return Decision(sure, audits, self._late(elapsed_s, ~sure) & ~sure)
 
-    def _late(self, elapsed_s: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def _late(self, elapsed_s: NDArray[np.float64], unsure: NDArray[np.bool_]) -> NDArray[np.bool_]:
         latency, expected = self._limits.latency_s, self.round_trip.expected_s
         if latency is None:
             return np.zeros(len(elapsed_s), np.bool_)
         hopeless: NDArray[np.bool_] = elapsed_s >= latency
         late: NDArray[np.bool_] = hopeless | (elapsed_s + (expected or 0.0) > latency)
         now = self._clock()
-        if (late & ~hopeless).any() and now >= self._probe_due:
+        if (late & ~hopeless & unsure).any() and now >= self._probe_due:
             self._probe_due = now + PROBE_S
             return hopeless
         return late
