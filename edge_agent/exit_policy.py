@@ -24,7 +24,8 @@ from tensors.exit_rules import ExitRule, exits
 LONGEST_S = 600.0
 """No round trip is expected to take longer."""
 PROBE_S = 30.0
-"""While round trips take too long, one is tried so often: it may have become better."""
+"""While round trips take too long, one is tried so often: it may have become better. After one that
+was back in time the next is tried at once: the expectation needs several to believe it."""
 
 WINDOW = 200
 """Audited images that agreement is judged by."""
@@ -259,6 +260,12 @@ class ExitPolicy:
             self._probe_due = now + PROBE_S
             return hopeless
         return late
+
+    def returned(self, seconds: float) -> None:
+        """A round trip took so long."""
+        self.round_trip.returned(seconds)
+        if self._limits.latency_s is not None and seconds <= self._limits.latency_s:
+            self._probe_due = self._clock()
 
     @property
     def affords(self) -> bool:

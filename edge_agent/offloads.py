@@ -129,7 +129,7 @@ class Offloads:
             self._counts.late += self._first <= prediction.request < self._next
             return
         elapsed = self._clock() - sent.at
-        self._policy.round_trip.returned(elapsed)
+        self._policy.returned(elapsed)
         self._counts.replies += 1
         self._counts.round_trip_s += elapsed
         self._counts.bytes_down += len(prediction.tensor or b"")

@@ -173,6 +173,27 @@ def test_while_round_trips_take_too_long_one_is_tried_now_and_then() -> None:
     assert not decider.decide(*at_once(0.1)).late.any(), "nor is what the exit is sure of"
 
 
+def test_a_slow_first_round_trip_is_soon_forgotten_when_others_are_quick() -> None:
+    clock = Clock()
+    decider = make(clock=clock, limits=Limits(latency_s=0.25))
+    decider.returned(0.14)  # expected are three times that
+    held = 0
+    for _ in range(100):
+        if decider.decide(*at_once(0.1)).late.all():
+            held += 1
+        else:
+            clock.advance(0.03)
+            decider.returned(0.03)
+        clock.advance(0.1)
+    assert held == 0
+    assert decider.round_trip.expected_s is not None
+    assert decider.round_trip.expected_s < 0.05
+    decider.round_trip.missed(0.3)
+    assert not decider.decide(*at_once(0.1)).late.any()
+    decider.returned(0.3)
+    assert decider.decide(*at_once(0.1)).late.all(), "that one was not back in time"
+
+
 # -- drift ----------------------------------------------------------------------------------------
 
 
