@@ -349,13 +349,14 @@ class HttpApi:
         end = loop.time() + within_s
         images: dict[int, NDArray[np.float32]] = {}
         entries: list[PictureAnswer | PictureError | None] = [None] * len(pictures)
-        for index, (name, data) in enumerate(pictures):
-            try:
-                images[index] = await loop.run_in_executor(self._decoders, spec.read, data)
-            except InputError as exc:
-                if len(pictures) == 1:
-                    raise
-                entries[index] = PictureError(file=name, error=str(exc))
+        async with asyncio.timeout_at(end):
+            for index, (name, data) in enumerate(pictures):
+                try:
+                    images[index] = await loop.run_in_executor(self._decoders, spec.read, data)
+                except InputError as exc:
+                    if len(pictures) == 1:
+                        raise
+                    entries[index] = PictureError(file=name, error=str(exc))
         if not images:
             raise InputError("none of these is a picture: " + _errors(entries))
         left = end - loop.time()
