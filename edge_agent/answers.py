@@ -196,6 +196,8 @@ class Answers:
             raise InputError(f"{len(images)} images at once: 1 to {most} are taken")
         if labels is not None and labels.shape != images.shape[:1]:
             raise InputError(f"{labels.shape} labels for {len(images)} images: give one for each")
+        if labels is not None and labels.dtype.kind not in "iub":
+            raise InputError(f"labels of {labels.dtype} are not taken: give the numbers of classes")
         if deadline_s is not None and not deadline_s > 0:
             raise InputError(f"a deadline of {deadline_s} s: must be above 0")
         now = self._clock() if asked is None else asked

@@ -127,7 +127,7 @@ class EdgeService:
         wanted = self._deadline_s if deadline_s is None else deadline_s
         if not 0 < wanted <= 600:
             raise InputError(f"a deadline of {wanted} s: must be above 0 and at most 600")
-        truth = None if labels is None else np.asarray(labels)
+        truth = None if labels is None else np.array(labels)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
 

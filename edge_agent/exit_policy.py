@@ -24,7 +24,8 @@ from tensors.exit_rules import ExitRule, exits
 LONGEST_S = 600.0
 """No round trip is expected to take longer."""
 PROBE_S = 30.0
-"""While round trips take too long, one is tried so often: it may have become better."""
+"""While round trips take too long, one is tried so often: it may have become better. After one that
+was back in time the next is tried at once: the expectation needs several to believe it."""
 
 WINDOW = 200
 """Audited images that agreement is judged by."""
@@ -64,7 +65,7 @@ def policy_of(serving: Serving, cut: int) -> Policy | None:
     return Policy(
         rule=serving.exit_rule,
         threshold=served.threshold,
-        timeout_s=serving.offload_timeout_s,
+        timeout_s=min(LONGEST_S, serving.offload_timeout_s),
         audit_share=serving.audit_share,
         agreement=served.agreement,
     )
@@ -251,19 +252,25 @@ class ExitPolicy:
         sure = exits(confidence, self.threshold_in_force)
         drawn = self._random.random(len(confidence)) < policy.audit_share
         audits = exits(confidence, policy.threshold) & drawn
-        return Decision(sure, audits, self._late(elapsed_s) & ~sure)
+        return Decision(sure, audits, self._late(elapsed_s, ~sure) & ~sure)
 
-    def _late(self, elapsed_s: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def _late(self, elapsed_s: NDArray[np.float64], unsure: NDArray[np.bool_]) -> NDArray[np.bool_]:
         latency, expected = self._limits.latency_s, self.round_trip.expected_s
         if latency is None:
             return np.zeros(len(elapsed_s), np.bool_)
         hopeless: NDArray[np.bool_] = elapsed_s >= latency
         late: NDArray[np.bool_] = hopeless | (elapsed_s + (expected or 0.0) > latency)
         now = self._clock()
-        if (late & ~hopeless).any() and now >= self._probe_due:
+        if (late & ~hopeless & unsure).any() and now >= self._probe_due:
             self._probe_due = now + PROBE_S
             return hopeless
         return late
+
+    def returned(self, seconds: float) -> None:
+        """A round trip took so long."""
+        self.round_trip.returned(seconds)
+        if self._limits.latency_s is not None and seconds <= self._limits.latency_s:
+            self._probe_due = self._clock()
 
     @property
     def affords(self) -> bool:

@@ -19,9 +19,11 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 from python_multipart.multipart import parse_options_header
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -92,7 +94,7 @@ class _Refused(Exception):
 
     def __init__(self, status: int, error: str, **headers: str) -> None:
         super().__init__(error)
-        self.status, self.headers = status, headers
+        self.response = JSONResponse({"error": error}, status, headers)
 
 
 class _Gone(Exception):
@@ -132,6 +134,8 @@ class HttpApi:
             docs_url=None,  # these pages load scripts from elsewhere; devices are often offline
             redoc_url=None,
         )
+        self.app.add_exception_handler(RequestValidationError, _wrong_parameter)
+        self.app.add_exception_handler(HTTPException, _elsewhere)
         self.app.add_api_route(
             "/predict",
             self._predict,
@@ -158,7 +162,11 @@ class HttpApi:
             work.cancel()
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def _healthz(self) -> Response:
+    async def _healthz(self, request: Request) -> Response:
+        try:
+            self._check_host(request)
+        except _Refused as exc:
+            return exc.response
         try:
             found = await self._answerer.health()
         except Unanswered:
@@ -192,7 +200,7 @@ class HttpApi:
             finally:
                 self._active -= 1
         except _Refused as exc:
-            return JSONResponse({"error": str(exc)}, exc.status, exc.headers)
+            return exc.response
         except _Gone:
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(found.model_dump())
@@ -214,10 +222,7 @@ class HttpApi:
 
     def _authorize(self, request: Request) -> None:
         if self._token is None:
-            host = request.headers.get("host", "").lower()
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if name not in LOOPBACK_NAMES:
-                raise _Refused(403, "this device answers under 127.0.0.1 and localhost only")
+            self._check_host(request)
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         known = hmac.compare_digest(given.strip().encode(), self._token.encode())
@@ -226,6 +231,12 @@ class HttpApi:
                 401, "show the token of --http-token-file: Authorization: Bearer TOKEN",
                 **{"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
+
+    def _check_host(self, request: Request) -> None:
+        host = request.headers.get("host", "").lower()
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if self._token is None and name not in LOOPBACK_NAMES:
+            raise _Refused(403, "this device answers under 127.0.0.1 and localhost only")
 
     async def _answer(self, request: Request, top: int, timeout_s: float | None) -> Predictions:
         try:
@@ -335,18 +346,23 @@ class HttpApi:
     ) -> Predictions:
         spec = self._answerer.pictures
         loop = asyncio.get_running_loop()
+        end = loop.time() + within_s
         images: dict[int, NDArray[np.float32]] = {}
         entries: list[PictureAnswer | PictureError | None] = [None] * len(pictures)
-        for index, (name, data) in enumerate(pictures):
-            try:
-                images[index] = await loop.run_in_executor(self._decoders, spec.read, data)
-            except InputError as exc:
-                if len(pictures) == 1:
-                    raise
-                entries[index] = PictureError(file=name, error=str(exc))
+        async with asyncio.timeout_at(end):
+            for index, (name, data) in enumerate(pictures):
+                try:
+                    images[index] = await loop.run_in_executor(self._decoders, spec.read, data)
+                except InputError as exc:
+                    if len(pictures) == 1:
+                        raise
+                    entries[index] = PictureError(file=name, error=str(exc))
         if not images:
             raise InputError("none of these is a picture: " + _errors(entries))
-        answer = await self._answerer.predict(np.stack(list(images.values())), deadline_s=within_s)
+        left = end - loop.time()
+        if left <= 0:
+            raise TimeoutError
+        answer = await self._answerer.predict(np.stack(list(images.values())), deadline_s=left)
         names = [pictures[index][0] for index in images]
         answered = picture_answers(answer, names, self._classes, top)
         for index, entry in zip(images, answered, strict=True):
@@ -356,6 +372,17 @@ class HttpApi:
             version=answer.version,
             predictions=[entry for entry in entries if entry is not None],
         )
+
+
+async def _wrong_parameter(_: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    found = (f"{error['loc'][-1]}: {error['msg']}" for error in exc.errors()[:3])
+    return JSONResponse({"error": "; ".join(found)}, 422)
+
+
+async def _elsewhere(_: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    return JSONResponse({"error": exc.detail}, exc.status_code, exc.headers)
 
 
 def _errors(entries: Sequence[PictureAnswer | PictureError | None]) -> str:

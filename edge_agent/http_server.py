@@ -20,6 +20,8 @@ log = logging.getLogger("splitfleet.agent")
 
 CONNECTIONS = 64
 """Open at once; further ones are sent away."""
+HEAD_S = 10.0
+"""How long the head of a request may take to arrive, from the connection or its first byte on."""
 SHUTDOWN_S = 3.0
 """How long connections may take to end when the agent stops; its requests end at once."""
 TOKEN_LENGTH = (16, 512)
@@ -105,7 +107,7 @@ async def serve_http(api: HttpApi, listening: socket.socket) -> AsyncIterator[in
 
     config = uvicorn.Config(
         api.app,
-        http="h11",
+        http=_bounded_protocol(),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -142,3 +144,42 @@ async def serve_http(api: HttpApi, listening: socket.socket) -> AsyncIterator[in
         starting.cancel()
         await asyncio.gather(serving, starting, return_exceptions=True)
         listening.close()
+
+
+def _bounded_protocol() -> type[asyncio.Protocol]:
+    """HTTP over a connection that ends if no request comes: they are few, and others wait."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Bounded(H11Protocol):
+        _overdue: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)  # type: ignore[arg-type]
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._forget()
+
+        def _watch(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._forget()
+            elif self._overdue is None:
+                self._overdue = self.loop.call_later(HEAD_S, self._give_up)
+
+        def _give_up(self) -> None:
+            self._overdue = None
+            if self.conn.their_state is h11.IDLE:
+                self.transport.close()
+
+        def _forget(self) -> None:
+            if self._overdue is not None:
+                self._overdue.cancel()
+                self._overdue = None
+
+    return Bounded

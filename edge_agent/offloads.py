@@ -121,7 +121,7 @@ class Offloads:
             self._counts.late += self._first <= prediction.request < self._next
             return
         elapsed = self._clock() - sent.at
-        self._policy.round_trip.returned(elapsed)
+        self._policy.returned(elapsed)
         self._counts.replies += 1
         self._counts.seconds["round_trip"].observe(elapsed)
         self._counts.bytes_down += len(prediction.tensor or b"")

@@ -125,8 +125,8 @@ def check_images(
     - floats (N, channels, size, size) or (channels, size, size): normalised already; must be
       finite.
 
-    Nothing is resized. Raises :class:`InputError` for anything else, for no images at all and for
-    more than ``max_images``.
+    Nothing is resized, and the result is a copy: a buffer may be filled anew at once. Raises
+    :class:`InputError` for anything else, for no images at all and for more than ``max_images``.
     """
     try:
         array = np.asarray(images)
@@ -158,7 +158,7 @@ def check_images(
     if array.dtype == np.uint8:
         return normalise(array, mean, std)
     with np.errstate(over="ignore"):
-        narrow = np.ascontiguousarray(array, np.float32)
+        narrow = np.array(array, np.float32, order="C")
     if not np.isfinite(narrow).all():
         raise InputError("some pixels are not finite numbers: check how they are normalised")
     return narrow

@@ -12,6 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ops.errors import DiskTrouble
 
@@ -36,12 +37,12 @@ def commit() -> str:
 def show(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console
 ) -> None:
-    """Print rows of cells as a table."""
-    table = Table(title=title)
+    """Print rows of cells as a table; brackets in them are no markup."""
+    table = Table(title=Text(title))
     for column in header:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -73,13 +73,21 @@ class Versions:
         return [mark for mark, holder in marks.items() if holder == version]
 
 
-def read_versions(state_dir: Path) -> Versions:
+def read_versions(state_dir: Path, *, choose_anew: bool = False) -> Versions:
     """The versions of a coordinator's current run.
+
+    With ``choose_anew`` a choice that cannot be read is none.
 
     Raises :class:`SettingsWrong` if there is no run, ``StoreError``.
     """
     run, store, identity = open_store(state_dir)
-    return Versions(run, store, identity, store.kept(), read_choice(store.folder))
+    try:
+        choice = read_choice(store.folder)
+    except StoreError:
+        if not choose_anew:
+            raise
+        choice = ServingChoice()
+    return Versions(run, store, identity, store.kept(), choice)
 
 
 def list_versions(state_dir: Path, *, as_json: bool) -> None:
@@ -140,11 +148,12 @@ def load_version(state_dir: Path, version: str) -> tuple[str, Store, dict[str, A
 def promote(state_dir: Path, version: str) -> None:
     """Let this version answer devices; ``latest`` follows the last closed round again.
 
-    The version is read whole before, so that what serves is never one that cannot be loaded.
+    The version is read whole before, so that what serves is never one that cannot be loaded. A
+    choice before it that is damaged is replaced.
 
     Raises :class:`SettingsWrong` if there is no such version, ``StoreError`` if it is damaged.
     """
-    versions = read_versions(state_dir)
+    versions = read_versions(state_dir, choose_anew=True)
     chosen = None
     if version != "latest":
         chosen = load_checkpoint(versions.store, version, _WORD).version

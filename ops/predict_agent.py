@@ -23,6 +23,8 @@ MOST_BYTES = 1 << 20
 _PICTURE_STATUS = (413, 415, 422)
 _BUSY = (429, 503)
 _LONGEST_PAUSE_S = 5.0
+GRACE_S = 3.0
+"""How much later than promised an answer may come: at the last moment it is the exit's."""
 
 
 class PredictSettings(BaseModel):
@@ -71,7 +73,7 @@ class Agent:
 
     def _post(self, data: bytes, timeout_s: float) -> tuple[int, Mapping[str, str], bytes]:
         place = self.place
-        connection = place.connect(timeout_s)
+        connection = place.connect(timeout_s + GRACE_S)
         query = urlencode({"top": self.top, "timeout_s": f"{min(timeout_s, 600):.3f}"})
         headers = {"Content-Type": "application/octet-stream", "Accept": "application/json"}
         if self.token is not None:

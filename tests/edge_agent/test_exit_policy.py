@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from edge_agent.exit_policy import (
     ALARM,
+    LONGEST_S,
     MOST_AGREEMENT,
     PROBE_S,
     STEP,
@@ -25,8 +26,9 @@ from edge_agent.exit_policy import (
     RoundTrip,
     TokenBucket,
     chance_of_at_most,
+    policy_of,
 )
-from tests.tiny import Array, Clock
+from tests.tiny import Array, Clock, make_serving
 
 
 def make(
@@ -40,6 +42,12 @@ def make(
 
 def at_once(*confidence: float) -> tuple[Array, Array]:
     return np.array(confidence), np.zeros(len(confidence))
+
+
+def test_nothing_is_waited_for_longer_than_the_protocol_allows() -> None:
+    policy = policy_of(make_serving(offload_timeout_s=1e300), 2)
+    assert policy is not None
+    assert policy.timeout_s == LONGEST_S
 
 
 def test_only_above_the_threshold_an_exit_is_sure() -> None:
@@ -61,6 +69,7 @@ def test_audits_are_the_wanted_share_of_sure_images_and_the_same_for_the_same_se
 # -- what an hour may cost ------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     per_h=st.floats(0, 1e5),
     burst_s=st.floats(0, 1000),
@@ -160,11 +169,35 @@ def test_while_round_trips_take_too_long_one_is_tried_now_and_then() -> None:
     clock.advance(PROBE_S)
     over = decider.decide(np.array([0.1]), np.array([0.3]))
     assert over.late.all(), "what is too late already is no probe"
+    assert decider.decide(*at_once(0.9)).exits.all()
+    assert not decider.decide(*at_once(0.1)).late.any(), "nor is what the exit is sure of"
+
+
+def test_a_slow_first_round_trip_is_soon_forgotten_when_others_are_quick() -> None:
+    clock = Clock()
+    decider = make(clock=clock, limits=Limits(latency_s=0.25))
+    decider.returned(0.14)  # expected are three times that
+    held = 0
+    for _ in range(100):
+        if decider.decide(*at_once(0.1)).late.all():
+            held += 1
+        else:
+            clock.advance(0.03)
+            decider.returned(0.03)
+        clock.advance(0.1)
+    assert held == 0
+    assert decider.round_trip.expected_s is not None
+    assert decider.round_trip.expected_s < 0.05
+    decider.round_trip.missed(0.3)
+    assert not decider.decide(*at_once(0.1)).late.any()
+    decider.returned(0.3)
+    assert decider.decide(*at_once(0.1)).late.all(), "that one was not back in time"
 
 
 # -- drift ----------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(trials=st.integers(0, 40), share=st.floats(0, 1), p=st.floats(0.01, 1))
 def test_the_binomial_test_is_exact(trials: int, share: float, p: float) -> None:
     k = int(share * trials)

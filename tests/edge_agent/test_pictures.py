@@ -150,3 +150,9 @@ def test_floats_are_taken_as_they_are() -> None:
 def test_arrays_that_are_no_images_are_refused(images: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         check_images(images, **GREY)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.uint8])
+def test_a_buffer_may_be_filled_anew_while_its_images_are_answered(kind: Any) -> None:
+    buffer = np.zeros((2, 1, 8, 8) if kind is np.float32 else (2, 8, 8, 1), kind)
+    assert not np.shares_memory(check_images(buffer, **GREY), buffer)

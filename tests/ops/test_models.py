@@ -103,6 +103,18 @@ def test_a_damaged_version_is_not_gone_back_to(store: Store, capsys: Output) -> 
     assert read_choice(store.folder).version == 2
 
 
+@pytest.mark.parametrize("version", ["1", "latest"])
+def test_a_damaged_choice_is_replaced_by_the_next(
+    store: Store, version: str, capsys: Output
+) -> None:
+    (store.folder / "serving.json").write_text('{"version": ')
+    assert splitfleet(store, "list") == 5
+    assert "splitfleet model promote" in capsys.readouterr().err
+    assert splitfleet(store, "promote", version) == 0
+    chosen = None if version == "latest" else 1
+    assert read_choice(store.folder).version == chosen
+
+
 def test_a_damaged_manifest_is_listed_as_such(store: Store, capsys: Output) -> None:
     (store.folder / "checkpoints" / "000001" / "manifest.json").write_text("{")
     assert splitfleet(store, "list") == 0

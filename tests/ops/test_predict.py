@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from broker.messages import Network
+from edge_agent.answers import Answer
 from edge_agent.errors import Overloaded
 from edge_agent.http_api import Limits
 from ops.cli import main
@@ -119,6 +121,16 @@ class TestModel:
         assert "version 4 of run-1" in out
         assert "exit" in out
         assert sum(out.count(name) for name in CLASSES) >= 2
+
+    @pytest.mark.parametrize("name", ["photo [copy].png", "d[/red].png"])
+    def test_brackets_in_a_name_are_part_of_it(
+        self, name: str, folder: Path, tmp_path: Path, capsys: Output
+    ) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((folder / "a.png").read_bytes())
+        assert splitfleet(path, "--model", folder / "model") == 0
+        assert name in capsys.readouterr().out
 
     def test_without_a_trained_exit_the_whole_network_answers(
         self, folder: Path, tmp_path: Path, capsys: Output
@@ -304,6 +316,21 @@ class TestAgent:
         error = capsys.readouterr().err
         assert f"http://127.0.0.1:{port}" in error
         assert len(error) < 1000
+
+    def test_an_answer_at_the_last_moment_is_one(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+    ) -> None:
+        late = FakeAnswerer()
+        predict = late.predict
+
+        async def at_the_end(images: Any, *, deadline_s: float | None = None) -> Answer:
+            await asyncio.sleep(2.2)
+            return await predict(images, deadline_s=deadline_s)
+
+        monkeypatch.setattr(late, "predict", at_the_end)
+        with serving_in_thread(late) as port:
+            told = ["--agent", f"127.0.0.1:{port}", "--timeout-s", "2"]
+            assert splitfleet(folder / "a.png", *told) == 0
 
     def test_pauses_that_a_busy_agent_asks_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now, pauses = [0.0], list[float]()
