@@ -156,6 +156,7 @@ def test_agents_that_start_again_are_who_they_were(containers: Containers) -> No
 
     before = places()
     assert len(before.splitlines()) == AGENTS
-    containers.compose("podman", "restart", *reversed(agents))
+    containers.compose("podman", "stop", *agents)
+    containers.compose("podman", "start", *reversed(agents))
     containers.wait(lambda: len(places().splitlines()) == AGENTS, "agents", COMMAND_S)
     assert places() == before
