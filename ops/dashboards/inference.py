@@ -143,10 +143,11 @@ def _who_answers() -> Row:
                 high=1,
             ),
             graph(
-                "Threshold in force, by cut",
-                "Confidence above which an exit answers, mean of the devices: as served, tightened "
-                "by the drift guard where it must be.",
+                "Threshold, by cut",
+                "Confidence above which an exit answers: as the coordinator serves it, and as it "
+                "is in force, mean of the devices; the drift guard tightens it where it must.",
                 Curve(mean("splitfleet_exit_threshold", *REPORTED, by="cut"), "cut {{cut}}"),
+                Curve(series("splitfleet_served_threshold", CUT), "cut {{cut}}, served"),
                 unit="none",
                 low=None,
             ),
@@ -190,8 +191,10 @@ def _how_well() -> Row:
         [
             graph(
                 "Agreement of sure exits with the server, by cut",
-                "From audits: a sampled share of the sure images is sent all the same.",
+                "From audits: a sampled share of the sure images is sent all the same. Beside it "
+                "what was measured on held-out images when the threshold was chosen.",
                 Curve(_agreement(by="cut"), "cut {{cut}}"),
+                Curve(series("splitfleet_served_agreement_ratio", CUT), "cut {{cut}}, held out"),
                 unit=SHARE,
                 high=1,
             ),

@@ -56,11 +56,11 @@ def quantile(q: float, name: str, *matchers: str, by: str = "") -> str:
     return f"histogram_quantile({q:g}, sum{_by(', '.join(filter(None, (by, 'le'))))} ({buckets}))"
 
 
-def average(name: str, *matchers: str, by: str = "") -> str:
-    """The mean of a histogram's values over the last minutes."""
+def average(name: str, *matchers: str, by: str = "", window: str = WINDOW) -> str:
+    """The mean of a histogram's values within ``window``."""
     parts = (f"{name}_sum", f"{name}_count")
-    rates = [f"sum{_by(by)} (rate({series(part, *matchers)}[{WINDOW}]))" for part in parts]
-    return ratio(*rates)
+    gains = [f"sum{_by(by)} (increase({series(part, *matchers)}[{window}]))" for part in parts]
+    return ratio(*gains)
 
 
 def behind(*matchers: str, by: str) -> str:

@@ -6,7 +6,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from ops.dashboards import page
 from ops.dashboards.page import Row
-from ops.dashboards.panels import PER_SECOND, SECONDS, SHARE, Curve, graph, number
+from ops.dashboards.panels import BYTES, PER_SECOND, SECONDS, SHARE, Curve, bars, graph, number
 from ops.dashboards.promql import (
     CUT,
     REPORTED,
@@ -129,6 +129,12 @@ def _rounds() -> Row:
                 stacked=True,
             ),
             graph(
+                "Time of a round",
+                "From its opening to its close, mean of an hour.",
+                Curve(average("splitfleet_round_seconds", window="1h"), "round"),
+                unit=SECONDS,
+            ),
+            graph(
                 "Samples applied, by cut",
                 "Training samples a second, by the cut at which they entered.",
                 Curve(rate("splitfleet_samples_applied", CUT, by="cut"), "cut {{cut}}"),
@@ -140,6 +146,18 @@ def _rounds() -> Row:
                 "How far the device that is furthest behind trains from older parameters than the "
                 "last closed round's. 1 is what a device has that is still fetching them.",
                 Curve(behind(*REPORTED, by="cut"), "cut {{cut}}"),
+            ),
+            graph(
+                "Age of the newest checkpoint",
+                "What a coordinator that fails now would lose.",
+                Curve(f"time() - {series('splitfleet_checkpoint_timestamp_seconds')}", "age"),
+                unit=SECONDS,
+            ),
+            graph(
+                "Size of the newest checkpoint",
+                "Parameters and momentum of the whole network, and what else a round begins with.",
+                Curve(series("splitfleet_checkpoint_bytes"), "checkpoint"),
+                unit=BYTES,
             ),
         ],
     )
@@ -156,6 +174,7 @@ def _losses() -> Row:
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
+                width=12,
             ),
             graph(
                 "At the devices, by reason",
@@ -165,6 +184,7 @@ def _losses() -> Row:
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
+                width=12,
             ),
             graph(
                 "Late samples, by outcome",
@@ -173,6 +193,17 @@ def _losses() -> Row:
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
+                width=12,
+            ),
+            bars(
+                "How old late contributions were",
+                "Those that were folded in within a day, by how many versions old they were at "
+                "most. The last bar has them all.",
+                Curve(
+                    f"sum by (le) (increase({series('splitfleet_late_versions_bucket')}[1d]))",
+                    "{{le}}",
+                ),
+                width=12,
             ),
         ],
     )

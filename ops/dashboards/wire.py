@@ -6,8 +6,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from ops.dashboards import page
 from ops.dashboards.page import Row
-from ops.dashboards.panels import BYTES_PER_SECOND, PER_SECOND, Curve, graph
-from ops.dashboards.promql import REPORTED, increase, rate, ratio, total
+from ops.dashboards.panels import BYTES, BYTES_PER_SECOND, PER_SECOND, SECONDS, Curve, graph
+from ops.dashboards.promql import REPORTED, increase, quantile, rate, ratio, series, total
 
 BYTES_SENT = "splitfleet_message_bytes"
 
@@ -18,7 +18,7 @@ def wire() -> Dashboard:
         "wire",
         "wire and broker",
         "What goes over the broker, how small the codecs make it, and what is lost on the way.",
-        [_traffic(), _links(), _losses()],
+        [_traffic(), _codecs(), _links(), _broker(), _losses()],
         variables=[page.cut(), page.device_class()],
     )
 
@@ -44,6 +44,21 @@ def _traffic() -> Row:
                 stacked=True,
             ),
             graph(
+                "Both ways, by codec",
+                "The same by the codec of the role; none is what carries no tensors.",
+                Curve(rate(BYTES_SENT, by="codec"), "{{codec}}"),
+                unit=BYTES_PER_SECOND,
+                stacked=True,
+            ),
+        ],
+    )
+
+
+def _codecs() -> Row:
+    return Row(
+        "Codecs",
+        [
+            graph(
                 "Bits a value, by cut",
                 "Of activations as devices encode them for training: 32 is no compression at all.",
                 Curve(
@@ -55,6 +70,75 @@ def _traffic() -> Row:
                     "cut {{cut}}",
                 ),
                 unit="none",
+            ),
+            graph(
+                "Time of coding at the devices",
+                "Encoding the activations of a batch, decoding its gradient: medians.",
+                Curve(
+                    quantile(
+                        0.5,
+                        "splitfleet_training_seconds",
+                        'part=~"encode|decode"',
+                        *REPORTED,
+                        by="part",
+                    ),
+                    "{{part}}",
+                ),
+                unit=SECONDS,
+                logarithmic=True,
+            ),
+            graph(
+                "Time of coding at the coordinator",
+                "Decoding the activations of a batch, encoding its gradient: medians.",
+                Curve(quantile(0.5, "splitfleet_server_codec_seconds", by="stage"), "{{stage}}"),
+                unit=SECONDS,
+                logarithmic=True,
+            ),
+        ],
+    )
+
+
+def _broker() -> Row:
+    return Row(
+        "Broker",
+        [
+            graph(
+                "Connection of the coordinator",
+                "1 while the coordinator is connected to the broker.",
+                Curve(series("splitfleet_broker_up"), "connected"),
+                high=1,
+            ),
+            graph(
+                "Clients",
+                "Connected to the broker, as it says itself: the devices, the coordinator, and "
+                "whoever looks on.",
+                Curve(series("splitfleet_broker_clients"), "clients"),
+            ),
+            graph(
+                "Messages dropped by the broker",
+                "Messages a second that it dropped because a client's queue was full. The sender "
+                "is not told.",
+                Curve(rate("splitfleet_broker_messages_dropped"), "dropped"),
+                unit=PER_SECOND,
+                levels=((None, "green"), (1, "red")),
+            ),
+            graph(
+                "Messages kept by the broker",
+                "Retained, and waiting for clients that are slow or away.",
+                Curve(series("splitfleet_broker_stored_messages"), "messages"),
+            ),
+            graph(
+                "Payload kept by the broker",
+                "Of those messages.",
+                Curve(series("splitfleet_broker_stored_bytes"), "payload"),
+                unit=BYTES,
+            ),
+            graph(
+                "Overruns of the coordinator's link",
+                "Messages of QoS 0 a second that the coordinator dropped because they came too "
+                "fast.",
+                Curve(rate("splitfleet_link_overruns"), "overruns"),
+                unit=PER_SECOND,
             ),
         ],
     )
