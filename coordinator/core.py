@@ -142,7 +142,8 @@ class CoordinatorCore:
         if known is None:
             self._observer.message_dropped("fleet_full")
             return []
-        known.heard = self._clock()
+        if not (isinstance(message, Status) and message.state == "offline"):  # the broker's words
+            known.heard = self._clock()
         match message:
             case Activations():
                 out = self._run.activations(known, message)

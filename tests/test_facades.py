@@ -39,6 +39,8 @@ def test_names_are_sorted_and_exist(name: str) -> None:
         "edge_agent.settings",
         "edge_agent.snapshots",
         "ops.cli",
+        "ops.fleet_status",
+        "ops.log_level",
         "ops.predict_agent",
         "tensors.codecs",
         "tensors.deltas",

@@ -93,6 +93,9 @@ def test_what_a_device_reported_and_when_it_was_heard() -> None:
     assert (a.exit_loss, a.exit_accuracy, a.heard_s) == (0.5, 0.75, 30.0)
     server.hear("a", Status(state="online", connection="c1", phase="training"))
     assert (row(server, "a").heard_s, row(server, "a").state) == (0.0, "training")
+    server.clock.now += 60.0
+    server.offline("a")
+    assert row(server, "a").heard_s == 60.0, "a last will is not the device's word"
 
 
 def test_the_share_that_exits_answered() -> None:

@@ -46,13 +46,13 @@ def run(*arguments: str) -> None:
 def test_a_fleet_is_looked_at_and_its_logs_are_turned_up_and_down(
     mosquitto: Mosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    as_json = {"log_format": "json"}
+    common = {"log_format": "json", "precision": "fp32", "memory_format": "contiguous"}
     broker = {"username": "somebody", "password": PASSWORD, "keepalive_s": 5, "backoff_max_s": 2.0}
     with Fleet(
         tmp_path,
         mosquitto.url,
-        coordinator={**as_json, "rounds": 1000, "stall_s": 60},
-        agent={**as_json, "will_delay_s": 1},
+        coordinator={**common, "rounds": 1000, "batches_per_round": 8},
+        agent={**common, "will_delay_s": 1},
         broker=broker,
     ) as fleet:
         fleet.start()

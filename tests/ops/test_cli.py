@@ -30,6 +30,8 @@ def splitfleet(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["agent", "--device", "coordinator"], 2, "is reserved"),
         (["agent", "--device", "a", "--set", "precision=fp8"], 2, "precision"),
         (["agent", "--device", "a", "--broker", "http://x"], 2, "mqtt://HOST"),
+        (["agent", "--device", "a", "--log-format", "xml"], 2, "'human' or 'json'"),
+        (["coordinator", "--log-level", "loud"], 2, "'debug', 'info', 'warning' or 'error'"),
         (["coordinator", "--set", "nonsense=1"], 2, "is not a setting"),
         (["coordinator", "--set", "no equals sign"], 2, "key=value"),
         (["coordinator", "--codec", "int9"], 2, "int8"),
