@@ -400,7 +400,8 @@ class Round(Stamp):
 class CutPolicy(Message):
     """When the exit at a cut answers, and what that came to on held-out images, if there are any.
 
-    ``agreement``: the share of the images it answers for which the whole network says the same.
+    ``agreement``: of the images it answers, at least this share gets the whole network's answer
+    (the lower end of a 95 % interval, so that few images promise little).
     ``accuracy``: that of device and server together. ``offload_rate``: what is left to the server.
     """
 

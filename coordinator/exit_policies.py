@@ -20,6 +20,7 @@ from tensors.calibration import (
     for_accuracy,
     for_offload_rate,
     offload_curve,
+    share_interval,
     top_answers,
 )
 from tensors.exit_rules import ExitRule, confidence, exits
@@ -97,9 +98,10 @@ def calibrate(
             threshold = choice.threshold
     sure = exits(confidence(answers.exit, rule), threshold)
     same = top_answers(answers.exit)[sure] == server[sure]
+    promised = share_interval(int(same.sum()), len(same))[0] if len(same) else None
     return CutPolicy(
         threshold=threshold,
-        agreement=float(same.mean()) if sure.any() else None,
+        agreement=promised,
         accuracy=choice.accuracy,
         offload_rate=choice.offload_rate,
     )

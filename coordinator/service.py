@@ -125,8 +125,8 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         shapes,
         first,
         new_engine,
-        # One more than are answered, for a version that was pinned.
-        Responder(network, compute, versions=settings.serving_versions + 1),
+        # Two more than are answered: for the version that was chosen, and the one chosen before.
+        Responder(network, compute, versions=settings.serving_versions + 2),
         None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
         compute.channels_last,
     )

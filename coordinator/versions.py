@@ -32,7 +32,7 @@ class Version:
 
 
 class Versions:
-    """The last ``keep`` versions of a run and the one that serves.
+    """The last ``keep`` versions of a run, the one that serves and the one that was chosen before.
 
     ``load`` gets a version that is not in memory, None if that cannot be had. ``chosen`` looks up
     which one somebody has chosen to serve, None for that of the last closed round; it may raise
@@ -51,6 +51,8 @@ class Versions:
         self._lock = threading.Lock()
         self._latest = latest
         self._pinned: Version | None = None
+        self._pinned_before: Version | None = None
+        """Devices that have not heard of the change yet still ask about it."""
         self._keep = keep
         self._load = load
         self._held: OrderedDict[int, Version] = OrderedDict([(latest.number, latest)])
@@ -97,7 +99,7 @@ class Versions:
             if version is None:
                 return False
         with self._lock:
-            self._pinned = version
+            self._pinned_before, self._pinned = self._pinned, version
         self.changed()
         return True
 
@@ -114,14 +116,14 @@ class Versions:
         return self._get(number)
 
     def _answers(self, number: int) -> bool:
-        if self._pinned is not None and number == self._pinned.number:
+        if any(number == pinned.number for pinned in self._pins()):
             return True
         recent = self._latest.number - self._keep < number <= self._latest.number
         return recent and number not in self._missing
 
     def _get(self, number: int) -> Version | None:
         with self._lock:
-            for known in (self._pinned, self._latest, self._held.get(number)):
+            for known in (*self._pins(), self._latest, self._held.get(number)):
                 if known is not None and known.number == number:
                     if number in self._held:
                         self._held.move_to_end(number)
@@ -133,6 +135,9 @@ class Versions:
             else:
                 self._hold(version)
         return version
+
+    def _pins(self) -> list[Version]:
+        return [pin for pin in (self._pinned, self._pinned_before) if pin is not None]
 
     def _hold(self, version: Version) -> None:
         self._held[version.number] = version

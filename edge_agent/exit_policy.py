@@ -45,7 +45,7 @@ MOST_AGREEMENT = 0.99
 class Policy:
     """What the coordinator serves for a cut: when its exit is sure, and how long to wait for it.
 
-    ``agreement`` is the expected share of sure images for which the whole network says the same;
+    ``agreement`` is the least expected share of sure images that the whole network answers alike;
     None if it was not measured: then nothing is judged. ``audit_share`` of the sure images are
     offloaded to see whether it is so.
     """
@@ -213,7 +213,8 @@ class ExitPolicy:
         if model != (run, version) or not same:
             self._window.clear()
             self._unjudged = 0
-        if (model and model[0]) != run or policy.agreement is None:
+        judged = policy.agreement is not None and policy.audit_share > 0
+        if (model and model[0]) != run or not judged:
             self._level = 0
 
     @property

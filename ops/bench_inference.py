@@ -11,6 +11,7 @@ client asks another one as often, with payloads of the same size.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +78,7 @@ def _latency(broker: str | None, width: int, rate: float, seconds: float) -> Row
     if not asked:
         raise FleetFailed("the server has not answered a single image")
     cost = [1000 * (answer["round_trip"] - answer["server_forward"]) for answer in asked]
+    cost += [math.inf] * (images - len(asked))  # whose answer never came
     return {
         "rate": f"{rate:g}/s, {len(CUTS)} devices",
         "images": images,
@@ -98,8 +100,8 @@ def _batching(broker: str | None, width: int, pairs: int) -> Row:
         for batch in (TOGETHER, 1) if pair % 2 else (1, TOGETHER):
             with _fleet(broker, width, batch) as served:
                 found = saturate(Load(served, SATURATED_DEVICES, OUTSTANDING, SATURATED_S))
-            if found["refused"]:
-                raise FleetFailed(f"{found['refused']} questions were refused")
+            if found["refused"] or found["lost"]:
+                raise FleetFailed(f"not all questions were answered: {found}")
             measured[batch].append(found["answered_per_s"])
     ratios = [
         together / single for together, single in zip(measured[TOGETHER], measured[1], strict=True)
@@ -142,7 +144,7 @@ def _where(broker: str | None, width: int) -> Row:
 
 
 def _quantiles(values: Iterable[float]) -> str:
-    found = np.quantile(np.fromiter(values, float), (0.5, 0.9, 0.99))
+    found = np.quantile(np.fromiter(values, float), (0.5, 0.9, 0.99), method="higher")
     return " / ".join(f"{value:.2f}" for value in found)
 
 

@@ -56,6 +56,8 @@ CUTS = (2, 3, 4, 5)
 START_S, STOP_S = 120.0, 20.0
 SETTLE_S = 3.0
 """Of asking that is not counted."""
+LOST_S = 5.0
+"""What is not answered by then will not be."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -256,6 +258,7 @@ async def put_load(load: Load) -> dict[str, float]:
     questions = _questions(load.served)
     topics, boot = Topics(load.served.settings.fleet), new_boot()
     answered = refused = number = 0
+    out: dict[int, float] = {}
     transport = MqttTransport(BrokerConfig(url=load.served.url), "load")
     async with asyncio.timeout(START_S + load.seconds), transport:
         link = Link(transport, topics, observer=Traffic(_refuse), clock=time.monotonic)
@@ -263,6 +266,7 @@ async def put_load(load: Load) -> dict[str, float]:
         async def ask(device: str) -> None:
             nonlocal number
             number += 1
+            out[number] = time.monotonic()
             tensors = questions[names[device]]
             tensor = tensors[number % len(tensors)]
             await link.send(
@@ -292,10 +296,12 @@ async def put_load(load: Load) -> dict[str, float]:
                 for _ in range(load.outstanding):
                     await ask(device)
             elif isinstance(message, Prediction):
+                out.pop(message.request, None)
                 answered += now > begun and message.refused is None
                 refused += message.refused is not None
                 await ask(device)
-    return {"answered_per_s": answered / load.seconds, "refused": refused}
+    lost = sum(time.monotonic() - sent > LOST_S for sent in out.values())
+    return {"answered_per_s": answered / load.seconds, "refused": refused, "lost": lost}
 
 
 def _questions(served: Served) -> dict[int, list[bytes]]:

@@ -78,7 +78,10 @@ def fit_picture(picture: Image, size: int, channels: int = 3) -> NDArray[np.uint
 
     mode = {1: "L", 3: "RGB"}[channels]
     picture.draft(mode, (size, size))  # lets JPEG decode straight to a smaller picture
-    upright = ImageOps.exif_transpose(picture).convert(mode)
+    upright = ImageOps.exif_transpose(picture)
+    if "transparency" in upright.info:  # else Pillow warns that it is given up
+        upright = upright.convert("RGBA")
+    upright = upright.convert(mode)
     fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(fitted).reshape(size, size, channels)
 

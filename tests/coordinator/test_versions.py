@@ -69,6 +69,8 @@ def test_what_was_chosen_serves_until_something_else_is() -> None:
     assert shelf.loaded == [1], "it stays in memory"
     assert versions.pin(None)
     assert versions.serving.number == 11
+    assert versions.answers(1), "somebody may not have heard of it yet"
+    assert versions.pin(10)
     assert versions.find(1) is None
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -259,7 +260,7 @@ def test_audits_are_drawn_from_what_was_served_however_tight_it_is() -> None:
 
 
 def test_a_new_version_is_judged_anew_but_not_trusted_more_at_once() -> None:
-    decider = make(agreement=0.95)
+    decider = make(agreement=0.95, audit_share=0.1)
     audit(decider, 0, of=STEP)
     assert decider.drift.level == 1
     policy = decider.policy
@@ -268,6 +269,14 @@ def test_a_new_version_is_judged_anew_but_not_trusted_more_at_once() -> None:
     decider.use(policy, run="run", version=2)
     assert (decider.drift.audits, decider.drift.level) == (0, 1)
     decider.use(policy, run="another", version=2)
+    assert decider.drift.level == 0
+
+
+def test_without_audits_nothing_stays_tight() -> None:
+    decider = make(agreement=0.95, audit_share=0.1)
+    audit(decider, 0, of=STEP)
+    assert decider.drift.level == 1
+    decider.use(replace(decider.policy, audit_share=0.0), run="run", version=1)
     assert decider.drift.level == 0
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def test_it_is_resized_and_normalised_as_the_pictures_it_was_trained_with(tmp_pa
 def test_any_kind_of_8_bit_picture_is_taken(mode: str) -> None:
     assert read_picture(picture(mode), **GREY).shape == (1, 8, 8)
     assert read_picture(picture(mode), **RGB).shape == (3, 8, 8)
+
+
+def test_a_palette_with_transparency_is_taken_without_a_word() -> None:
+    out = io.BytesIO()
+    Image.new("P", (9, 9)).save(out, "PNG", transparency=bytes([0, 128]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_picture(out.getvalue(), **RGB).shape == (3, 8, 8)
 
 
 def deep() -> bytes:
