@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import SecretStr
 
 from broker.config import BrokerConfig
 from edge_agent.answer_counts import Counts
@@ -61,7 +62,6 @@ class Task:
     threshold: float
     """With which the coordinator has them answer; waited for."""
     interface: str
-    seed: int = 0
 
     @classmethod
     def read(cls, text: str) -> Task:
@@ -115,29 +115,15 @@ def shares(test: Dataset, devices: int, images: int) -> list[np.ndarray]:
 
 
 async def measure(task: Task) -> Measured:
-    """Run the agents, ask them, and count. Raises :class:`FleetFailed` if they do not get ready."""
+    """Run the agents, ask them, and count. Raises ``TimeoutError`` if they do not get ready."""
     root = None if task.data_root is None else Path(task.data_root)
     test = load_dataset(task.dataset, "test", root=root)
     rows = shares(test, len(task.cuts), task.images)
     async with contextlib.AsyncExitStack() as stack:
-        edges = []
-        for name, password, cut, own in zip(
-            task.names, task.passwords, task.cuts, rows, strict=True
-        ):
-            settings = AgentSettings(
-                fleet=task.fleet,
-                device=name,
-                cut=cut,
-                state_dir=Path(task.state_dir) / name,
-                networks=task.networks,
-                precision="fp32",
-                memory_format="contiguous",
-            )
-            broker = BrokerConfig.model_validate(
-                {"url": task.url, "username": name, "password": password, "backoff_max_s": 1.0}
-            )
-            data = DeviceData(test, own, None, np.zeros(0, np.int64))
-            edges.append(await stack.enter_async_context(Edge(settings, broker, data=data)))
+        edges = [
+            await stack.enter_async_context(_edge(task, number, test, own))
+            for number, own in enumerate(rows)
+        ]
         async with asyncio.timeout(READY_S):
             await asyncio.gather(*(_follow(edge, task.threshold) for edge in edges))
         for edge, own in zip(edges, rows, strict=True):
@@ -147,7 +133,7 @@ async def measure(task: Task) -> Measured:
         up, down = _link_bytes(task.interface)
         asked = await asyncio.gather(
             *(
-                _ask(edge, test, own, task.images_per_s, seed=task.seed + number)
+                _ask(edge, test, own, task.images_per_s, seed=number)
                 for number, (edge, own) in enumerate(zip(edges, rows, strict=True))
             )
         )
@@ -161,6 +147,27 @@ async def measure(task: Task) -> Measured:
         bytes_up=up_then - up,
         bytes_down=down_then - down,
     )
+
+
+def _edge(task: Task, number: int, test: Dataset, rows: np.ndarray) -> Edge:
+    """A device's agent, which has these test images."""
+    name = task.names[number]
+    settings = AgentSettings(
+        fleet=task.fleet,
+        device=name,
+        cut=task.cuts[number],
+        state_dir=Path(task.state_dir) / name,
+        networks=task.networks,
+        precision="fp32",
+        memory_format="contiguous",
+    )
+    broker = BrokerConfig(
+        url=task.url,
+        username=name,
+        password=SecretStr(task.passwords[number]),
+        backoff_max_s=1.0,
+    )
+    return Edge(settings, broker, data=DeviceData(test, rows, None, np.zeros(0, np.int64)))
 
 
 async def _follow(edge: Edge, threshold: float) -> None:
