@@ -103,14 +103,13 @@ def containers() -> Iterator[Containers]:
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         pytest.skip("podman and Debian's packages are missing: they need root and apt-get")
     fleet = Containers()
+    fleet.compose("down", "--volumes", limit_s=DOWN_S)  # what a run that was killed has left
     fleet.compose("build", limit_s=BUILD_S)
     try:
         fleet.compose("up", "--detach", "--scale", f"agent={AGENTS}")
         yield fleet
     finally:
-        fleet.call(
-            "down", "--volumes", "--remove-orphans", limit_s=DOWN_S
-        )  # agents beyond the default
+        fleet.compose("down", "--volumes", limit_s=DOWN_S)
 
 
 def test_eight_agents_train_a_round_and_prometheus_sees_them(containers: Containers) -> None:
