@@ -158,7 +158,7 @@ class CoordinatorCore:
             case Request():
                 out = self._request(known, message)
             case Telemetry():
-                self._telemetry(device, message)
+                self._telemetry(known, message)
                 out = []
             case Report():
                 out = self._report(known, message)
@@ -245,13 +245,17 @@ class CoordinatorCore:
             return self._run.join(device, (request.run, request.round, request.attempt))
         return []
 
-    def _telemetry(self, device: str, report: Telemetry) -> None:
-        gain = self._ledger.enter(device, report)
+    def _telemetry(self, device: Device, report: Telemetry) -> None:
+        gain = self._ledger.enter(device.name, report)
         if gain is None:
             self._observer.message_dropped("redelivered")
             return
         for fault in sorted(gain.faults):
             self._observer.message_dropped(fault)
+        device.device_class = gain.device_class
+        for (metric, label), images in gain.counters.items():
+            if metric == "predictions":
+                device.predictions[label] += int(images)
         self._observer.telemetry(gain)
 
     def _report(self, device: Device, report: Report) -> list[Envelope]:

@@ -34,6 +34,10 @@ class Device:
     """Its last account of an attempt."""
     heard: float | None = None
     """When it last said something, on the coordinator's clock."""
+    device_class: str = ""
+    """As it says in its telemetry; unknown until then."""
+    predictions: Counter[str] = field(default_factory=Counter)
+    """Images answered since the coordinator began, by who answered."""
 
     @property
     def state(self) -> str:

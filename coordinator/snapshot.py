@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.messages import RunPhase
+from broker.telemetry import METRICS
 from coordinator.health import Health
 from coordinator.ledger import Ledger
 from coordinator.open_rounds import OpenRounds
@@ -76,6 +77,7 @@ def fleet_status(
         closed=_closed_round(standing.records),
         serving=serving,
         bytes=_by_role(standing.traffic),
+        predictions=_predictions(devices),
         online=sum(device.online for device in devices),
         known=len(devices),
         states=dict(Counter(device.state for device in devices)),
@@ -144,10 +146,10 @@ def _device_row(
     sizes: Mapping[tuple[str, str], int],
     now: float,
 ) -> DeviceStatus:
-    report, inference, heard = device.report, device.inference, device.heard
-    rate = inference.exits / inference.images if inference and inference.images else None
+    report, heard = device.report, device.heard
     return DeviceStatus(
         name=device.name,
+        device_class=device.device_class,
         state=device.state,
         cut=device.cut,
         heard_s=None if heard is None else round(max(0.0, now - heard), 3),
@@ -162,10 +164,18 @@ def _device_row(
         share=device.load.share,
         exit_loss=report.exit_loss if report else None,
         exit_accuracy=report.exit_accuracy if report else None,
-        exit_rate=rate,
+        predictions=_predictions([device]),
         bytes_up=sizes.get((device.name, "up"), 0),
         bytes_down=sizes.get((device.name, "down"), 0),
     )
+
+
+def _predictions(devices: Sequence[Device]) -> dict[str, int]:
+    """Images answered by all of them, by who answered."""
+    counts: Counter[str] = Counter(dict.fromkeys(METRICS["predictions"].values, 0))
+    for device in devices:
+        counts.update(device.predictions.copy())
+    return dict(counts)
 
 
 def _open_samples(ledger: Ledger | None, *, current: bool) -> int:

@@ -19,11 +19,14 @@ class DeviceStatus(_Model):
     """One device. ``heard_s`` ago it sent a message; None if not since the coordinator started.
 
     ``samples`` are those that were merged, ``open_samples`` those trained on since; ``share`` is
-    what it is given of its work. Losses, accuracies and shares are None until they are known;
-    ``bytes_up`` and ``bytes_down`` are of this run, what goes to several devices left out.
+    what it is given of its work. Loss and accuracy of the exit are None until they are known.
+    ``predictions``: images answered since the coordinator began, by ``exit``, ``server`` or
+    ``fallback``. ``bytes_up`` and ``bytes_down`` are of this run, what goes to several devices left
+    out.
     """
 
     name: str
+    device_class: str
     state: str
     cut: int | None
     heard_s: float | None
@@ -35,7 +38,7 @@ class DeviceStatus(_Model):
     share: float
     exit_loss: float | None
     exit_accuracy: float | None
-    exit_rate: float | None
+    predictions: dict[str, int]
     bytes_up: int
     bytes_down: int
 
@@ -95,6 +98,7 @@ class FleetStatus(_Model):
     closed: ClosedRound | None
     serving: ServingStatus
     bytes: dict[str, int]
+    predictions: dict[str, int]
     online: int
     known: int
     states: dict[str, int]

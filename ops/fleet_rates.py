@@ -24,10 +24,11 @@ class DeviceRates:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """By device, and bytes by ``direction/role``; all per second."""
+    """By device, bytes by ``direction/role``, images answered by whom; all per second."""
 
     devices: Mapping[str, DeviceRates] = field(default_factory=dict)
     bytes: Mapping[str, float] = field(default_factory=dict)
+    predictions: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, device: str) -> DeviceRates:
         """Those of a device, as far as they are known."""
@@ -62,11 +63,11 @@ class Meter:
                 up = _rate(earlier.bytes_up, device.bytes_up, seconds)
                 down = _rate(earlier.bytes_down, device.bytes_down, seconds)
             devices[device.name] = DeviceRates(self._samples.get(device.name), up, down)
-        roles = {
-            role: _rate(before.bytes.get(role, 0), size, seconds) or 0.0
-            for role, size in now.bytes.items()
-        }
-        return Rates(devices, roles)
+        return Rates(
+            devices,
+            _rates(before.bytes, now.bytes, seconds),
+            _rates(before.predictions, now.predictions, seconds),
+        )
 
     def _count_samples(self, now: FleetStatus) -> None:
         before, self._settled = self._settled, now
@@ -78,6 +79,10 @@ class Meter:
             device.name: _rate(known.get(device.name), _samples(device), seconds)
             for device in now.devices
         }
+
+
+def _rates(before: Mapping[str, int], now: Mapping[str, int], seconds: float) -> dict[str, float]:
+    return {key: _rate(before.get(key, 0), count, seconds) or 0.0 for key, count in now.items()}
 
 
 def _comparable(before: FleetStatus, now: FleetStatus) -> bool:

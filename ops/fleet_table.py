@@ -70,8 +70,12 @@ def _lines(status: FleetStatus, rates: Rates | None) -> list[str]:
         if status.closed.exit_accuracy:
             scores.append(f"exits {_by_cut(status.closed.exit_accuracy, percent)}")
         lines.append(f"after round {status.closed.number}: {', '.join(scores)}")
-    flows = status.bytes if rates is None else rates.bytes
+    answers = status.predictions if rates is None else rates.predictions
     per = "" if rates is None else "/s"
+    if any(status.predictions.values()):
+        parts = ", ".join(f"{who} {amount(images)}" for who, images in answers.items())
+        lines.append(f"images answered{per}: {parts}")
+    flows = status.bytes if rates is None else rates.bytes
     return lines + [line for direction in ("up", "down") for line in _flow(direction, flows, per)]
 
 
@@ -137,10 +141,16 @@ def _cells(device: DeviceStatus, rates: Rates | None) -> list[str]:
         _ago(device.heard_s),
         amount(of.samples),
         MISSING if device.exit_loss is None else f"{device.exit_loss:.2f}",
-        MISSING if device.exit_rate is None else f"{100 * device.exit_rate:.0f} %",
+        _exits(device.predictions),
         MISSING if of.up is None else short_size(of.up),
         MISSING if of.down is None else short_size(of.down),
     ]
+
+
+def _exits(predictions: Mapping[str, int]) -> str:
+    """The share of a device's answers that its exit gave, because it was sure."""
+    answers = sum(predictions.values())
+    return f"{100 * predictions.get('exit', 0) / answers:.0f} %" if answers else MISSING
 
 
 def _style(device: DeviceStatus) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from broker.messages import Report, Status
+from broker.messages import Report, Status, Telemetry
 from coordinator import snapshot
 from coordinator.health import Health
 from coordinator.status import DeviceStatus, FleetStatus
-from tests.fake_coordinator import Harness, inference_report
+from tests.fake_coordinator import Harness
 
 WELL = Health(ok=True, broker_connected=True)
 
@@ -28,6 +28,18 @@ def row(server: Harness, name: str) -> DeviceStatus:
 def account(server: Harness, **changes: Any) -> Report:
     run, number, attempt = server.round.stamp
     return Report(run=run, round=number, attempt=attempt, **changes)
+
+
+def make_telemetry(number: int, predictions: dict[str, float]) -> Telemetry:
+    return Telemetry(
+        boot="b",
+        number=number,
+        uptime_s=0.0,
+        cut=2,
+        device_class="raspberry-pi-4",
+        radio="wifi",
+        counters={"predictions": predictions},
+    )
 
 
 def test_a_coordinator_that_waits_for_devices() -> None:
@@ -98,12 +110,18 @@ def test_what_a_device_reported_and_when_it_was_heard() -> None:
     assert row(server, "a").heard_s == 60.0, "a last will is not the device's word"
 
 
-def test_the_share_that_exits_answered() -> None:
-    server = Harness(rounds=1, inference=True)
-    server.join("a", 2, test_samples=4)
-    server.train("a")
-    server.hear("a", inference_report(server, images=4, exits=3))
-    assert row(server, "a").exit_rate == 0.75
+def test_who_answered_and_on_what_kind_of_device() -> None:
+    server = Harness(min_devices=3)
+    server.join("a", 2)
+    server.join("b", 3)
+    assert row(server, "a").device_class == ""
+    server.hear("a", make_telemetry(1, {"exit": 10, "server": 4}))
+    server.hear("a", make_telemetry(2, {"exit": 12, "server": 4, "fallback": 1}))
+    server.hear("b", make_telemetry(1, {"exit": 1}))
+    a = row(server, "a")
+    assert a.device_class == "raspberry-pi-4"
+    assert a.predictions == {"exit": 12, "server": 4, "fallback": 1}
+    assert status(server).predictions == {"exit": 13, "server": 4, "fallback": 1}
 
 
 def test_after_a_restart_devices_are_there_but_have_not_been_heard() -> None:

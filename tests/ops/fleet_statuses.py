@@ -11,6 +11,7 @@ from coordinator.status import ClosedRound, DeviceStatus, FleetStatus, RoundStat
 def make_device(name: str = "cam-1", **changes: Any) -> DeviceStatus:
     fields: dict[str, Any] = {
         "name": name,
+        "device_class": "generic",
         "state": "training",
         "cut": 2,
         "heard_s": 3.2,
@@ -22,7 +23,7 @@ def make_device(name: str = "cam-1", **changes: Any) -> DeviceStatus:
         "share": 1.0,
         "exit_loss": 0.512,
         "exit_accuracy": 0.81,
-        "exit_rate": 0.6,
+        "predictions": {"exit": 60, "server": 30, "fallback": 10},
         "bytes_up": 12_000_000,
         "bytes_down": 3_400_000,
     }
@@ -68,6 +69,7 @@ def make_status(*devices: DeviceStatus, **changes: Any) -> FleetStatus:
         ),
         "serving": ServingStatus(version=2, pinned=False, waiting_images=0),
         "bytes": {"down/gradient": 3_400_000, "up/activation": 12_000_000},
+        "predictions": {"exit": 60, "server": 30, "fallback": 10},
         "online": sum(device.state != "offline" for device in devices),
         "known": len(devices),
         "states": {},

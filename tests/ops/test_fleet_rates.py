@@ -19,6 +19,7 @@ def test_rates_are_differences_over_the_coordinators_own_time() -> None:
     assert rates.of("a").samples == 16
     assert (rates.of("a").up, rates.of("a").down, rates.of("a").bytes) == (250, 0, 250)
     assert rates.bytes == {"up/activation": 200}
+    assert rates.predictions == {"exit": 0, "server": 0, "fallback": 0}
 
 
 def test_a_device_that_is_new_has_none_yet() -> None:

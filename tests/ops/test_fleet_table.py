@@ -23,7 +23,7 @@ def test_a_fleet_in_80_columns() -> None:
     found = lines(
         make_status(
             make_device("cam-1"),
-            make_device("cam-2", cut=None, exit_loss=None, exit_rate=None, heard_s=None),
+            make_device("cam-2", cut=None, exit_loss=None, predictions={}, heard_s=None),
             make_device("a-name-that-is-much-too-long-for-this", state="answering", heard_s=7300),
         )
     )
@@ -33,6 +33,7 @@ def test_a_fleet_in_80_columns() -> None:
         "round 3 of 6, 120 of 400 batches, 1 of 2 devices done, 8.0 s, 9 min 52 s left",
         "whole network's loss 2: 1.25  5: 1.50",
         "after round 2: full network 80.1 %, exits 2: 70.0 %  5: 75.0 %",
+        "images answered: exit 60, server 30, fallback 10",
         "bytes up: activation 12 MB",
         "bytes down: gradient 3.4 MB",
         "device                cut      state  heard  samples  loss  exits     up    down",
@@ -43,9 +44,10 @@ def test_a_fleet_in_80_columns() -> None:
 
 
 def test_rates_stand_in_place_of_totals() -> None:
-    rates = Rates({"cam-1": DeviceRates(150.4, 2e6, 512.0)}, {"up/activation": 2e6})
+    rates = Rates({"cam-1": DeviceRates(150.4, 2e6, 512.0)}, {"up/activation": 2e6}, {"exit": 2.5})
     found = lines(make_status(make_device("cam-1"), make_device("cam-2")), rates=rates)
     assert "bytes up/s: activation 2 MB" in found
+    assert "images answered/s: exit 2.5" in found
     assert found[-3].split()[-2:] == ["up/s", "down/s"]
     assert "samples/s" in found[-3]
     assert found[-2].split()[5:] == ["150", "0.51", "60", "%", "2", "MB", "512", "B"]
@@ -54,7 +56,7 @@ def test_rates_stand_in_place_of_totals() -> None:
 
 def test_what_is_wrong_stands_out() -> None:
     ill = Health(ok=False, problem="no connection to the broker")
-    found = lines(make_status(health=ill, round=None, closed=None, bytes={}))
+    found = lines(make_status(health=ill, round=None, closed=None, bytes={}, predictions={}))
     assert "broker away" in found[1]
     assert found[2] == "problem: no connection to the broker"
 
