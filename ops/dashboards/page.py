@@ -125,7 +125,7 @@ def _alerts() -> dashboard.AnnotationQuery:
         .enable(enable=True)
         .hide(hide=False)
         .icon_color("red")
-        .expr('ALERTS{alertstate="firing", alertname=~"Splitfleet.*"}')
+        .expr(series("ALERTS", 'alertstate="firing"', 'alertname=~"Splitfleet.*"'))
         .title_format("{{alertname}}")
         .tag_keys("severity")
         .step("15s")
