@@ -63,6 +63,8 @@ class Keeper(Protocol):
 
     def save_result(self, result: dict[str, Any]) -> None: ...
 
+    def result_version(self) -> int | None: ...
+
 
 class Run:
     """Opens, closes, extends and abandons rounds, and sends what they merge to."""
@@ -419,6 +421,8 @@ class Run:
 
     def _begin_inference(self) -> list[Envelope]:
         self._rounds.end()
+        if self._store.result_version() == self.published.version:  # before a restart
+            return self._end()
         if not self._settings.inference:
             if self._due is None:
                 self._due = self._clock() + REPORTS_S
@@ -437,6 +441,9 @@ class Run:
     def _finish(self) -> list[Envelope]:
         self._due = None
         self._store.save_result(self._result())
+        return self._end()
+
+    def _end(self) -> list[Envelope]:
         self._set_phase("finished")
         return [self.announcement()]
 

@@ -230,6 +230,14 @@ class Store:
         with _disk(path):
             write_file(path, _json(result))
 
+    def result_version(self) -> int | None:
+        """Of which version the run's result is; None if there is none that can be read."""
+        try:
+            found = json.loads((self.folder / "result.json").read_bytes())
+            return int(found["version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def _save(self, parent: Path, checkpoint: Checkpoint) -> None:
         clear_leftovers(parent)
         newest = max((int(folder.name) for folder in _numbered(parent)), default=-1)

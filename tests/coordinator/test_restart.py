@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,23 @@ def test_a_restart_after_the_last_round_goes_on_with_the_inference() -> None:
     second.wait(60)
     second.hear("a", inference_report(second))
     assert second.core.finished
+
+
+def test_a_run_that_has_its_result_is_not_measured_again() -> None:
+    server = Harness(rounds=1, inference=True)
+    server.join("a", 2, test_samples=4)
+    server.train("a")
+    server.hear("a", inference_report(server))
+    assert server.core.finished
+    (path,) = server.folder.glob("*/result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"left": "alone"}))
+
+    again = Harness(server.folder, rounds=1, inference=True)
+    again.wait(1)
+    assert again.core.finished
+    assert "left" in json.loads(path.read_text())
+
+    path.write_text("torn")
+    torn = Harness(server.folder, rounds=1, inference=True)
+    torn.wait(1)
+    assert not torn.core.finished
