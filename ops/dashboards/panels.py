@@ -141,6 +141,8 @@ def graph(
         for name, color in COLORS.get(curve.legend, {}).items():
             fixed = {"mode": "fixed", "fixedColor": color}
             panel.override_by_name(name, [model.DynamicConfigValue(id_val="color", value=fixed)])
+    if many:
+        panel.axis_soft_max(0.1)
     if low is not None:
         panel.min(low)
     if high is not None:
@@ -191,14 +193,12 @@ def rows(
     key: str,
     columns: Mapping[str, tuple[str, str]],
     *,
-    hidden: Sequence[str] = (),
     link: str = "",
-    width: int = 24,
 ) -> table.Panel:
     """A row for each value of the label ``key``.
 
-    ``columns`` has an expression and a unit for each heading; ``hidden`` are labels not to show.
-    A value of ``key`` leads to ``link``, in which ``${__value.text}`` stands for it.
+    ``columns`` has an expression and a unit for each heading. A value of ``key`` leads to ``link``,
+    in which ``${__value.text}`` stands for it.
     """
     curves = [Curve(expr, heading) for heading, (expr, _) in columns.items()]
     panel = (
@@ -207,16 +207,21 @@ def rows(
         .description(description)
         .datasource(SOURCE)
         .targets(_queries(curves, instant=True, form=PromQueryFormat.TABLE))
-        .span(width)
+        .span(24)
         .height(9)
         .filterable(filterable=True)
+        .min_width(80)
     )
     names = {f"Value #{_ref(number)}": heading for number, heading in enumerate(columns)}
-    gone = dict.fromkeys(("Time", *hidden), True)
     merge = model.DataTransformerConfig(id_val="merge", options={})
     panel.with_transformation(merge).with_transformation(
         model.DataTransformerConfig(
-            id_val="organize", options={"excludeByName": gone, "renameByName": names}
+            id_val="organize",
+            options={
+                "excludeByName": {"Time": True},
+                "renameByName": names,
+                "indexByName": {key: 0},
+            },
         )
     )
     for heading, (_, unit) in columns.items():
