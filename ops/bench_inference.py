@@ -100,8 +100,8 @@ def _batching(broker: str | None, width: int, pairs: int) -> Row:
         for batch in (TOGETHER, 1) if pair % 2 else (1, TOGETHER):
             with _fleet(broker, width, batch) as served:
                 found = saturate(Load(served, SATURATED_DEVICES, OUTSTANDING, SATURATED_S))
-            if found["refused"] or found["lost"]:
-                raise FleetFailed(f"not all questions were answered: {found}")
+            if found["refused"]:
+                raise FleetFailed(f"{found['refused']} questions were refused")
             measured[batch].append(found["answered_per_s"])
     ratios = [
         together / single for together, single in zip(measured[TOGETHER], measured[1], strict=True)
