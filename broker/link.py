@@ -18,7 +18,7 @@ from broker.envelopes import Envelope, channel, decode_message, encode_message
 from broker.errors import MessageError, TopicError
 from broker.frames import OVERHEAD, Limits, Reassembler, split
 from broker.messages import LOSSY, Message
-from broker.topics import Address, Topics
+from broker.topics import SYSTEM, Address, Topics
 from broker.transport import Connected, Disconnected, Transport
 
 log = logging.getLogger("splitfleet.link")
@@ -145,7 +145,10 @@ class Framing:
 
 
 class Link:
-    """Sends and receives messages. Belongs to one event loop, as its transport does."""
+    """Sends and receives messages. Belongs to one event loop, as its transport does.
+
+    ``system`` is told what the broker says of itself, topic and payload, if that is subscribed to.
+    """
 
     def __init__(
         self,
@@ -156,8 +159,10 @@ class Link:
         clock: Callable[[], float],
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         limits: Limits | None = None,
+        system: Callable[[str, bytes], None] | None = None,
     ) -> None:
         self._transport = transport
+        self._system = system
         self._clock = clock
         self._framing = Framing(
             topics,
@@ -216,6 +221,10 @@ class Link:
                 case Disconnected(reason):
                     log.warning("no connection to the broker (%s); trying again", reason)
                     return event
+            if self._system is not None and event.topic.startswith(SYSTEM):
+                self._system(event.topic, event.payload)
+                event.ack()
+                continue
             envelope = self._framing.open(event.topic, event.payload)
             event.ack()
             if envelope is not None:

@@ -50,6 +50,20 @@ REFUSALS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
 _REFUSED = tuple(f"refused:{reason}" for reason in (*REFUSALS, "other", "nonsense"))
 
+AGENT_DROPS = (
+    "corrupt",
+    "foreign_version",
+    "invalid",
+    "malformed",
+    "oversized",
+    "reassembly_full",
+    "reassembly_timeout",
+    "too_busy",
+    "unexpected_topic",
+    "other",
+)
+"""Why a device drops a message; ``other`` stands for what is not named."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
@@ -69,7 +83,7 @@ class Metric:
     bounds: tuple[float, ...] = ()
     by_device: bool = False
     """Shown for each device, as far as devices are shown one by one."""
-    fold: Literal["sum", "mean"] = "sum"
+    fold: Literal["sum", "mean", "min", "max"] = "sum"
     most_per_s: float = 1e6
 
     @property
@@ -81,6 +95,7 @@ class Metric:
 def _metrics() -> Iterable[Metric]:
     yield from _answering()
     yield from _training()
+    yield from _being()
 
 
 def _answering() -> Iterable[Metric]:
@@ -196,10 +211,146 @@ def _answering() -> Iterable[Metric]:
 
 def _training() -> Iterable[Metric]:
     yield Metric(
+        name="batches_made",
+        kind="counter",
+        help="Training batches that devices computed and encoded",
+        by_device=True,
+    )
+    yield Metric(
+        name="batches_lost",
+        kind="counter",
+        help="Batches that came to nothing at the device: no answer in time, activations that were "
+        "not finite, or given up while there was no connection",
+        label="reason",
+        values=("timeout", "not_finite", "superseded", "expired_offline"),
+    )
+    yield Metric(
+        name="gradients_late",
+        kind="counter",
+        help="Gradients that came after their time-out and changed nothing",
+    )
+    yield Metric(
+        name="activation_values",
+        kind="counter",
+        help="Values of activations that devices encoded for training",
+        most_per_s=1e11,
+    )
+    yield Metric(
+        name="activation_bytes",
+        kind="counter",
+        help="What those values took, encoded",
+        most_per_s=1e10,
+    )
+    yield Metric(
+        name="exit_training_images",
+        kind="counter",
+        help="Images that exits learnt from",
+    )
+    yield Metric(
+        name="exit_training_correct",
+        kind="counter",
+        help="Of those, images that the exit got right before it learnt from them",
+    )
+    yield Metric(
+        name="exit_training_loss",
+        kind="counter",
+        help="Cross entropy of the exit, summed over those images",
+    )
+    yield Metric(
+        name="training_seconds",
+        kind="histogram",
+        help="Parts of a batch's work on the device: layers and exit forward, encoding of the "
+        "activations, decoding of the gradient, backward with the step",
+        label="part",
+        values=("forward", "encode", "decode", "backward"),
+        bounds=SECONDS_BOUNDS,
+    )
+    yield Metric(
         name="round_trip_seconds",
         kind="histogram",
         help="From a device sending activations to having their gradient",
         bounds=SECONDS_BOUNDS,
+    )
+    yield Metric(
+        name="gradient_staleness_batches",
+        kind="histogram",
+        help="How many other batches a device learnt from between making a batch and learning "
+        "from its gradient",
+        bounds=(0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    )
+    yield Metric(
+        name="batches_in_flight",
+        kind="gauge",
+        help="Batches that are sent and not answered yet",
+    )
+    yield Metric(
+        name="batches_kept",
+        kind="gauge",
+        help="Batches that wait at devices for a connection",
+    )
+    yield Metric(
+        name="credits",
+        kind="gauge",
+        help="Batches that devices may have out",
+    )
+
+
+def _being() -> Iterable[Metric]:
+    yield Metric(
+        name="held_version",
+        kind="gauge",
+        help="Version of the parameters that a device trains from; of several the oldest",
+        by_device=True,
+        fold="min",
+    )
+    yield Metric(
+        name="uptime_seconds",
+        kind="gauge",
+        help="Since the agent started; of several the shortest",
+        by_device=True,
+        fold="min",
+    )
+    yield Metric(
+        name="reconnects",
+        kind="counter",
+        help="Connections to the broker after the first one of a boot",
+        by_device=True,
+    )
+    yield Metric(
+        name="agent_cpu_seconds",
+        kind="counter",
+        help="Processor time of the agent's process",
+        by_device=True,
+        most_per_s=1024,
+    )
+    yield Metric(
+        name="agent_memory_bytes",
+        kind="gauge",
+        help="Resident memory of the agent's process",
+        by_device=True,
+    )
+    yield Metric(
+        name="temperature_celsius",
+        kind="gauge",
+        help="The hottest sensor of the device, where there is one; of several devices the hottest",
+        by_device=True,
+        fold="max",
+    )
+    yield Metric(
+        name="agent_message_bytes",
+        kind="counter",
+        help="Application payload over the devices' links, broadcasts counted at every device",
+        label="direction",
+        values=("up", "down"),
+        by_device=True,
+        most_per_s=1e10,
+    )
+    yield Metric(
+        name="agent_messages_dropped",
+        kind="counter",
+        help="Messages that devices did not understand or had no room for",
+        label="reason",
+        values=AGENT_DROPS,
     )
 
 

@@ -15,6 +15,8 @@ from typing import Literal
 from broker.errors import TopicError
 
 ROOT = "splitfleet"
+SYSTEM = "$SYS/"
+"""Topics that begin so are the broker's own."""
 COORDINATOR = "coordinator"
 RESERVED = frozenset({COORDINATOR, "operator", "monitor"})
 
@@ -204,7 +206,7 @@ class Topics:
 
     def coordinator_grants(self) -> tuple[Grant, ...]:
         """All the coordinator may do: the whole fleet, and the broker's own figures."""
-        return (Grant("readwrite", f"{self._base}/#"), Grant("read", "$SYS/#"))
+        return (Grant("readwrite", f"{self._base}/#"), Grant("read", f"{SYSTEM}#"))
 
 
 def matches(topic_filter: str, topic: str) -> bool:

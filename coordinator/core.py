@@ -107,6 +107,7 @@ class CoordinatorCore:
 
     def connected(self) -> list[Envelope]:
         """The broker is there (again), maybe without its retained messages: say them all."""
+        self._observer.connection(up=True)
         out = [to_all(Coordinator(state="online", boot=self._boot))]
         out += [
             self._run.assignment(device)
@@ -117,6 +118,7 @@ class CoordinatorCore:
 
     def disconnected(self) -> list[Envelope]:
         """The broker is gone: everything waits, deadlines too."""
+        self._observer.connection(up=False)
         self._run.disconnected()
         return []
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -22,7 +24,8 @@ class GradientEncoder:
     ``bytes_per_sample`` is a budget for each image; with ``follow_link`` a gradient is not larger
     than the activations that it answers, which takes a link for as fast down as it is up. Both only
     make the levels fewer, for each device by what was learnt of its gradients before. ``logits``
-    says whether the whole network's answers go with the gradient. Safe to share between threads.
+    says whether the whole network's answers go with the gradient. ``took`` is told the seconds, by
+    ``clock``, that a gradient took. Safe to share between threads.
     """
 
     def __init__(
@@ -34,6 +37,8 @@ class GradientEncoder:
         follow_link: bool = False,
         encode: Encode = Codec.encode,
         logits: bool = False,
+        took: Callable[[float], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._codec = codec
         self._masked = masked and codec.levels is not None and not codec.per_channel
@@ -41,6 +46,8 @@ class GradientEncoder:
         self._follow_link = follow_link
         self._encode = encode
         self._logits = logits
+        self._took = took
+        self._clock = clock
         self._rates: dict[str, RateController] = defaultdict(lambda: RateController(codec))
         self._lock = threading.Lock()
 
@@ -60,16 +67,24 @@ class GradientEncoder:
 
         ``spent`` bytes of the budget are gone: what else is in the message.
         """
-        keep = relu_mask(answered.tensor) if self._masked else None
-        budget = max(1.0, self._budget(answered) - spent)
+        started = self._clock()
         try:
-            if math.isinf(budget):
-                return self._encode(self._codec, gradient, keep=keep, seed=answered.batch)
-            with self._lock:
-                rated = self._rates[device].encode(gradient, budget, keep=keep, seed=answered.batch)
-            return rated.data
+            budget = max(1.0, self._budget(answered) - spent)
+            return self._encode_within(budget, device, gradient, answered)
         except CodecError:  # its range is too small for this one; the receiver reads any codec
             return parse_codec("fp32").encode(gradient)
+        finally:
+            self._took(self._clock() - started)
+
+    def _encode_within(
+        self, budget: float, device: str, gradient: torch.Tensor, answered: Activations
+    ) -> Encoded:
+        keep = relu_mask(answered.tensor) if self._masked else None
+        if math.isinf(budget):
+            return self._encode(self._codec, gradient, keep=keep, seed=answered.batch)
+        with self._lock:
+            rated = self._rates[device].encode(gradient, budget, keep=keep, seed=answered.batch)
+        return rated.data
 
     def _budget(self, answered: Activations) -> float:
         budget = math.inf

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from broker.messages import Report
+from collections.abc import Mapping
+from typing import Literal
+
+from broker.messages import CutPolicy, Report
 from coordinator.telemetry import Gain
+
+Codec = Literal["decode", "encode"]
 
 
 class Observer:
     """Does nothing; override what is of interest.
 
-    Called from the thread of the training machine, and what is about answers from that of the
-    answering one.
+    Called from the thread of the training machine, what is about answers from that of the answering
+    one, and :meth:`codec_took` from any.
     """
 
     def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
@@ -59,8 +64,17 @@ class Observer:
     def answers_waiting(self, images: int) -> None:
         """So many images wait for their turn now."""
 
-    def serving(self, version: int, *, pinned: bool) -> None:
-        """Another version answers images."""
+    def serving(self, version: int, *, pinned: bool, cuts: Mapping[str, CutPolicy]) -> None:
+        """Another version answers images, or with other policies; those by cut."""
+
+    def codec_took(self, stage: Codec, seconds: float) -> None:
+        """A batch's activations were decoded, or its gradient encoded, in so many seconds."""
+
+    def checkpoint(self, size: int, *, written: float) -> None:
+        """The newest checkpoint has so many bytes and was written then, in seconds since 1970."""
+
+    def connection(self, *, up: bool) -> None:
+        """The broker is there, or gone."""
 
     def phase(self, phase: str) -> None:
         """gathering, training, inference or finished."""
@@ -128,9 +142,21 @@ class Observers(Observer):
         for observer in self._observers:
             observer.answers_waiting(images)
 
-    def serving(self, version: int, *, pinned: bool) -> None:
+    def serving(self, version: int, *, pinned: bool, cuts: Mapping[str, CutPolicy]) -> None:
         for observer in self._observers:
-            observer.serving(version, pinned=pinned)
+            observer.serving(version, pinned=pinned, cuts=cuts)
+
+    def codec_took(self, stage: Codec, seconds: float) -> None:
+        for observer in self._observers:
+            observer.codec_took(stage, seconds)
+
+    def checkpoint(self, size: int, *, written: float) -> None:
+        for observer in self._observers:
+            observer.checkpoint(size, written=written)
+
+    def connection(self, *, up: bool) -> None:
+        for observer in self._observers:
+            observer.connection(up=up)
 
     def phase(self, phase: str) -> None:
         for observer in self._observers:

@@ -61,6 +61,8 @@ class Keeper(Protocol):
 
     def save(self, checkpoint: Checkpoint) -> None: ...
 
+    def newest(self) -> tuple[int, float] | None: ...
+
     def save_result(self, result: dict[str, Any]) -> None: ...
 
 
@@ -96,6 +98,7 @@ class Run:
         self._number = max(checkpoint.round, store.announced()[0] - 1)
         self._attempt = 0
         self._returning_until = clock() + settings.return_wait_s if checkpoint.registry else None
+        self._tell_of_checkpoint()
         self._history = History(name, checkpoint.history, recent=max(1, settings.staleness) + 1)
         self._traffic = TrafficLog(checkpoint.traffic, traffic)
         self._workload = Workload(settings, checkpoint.scheduler)
@@ -398,6 +401,7 @@ class Run:
             device.samples += folded.samples
         policies = self._serving.close(self.published)
         self._store.save(self._checkpoint(record, policies))
+        self._tell_of_checkpoint()
         self._serving.publish()
         self._observer.round_ended(self._number, "closed", record)
         self._set_phase("gathering")
@@ -489,6 +493,12 @@ class Run:
                 self._registry, self.published, self._evaluator, self._settings
             ),
         }
+
+    def _tell_of_checkpoint(self) -> None:
+        newest = self._store.newest()
+        if newest is not None:
+            size, written = newest
+            self._observer.checkpoint(size, written=written)
 
     def _manifests(self) -> list[Envelope]:
         return [manifest for cut in self._cuts() for manifest in self.published.news(cut)]

@@ -216,6 +216,8 @@ def build_core(
             follow_link=settings.follow_link,
             encode=parts.encode,
             logits=settings.distill_weight > 0,
+            took=partial(observer.codec_took, "encode"),
+            clock=clock,
         )
 
     intake = Intake(
@@ -278,7 +280,10 @@ async def run_coordinator(
     """
     topics = Topics(settings.fleet)
     async with transport:
-        link = Link(transport, topics, observer=traffic, clock=time.monotonic)
+        link = Link(
+            transport, topics, observer=traffic, clock=time.monotonic, system=traffic.system
+        )
+        traffic.overruns = lambda: transport.dropped
         await link.subscribe(*topics.coordinator_filters())
         branches = Branches(link, (TRAINING, ANSWERING), route)
         try:

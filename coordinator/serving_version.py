@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from broker.envelopes import Envelope, down
-from broker.messages import Parameters
+from broker.messages import Parameters, Serving
 from coordinator import exit_policies, orders
 from coordinator.errors import StoreError
 from coordinator.evaluation import Evaluator
@@ -96,7 +96,12 @@ class ServingVersion:
         if announced == self._said:
             return []
         self._said = announced
-        self._observer.serving(serving.number, pinned=self.versions.pinned is not None)
+        assert isinstance(announced.message, Serving)
+        self._observer.serving(
+            serving.number,
+            pinned=self.versions.pinned is not None,
+            cuts=announced.message.cuts,
+        )
         return [announced]
 
     def say_again(self) -> list[Envelope]:

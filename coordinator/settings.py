@@ -293,6 +293,17 @@ class CoordinatorSettings(BaseModel):
         return codec.with_levels(min(4 * codec.levels, MAX_LEVELS))
 
     @property
+    def codecs_by_role(self) -> dict[str, str]:
+        """Role of messages that carry tensors → the codec; a budget may take fewer levels."""
+        return {
+            "activation": self.codec,
+            "feature": self.codec,
+            "gradient": self.codec_of_gradients.name,
+            "parameter": self.parameter_codec,
+            "prediction": "fp32",
+        }
+
+    @property
     def staleness(self) -> int:
         """``max_staleness``, or what stands for it."""
         if self.max_staleness is not None:

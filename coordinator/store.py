@@ -224,6 +224,17 @@ class Store:
                 found.append(Kept(folder, size, manifest, problem))
         return found
 
+    def newest(self) -> tuple[int, float] | None:
+        """Bytes of the newest checkpoint, and when it was written, in seconds since 1970."""
+        folders = _numbered(self.folder / "checkpoints")
+        if not folders:
+            return None
+        try:
+            found = [path.stat() for path in folders[-1].iterdir()]
+        except OSError:
+            return None
+        return sum(file.st_size for file in found), max(file.st_mtime for file in found)
+
     def save_result(self, result: dict[str, Any]) -> None:
         """Write the run's result."""
         path = self.folder / "result.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from broker.topics import Address
+from broker.topics import SYSTEM, Address
 
 ROLES = {
     "activations": "activation",
@@ -16,17 +16,30 @@ ROLES = {
 }
 """Kind of message → role; every other kind is ``control``."""
 
+BROKER_FIGURES = {
+    f"{SYSTEM}broker/publish/messages/dropped": "messages_dropped",
+    f"{SYSTEM}broker/clients/connected": "clients",
+    f"{SYSTEM}broker/store/messages/count": "stored_messages",
+    f"{SYSTEM}broker/store/messages/bytes": "stored_bytes",
+}
+"""Topic of Mosquitto's → what is kept of it."""
+
 Key = tuple[str, str, str]
 
 
 class Traffic:
     """A ``LinkObserver`` that counts application payload; ``up`` is towards the coordinator.
 
-    Keys are (direction, role, device); a broadcast has the device ``cut-{layer}`` or ``all``.
+    Keys are (direction, role, device); a broadcast has the device ``cut-{layer}`` or ``all``. What
+    the broker says of itself is kept, too.
     """
 
     def __init__(self, on_drop: Callable[[str], None]) -> None:
         self.bytes: Counter[Key] = Counter()
+        self.broker: dict[str, int] = {}
+        """Values of ``BROKER_FIGURES``, as far as the broker says them."""
+        self.overruns: Callable[[], int] = lambda: 0
+        """Messages of QoS 0 that the link dropped, because they came too fast."""
         self._on_drop = on_drop
 
     def sent(self, address: Address, size: int) -> None:
@@ -41,6 +54,12 @@ class Traffic:
         """Pass a dropped message on to the counters."""
         del device
         self._on_drop(reason)
+
+    def system(self, topic: str, payload: bytes) -> None:
+        """Note a figure of the broker; what is none is left out."""
+        name = BROKER_FIGURES.get(topic)
+        if name is not None and len(payload) < 20 and payload.isdigit():
+            self.broker[name] = int(payload)
 
     def totals(self) -> dict[str, int]:
         """A copy, with keys ``direction/role/device``."""

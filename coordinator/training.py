@@ -191,6 +191,7 @@ class RoundInProgress:
         try:
             cut = self.participants[device]
             features = self._intake.features(message, cut, self.version)
+            self._observer.codec_took("decode", self._clock() - started)
             counts = self._labels.get(device)
             prior = None if counts is None else log_prior(counts.with_batch(message.labels))
             labels = torch.tensor(message.labels)

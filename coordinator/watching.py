@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from broker.branches import Branches
+from broker.errors import TransportError
 from broker.logs import LogControl
 from coordinator.core import CoordinatorCore
 from coordinator.errors import StoreError
 from coordinator.health import LOOK_S, Vitals
 from coordinator.log_levels import LogLevels, read_log_levels
 from coordinator.serving import TRAINING
+from coordinator.traffic import BROKER_FIGURES
 
 log = logging.getLogger("splitfleet.coordinator")
 
@@ -49,6 +51,7 @@ async def watch(
         _look_at(vitals, branches),
         _follow(core.versions.chosen, core.versions.pinned, serve),
         _follow(partial(read_log_levels, state_dir), LogLevels(), log_with),
+        _ask_the_broker(branches),
     )
 
 
@@ -77,3 +80,19 @@ async def _look_at(vitals: Vitals, branches: Branches) -> None:
             await asyncio.sleep(LOOK_S)
     finally:
         vitals.stopped()
+
+
+async def _ask_the_broker(branches: Branches) -> None:
+    """Subscribe to what the broker says of itself, once it is there; it may not say anything.
+
+    Not before, for a subscription that is refused with the others would refuse the connection.
+    """
+    while True:
+        await asyncio.sleep(CHOICE_S)
+        if not branches.connected:
+            continue
+        try:
+            await branches[TRAINING].subscribe(*BROKER_FIGURES)
+        except TransportError as exc:
+            log.info("the broker keeps its own figures to itself: %s", exc)
+        return

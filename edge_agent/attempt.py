@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from broker.messages import Activations, Assignment, Gradients, Receipt, Report,
 from edge_agent.answers import Predictor
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
+from edge_agent.figures import Figures, Result
 from edge_agent.ledger import Ledger
 from edge_agent.meters import Meters
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
@@ -24,19 +25,6 @@ from tensors.codecs import Encode
 from tensors.decoding import nonzero
 from tensors.errors import CodecError, FormatError
 from tensors.format import Encoded, read_header
-
-
-class Result(Protocol):
-    """What a batch did at the exit."""
-
-    @property
-    def loss(self) -> float: ...
-
-    @property
-    def correct(self) -> int: ...
-
-    @property
-    def images(self) -> int: ...
 
 
 class Learner(Protocol):
@@ -106,6 +94,8 @@ class _Pending:
     envelope: Envelope
     made: float
     due: float
+    learnt: int
+    """How many batches had been learnt from when it was sent."""
 
 
 class Attempt:
@@ -152,13 +142,9 @@ class Attempt:
         self._pending: dict[int, _Pending] = {}
         self._kept = OfflineQueue(offline, clock)
         self._works_offline = assignment.feedback == "none" and offline.batches > 0
-        self._to_learn: deque[tuple[Gradients, Activations]] = deque()
-        self._round_trips = meters.distribution("round_trip_seconds")
-        self._loss_sum, self._correct, self._images = 0.0, 0, 0
-        self._late_gradients = self._timeouts = 0
+        self._to_learn: deque[tuple[Gradients, _Pending]] = deque()
+        self._figures = Figures(meters, clock)
         self._overdue: set[int] = set()
-        self._activation_bytes = self._activation_values = 0
-        self._levels: list[int] = []
         learner.rewind()
         learner.set_learning_rate(announced.learning_rate)
         weight = announced.feedback_weight
@@ -172,7 +158,7 @@ class Attempt:
     @property
     def learnt(self) -> bool:
         """Whether any batch was learnt from."""
-        return self._images > 0
+        return self._figures.learnt > 0
 
     @property
     def out(self) -> int:
@@ -183,6 +169,12 @@ class Attempt:
     def kept(self) -> int:
         """Batches that wait to be sent."""
         return len(self._kept)
+
+    def meter(self, meters: Meters) -> None:
+        """Enter how it is now."""
+        meters.gauge("batches_in_flight", len(self._pending))
+        meters.gauge("batches_kept", len(self._kept))
+        meters.gauge("credits", self._credits)
 
     def can_produce(self, *, online: bool = True) -> bool:
         """Whether quota, time, window and credits allow another batch now, or one that was kept.
@@ -238,16 +230,18 @@ class Attempt:
         if pending is None:
             if gradients.batch in self._overdue:
                 self._overdue.remove(gradients.batch)
-                self._late_gradients += 1
+                self._figures.came_late()
             return
-        self._round_trips.observe(self._clock() - pending.made)
-        sent = pending.envelope.message
-        assert isinstance(sent, Activations)
-        self._to_learn.append((gradients, sent))
+        self._figures.returned(pending.made)
+        self._to_learn.append((gradients, pending))
 
     def learn(self) -> None:
         """Learn from the gradient that has waited longest."""
-        gradients, sent = self._to_learn.popleft()
+        gradients, pending = self._to_learn.popleft()
+        sent = pending.envelope.message
+        assert isinstance(sent, Activations)
+        self._figures.learn(pending.learnt)
+        started = self._clock()
         try:
             gradient = self._decode(gradients.tensor, sent)
             teacher = None
@@ -255,6 +249,7 @@ class Attempt:
                 teacher = self._learner.decode(gradients.logits, None)
         except FormatError:
             gradient = teacher = None
+        self._figures.took("decode", started)
         self._learn(gradients.batch, gradient, teacher)
 
     def receipt(self, receipt: Receipt) -> None:
@@ -274,11 +269,11 @@ class Attempt:
         now = self._clock()
         for batch in [b for b, pending in self._pending.items() if now >= pending.due]:
             del self._pending[batch]
-            self._timeouts += 1
+            self._figures.timed_out()
             if self._assignment.feedback == "gradient":
                 self._overdue.add(batch)
                 self._learn(batch, None)
-        self._ledger.discarded(self._kept.expire(), "expired_offline")
+        self._lose(self._kept.expire(), "expired_offline")
 
     def interrupted(self) -> None:
         """The coordinator cannot be reached: without feedback, what is out is kept to be sent."""
@@ -306,13 +301,7 @@ class Attempt:
             applied=account.applied,
             discarded=dict(account.discarded),
             expired=account.expired,
-            late_gradients=self._late_gradients,
-            timeouts=self._timeouts,
-            exit_loss=self._loss_sum / self._images if self._images else None,
-            exit_accuracy=self._correct / self._images if self._images else None,
-            activation_bytes=self._activation_bytes,
-            activation_values=self._activation_values,
-            activation_levels=sum(self._levels) / len(self._levels) if self._levels else None,
+            **self._figures.report(),
         )
 
     @property
@@ -328,16 +317,16 @@ class Attempt:
         position = stream_position(number, batch, self._assignment.quota)
         images, labels = self._stream.batch(position)
         features = self._learner.forward(batch, images, labels)
+        self._figures.took("forward", started)
+        encoding = self._clock()
         try:
             encoded = self._encoder.encode(features, images=len(labels), seed=position)
         except CodecError:
             self._learner.discard(batch)
-            self._ledger.discarded([batch], "not_finite")
+            self._lose([batch], "not_finite")
             return None
-        self._activation_bytes += len(encoded.data)
-        self._activation_values += math.prod(features.shape)
-        if encoded.levels is not None:
-            self._levels.append(encoded.levels)
+        self._figures.took("encode", encoding)
+        self._figures.made(encoded, math.prod(features.shape))
         self._encoder.spent("forward", self._clock() - started)
         if self._assignment.feedback == "none":
             self._learn(batch, None)
@@ -354,11 +343,15 @@ class Attempt:
 
     def _send(self, made: Kept) -> list[Envelope]:
         due = self._clock() + self._assignment.gradient_timeout_s
-        self._pending[made.batch] = _Pending(made.envelope, made.made, due)
+        self._pending[made.batch] = _Pending(made.envelope, made.made, due, self._figures.learnt)
         return [made.envelope]
 
     def _keep(self, made: Kept) -> None:
-        self._ledger.discarded(self._kept.keep(made), "superseded")
+        self._lose(self._kept.keep(made), "superseded")
+
+    def _lose(self, batches: Collection[int], reason: str) -> None:
+        self._ledger.discarded(batches, reason)
+        self._figures.lost(len(batches), reason)
 
     def _decode(self, gradient: Encoded, sent: Activations) -> Any:
         keep = nonzero(sent.tensor) if read_header(gradient).masked else None
@@ -371,6 +364,5 @@ class Attempt:
         except TrainingError:
             return
         self._encoder.spent("backward", self._clock() - started)
-        self._loss_sum += result.loss * result.images
-        self._correct += result.correct
-        self._images += result.images
+        self._figures.took("backward", started)
+        self._figures.learnt_from(result)

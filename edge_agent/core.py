@@ -101,7 +101,7 @@ class AgentCore:
         self._connection = hello.boot
         self._coordinator_boot: str | None = None
         self._coordinator_online = True
-        self._connected = False
+        self._connected = self._was_connected = False
         self._assignment: Assignment | None = None
         self._round: Round | None = None
         self._serving: Serving | None = None
@@ -124,7 +124,9 @@ class AgentCore:
 
         What may be lost is said again when the coordinator is known to be there.
         """
-        self._connected = True
+        if self._was_connected:
+            self.reporter.own.count("reconnects")
+        self._connected = self._was_connected = True
         out: list[Effect] = [self._status(), up(self._device, self._hello)]
         if not self._question.open and self._assignment is None:
             self._question.ask(up(self._device, self._hello))

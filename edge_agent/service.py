@@ -17,7 +17,7 @@ from broker.branches import Branches
 from broker.drive import drive
 from broker.envelopes import channel
 from broker.errors import TransportError
-from broker.link import Link, LinkObserver, single_frame
+from broker.link import Link, single_frame
 from broker.logs import LogControl, Untouched
 from broker.messages import Assignment, Hello, Measurement, Status
 from broker.topics import Address, Topics
@@ -29,25 +29,13 @@ from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
+from edge_agent.readings import LinkMeters, read_process
 from edge_agent.settings import AgentSettings
 from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Data
 
 if TYPE_CHECKING:
     from edge_agent.edge import EdgeService
-
-
-class Silent:
-    """A ``LinkObserver`` that is not interested."""
-
-    def sent(self, address: Address, size: int) -> None:
-        """Nothing."""
-
-    def received(self, address: Address, size: int) -> None:
-        """Nothing."""
-
-    def dropped(self, reason: str, device: str | None) -> None:
-        """Nothing."""
 
 
 def new_boot() -> str:
@@ -96,6 +84,25 @@ def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
     )
 
 
+def make_reporter(
+    settings: AgentSettings,
+    boot: str,
+    *,
+    clock: Callable[[], float],
+    cpu_clock: Callable[[], float] | None = None,
+) -> Reporter:
+    """What a device reports with; ``cpu_clock`` is ``clock`` unless it is given."""
+    return Reporter(
+        boot,
+        clock=clock,
+        cpu_clock=cpu_clock,
+        heartbeat_s=settings.heartbeat_s,
+        period_s=settings.telemetry_s,
+        device_class=settings.device_class,
+        radio=settings.radio,
+    )
+
+
 def build_agent(
     settings: AgentSettings,
     hello: Hello,
@@ -104,13 +111,10 @@ def build_agent(
     *,
     uplink: Callable[[], float],
     clock: Callable[[], float],
-    cpu_clock: Callable[[], float] | None = None,
+    reporter: Reporter | None = None,
     learners: Learners | None = None,
 ) -> AgentCore:
-    """Put an agent together; ``learners`` are torch's unless others are given.
-
-    ``cpu_clock`` is processor time of the calling thread, ``clock`` stands for it otherwise.
-    """
+    """Put an agent together; ``learners`` are torch's unless others are given."""
     if learners is None:
         from edge_agent.learner import LearnerFactory
 
@@ -132,15 +136,7 @@ def build_agent(
         clock=clock,
         stay=not settings.exit_when_finished,
         offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
-        reporter=Reporter(
-            hello.boot,
-            clock=clock,
-            cpu_clock=cpu_clock,
-            heartbeat_s=settings.heartbeat_s,
-            period_s=settings.telemetry_s,
-            device_class=settings.device_class,
-            radio=settings.radio,
-        ),
+        reporter=reporter or make_reporter(settings, hello.boot, clock=clock),
     )
 
 
@@ -152,14 +148,15 @@ async def run_agent(
     *,
     boot: str,
     stop: asyncio.Event,
-    observer: LinkObserver | None = None,
     edge: EdgeService | None = None,
     logs: LogControl | None = None,
+    reporter: Reporter | None = None,
 ) -> None:
     """Take part in the fleet until ``stop`` is set, or the run ends if the settings say so.
 
     ``transport`` must have :func:`last_will` of the same ``boot`` as its will. Images are answered
-    through ``edge`` meanwhile, if it is given. ``logs`` has the level that the coordinator orders.
+    through ``edge`` meanwhile, if it is given. A ``reporter`` that somebody else reads, too, is of
+    the same ``boot``; ``logs`` has the level that the coordinator orders.
 
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
@@ -167,7 +164,12 @@ async def run_agent(
     """
     topics = Topics(settings.fleet)
     async with transport:
-        link = Link(transport, topics, observer=observer or Silent(), clock=time.monotonic)
+        counted = LinkMeters()
+        if reporter is None:
+            reporter = make_reporter(
+                settings, boot, clock=time.monotonic, cpu_clock=time.thread_time
+            )
+        link = Link(transport, topics, observer=counted, clock=time.monotonic)
         core = build_agent(
             settings,
             introduce(settings, data, boot),
@@ -175,10 +177,12 @@ async def run_agent(
             snapshots,
             uplink=lambda: link.uplink_bytes_per_s,
             clock=time.monotonic,
-            cpu_clock=time.thread_time,
+            reporter=reporter,
         )
+        reporter.add(counted.meter)
+        reporter.add(read_process)
         if edge is not None:
-            core.reporter.add(edge.machine.meter)
+            reporter.add(edge.machine.meter)
         logs = logs or Untouched()
         logs.about(lambda: core.place)
         core.on_log_level = logs.set_level

@@ -78,6 +78,9 @@ class AgentSettings(BaseModel):
     device_class: Name = "generic"
     """What kind of board this is: figures of the fleet are shown by it, and those classes that are
     in ops/energy.toml have an estimate of energy."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Where this device's own counts can be scraped; off without it."""
+    metrics_host: str = "127.0.0.1"
     radio: Name = "none"
     """Of those in ops/energy.toml, what its bytes go over."""
     will_delay_s: int = Field(default=45, ge=0, le=86_400)

@@ -52,6 +52,7 @@ class Reporter:
         """All that is counted, now."""
         gathered = Meters()
         gathered.add(self.own)
+        gathered.gauge("uptime_seconds", self._clock() - self._started)
         for source in self._sources:
             source(gathered)
         return gathered

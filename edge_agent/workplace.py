@@ -227,13 +227,18 @@ class Workplace:
         )
 
     def meter(self, meters: Meters) -> None:
-        """Enter what the answers under way have come to so far."""
+        """Enter what the answers under way have come to so far, and how it is now."""
         if self.inference is not None:
             enter_counts(meters, self.inference.counts)
+        if self.attempt is not None:
+            self.attempt.meter(meters)
+        if self.holding.version is not None:
+            meters.gauge("held_version", self.holding.version)
 
     def stop_answering(self) -> None:
         """No more of that, whether or not all are answered; what was counted stays counted."""
-        self.meter(self._meters)
+        if self.inference is not None:
+            enter_counts(self._meters, self.inference.counts)
         self.inference = None
 
     def end_answering(self, announced: Round) -> Envelope:

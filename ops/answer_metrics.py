@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from broker.messages import CutPolicy
 from broker.telemetry import REFUSALS
 from coordinator.observer import Observer
 
@@ -63,6 +66,20 @@ class AnswerMetrics(Observer):
             registry=registry,
         )
 
+        self._promises = {
+            name: Gauge(f"splitfleet_served_{what}", help_text, ["cut"], registry=registry)
+            for name, what, help_text in (
+                ("threshold", "threshold", "The confidence above which the exit is to answer"),
+                (
+                    "agreement",
+                    "agreement_ratio",
+                    "Of the held-out images that the exit answers, those with the network's answer",
+                ),
+                ("accuracy", "accuracy_ratio", "Held-out images that device and server get right"),
+                ("offload_rate", "offload_ratio", "Held-out images that are left to the server"),
+            )
+        }
+
     def features_answered(self, cut: int, images: int, refused: str | None) -> None:
         self._requests.labels("answered" if refused is None else refused).inc()
         if refused is None:
@@ -78,6 +95,13 @@ class AnswerMetrics(Observer):
     def answers_waiting(self, images: int) -> None:
         self._waiting.set(images)
 
-    def serving(self, version: int, *, pinned: bool) -> None:
+    def serving(self, version: int, *, pinned: bool, cuts: Mapping[str, CutPolicy]) -> None:
         self._serving.set(version)
         self._pinned.set(pinned)
+        for gauge in self._promises.values():
+            gauge.clear()
+        for cut, policy in cuts.items():
+            for name, gauge in self._promises.items():
+                promised = getattr(policy, name)
+                if promised is not None:
+                    gauge.labels(cut).set(promised)

@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from broker.config import BrokerConfig
 from broker.envelopes import up
 from broker.link import Arrival, Link
-from broker.messages import Assignment, Features, Hello, Network, Prediction
+from broker.messages import Assignment, CutPolicy, Features, Hello, Network, Prediction
 from broker.mqtt import MqttTransport
 from broker.topics import Topics
 from broker.transport import Connected
@@ -183,8 +183,8 @@ def expect(process: Child, word: str) -> None:
 
 
 class _Announcer(Observer):
-    def serving(self, version: int, *, pinned: bool) -> None:
-        del version, pinned
+    def serving(self, version: int, *, pinned: bool, cuts: Mapping[str, CutPolicy]) -> None:
+        del version, pinned, cuts
         print("serving", flush=True)
 
 

@@ -213,6 +213,7 @@ def agent(
     http_token_file: Annotated[
         Path | None, typer.Option(help="the token clients must show; needed beyond this machine")
     ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="serve its own counts here")] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     log_level: LogLevel = None,
@@ -239,6 +240,7 @@ def agent(
         "http_token_file": http_token_file,
         "log_level": log_level,
         "log_format": log_format,
+        "metrics_port": metrics_port,
     }
     serve_agent(flags, {"url": broker}, config, until_eof=until_eof)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable
 from itertools import accumulate
+from statistics import fmean
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -30,6 +31,13 @@ FRESH_S = 600.0
 RETIRED_S = 24 * 3600.0
 """A device that has not reported for so long gives its label to another."""
 ENERGY = "splitfleet_answering_energy_joules"
+
+_FOLDS: dict[str, Callable[[list[float]], float]] = {
+    "sum": sum,
+    "mean": fmean,
+    "min": min,
+    "max": max,
+}
 
 Place = tuple[str, ...]
 """Values of the labels ``cut`` and ``device_class``, and ``device`` where there is one."""
@@ -85,12 +93,12 @@ class FleetMetrics(Collector):
         self._gauges: dict[str, tuple[float, Place, Gain]] = {}
         """By device: when it came, and its place."""
         self._joules: dict[Place, float] = {}
+        self._shares: dict[str, float] = {}
 
     def telemetry(self, gain: Gain) -> None:
         """Add what is new."""
         now = self._clock()
         with self._lock:
-            self._retire(now)
             place = self._place(gain)
             named = (*place, self._names.heard(gain.device, now))
             self._places.add(place)
@@ -105,6 +113,13 @@ class FleetMetrics(Collector):
                 self._histograms[key] = added, so_far + total
             self._gauges[gain.device] = now, named, gain
             self._spend(place, gain)
+
+    def work_share(self, device: str, share: float) -> None:
+        """A device is given this share of its work from now on."""
+        with self._lock:
+            shown = self._names.heard(device, self._clock())
+            if shown != OTHER:
+                self._shares[shown] = share
 
     def _place(self, gain: Gain) -> Place:
         known = gain.device_class == GENERIC or gain.device_class in self._energy.device
@@ -124,6 +139,7 @@ class FleetMetrics(Collector):
     def _retire(self, now: float) -> None:
         gone = set(self._names.retire(now - RETIRED_S))
         if gone:
+            self._shares = {name: share for name, share in self._shares.items() if name not in gone}
             self._named = {place for place in self._named if place[-1] not in gone}
             self._counters = {
                 key: amount
@@ -163,6 +179,14 @@ class FleetMetrics(Collector):
             for place, joules in sorted(self._joules.items()):
                 energy.add_metric(place, joules)
             yield energy
+            shares = GaugeMetricFamily(
+                "splitfleet_device_work_share",
+                "Share of its work that a device is given, once that has changed",
+                labels=["device"],
+            )
+            for device, share in sorted(self._shares.items()):
+                shares.add_metric([device], share)
+            yield shares
 
     def _counter(self, metric: Reported, labels: list[str]) -> Metric:
         family = CounterMetricFamily(metric.exposed, metric.help, labels=labels)
@@ -193,9 +217,7 @@ class FleetMetrics(Collector):
                 if known is not None:
                     found.setdefault(_values(metric, value, place), []).append(known)
         for key, known_values in sorted(found.items()):
-            folded = sum(known_values)
-            folded /= len(known_values) if metric.fold == "mean" else 1
-            family.add_metric(key, folded)
+            family.add_metric(key, _FOLDS[metric.fold](known_values))
         return family
 
     def _sorted(self, metric: Reported) -> Collection[Place]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import (
@@ -23,25 +23,29 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.core import (
-    CounterMetricFamily,
     GaugeMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
-from broker.messages import KINDS, Report, RunPhase
+from broker.messages import RunPhase
+from coordinator.observer import Codec
+from coordinator.settings import CoordinatorSettings
 from coordinator.telemetry import Gain
-from coordinator.traffic import ROLES, Traffic
+from coordinator.traffic import Traffic
 from edge_agent.phases import Phase
 from ops.answer_metrics import AnswerMetrics
-from ops.energy import EnergyTable, load_energy_table
+from ops.energy import load_energy_table
 from ops.fleet_metrics import FleetMetrics
+from ops.traffic_metrics import TrafficMetrics
 
 STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROUND_BOUNDS_S = (1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 OUTCOMES = ("closed", "extended", "abandoned")
 PHASES: tuple[RunPhase, ...] = ("gathering", "training", "inference", "finished")
 DISCARDED = (
     "bad_labels",
+    "batch_too_large",
     "beyond_quota",
     "diverged",
     "foreign_run",
@@ -75,42 +79,40 @@ DROPPED = (
 LATE = ("folded", "not_brought", "not_kept", "run_over", "too_late")
 OTHER = "other"
 
-_FLOWS = sorted(
-    {("up" if place == "up" else "down", ROLES.get(kind, "control")) for place, kind in KINDS}
-)
-
 
 class Metrics(AnswerMetrics, Collector):
     """What a coordinator is doing, in ``registry``, and what its devices report.
 
-    Safe to read from any thread. ``devices`` is how many are shown one by one.
+    Safe to read from any thread.
     """
 
     def __init__(
         self,
         traffic: Traffic,
+        settings: CoordinatorSettings | None = None,
         *,
-        energy: EnergyTable | None = None,
-        devices: int = 50,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
+        settings = settings or CoordinatorSettings()
         self.registry = CollectorRegistry()
         super().__init__(self.registry)
-        self._traffic = traffic
         self._lock = threading.Lock()
         self._now = (0, 0)
         self._losses: dict[int, tuple[tuple[int, int], float, int]] = {}
-        self._exit_losses: dict[str, tuple[int, float]] = {}
-        self._activation_bits: dict[str, tuple[int, float]] = {}
         self._scores: dict[str, Any] = {}
-        self._reported: dict[str, tuple[int, int, int]] = {}
+        self._clock = clock
+        self._opened: float | None = None
         self._fleet = FleetMetrics(
-            energy=energy or load_energy_table(), devices=devices, clock=clock
+            energy=load_energy_table(settings.energy_table),
+            devices=settings.metrics_devices,
+            clock=clock,
         )
         self.registry.register(self._fleet)
+        self.registry.register(TrafficMetrics(traffic, settings.codecs_by_role))
         self._make_training_metrics()
         self._make_message_metrics()
+        self._make_limits(settings)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
 
@@ -177,10 +179,72 @@ class Metrics(AnswerMetrics, Collector):
             "outcome",
             LATE,
         )
-        self._shares = Gauge(
-            "splitfleet_device_work_share",
-            "Share of its work that a device is given, once that has changed",
-            ["device"],
+        self._make_other_metrics()
+
+    def _make_limits(self, settings: CoordinatorSettings) -> None:
+        for name, help_text, limit in (
+            (
+                "round_deadline_seconds",
+                "The most that a round is given before it is closed, extended or abandoned",
+                settings.round_deadline_s,
+            ),
+            (
+                "answer_queue_limit_images",
+                "The most images that may wait for the server's answer",
+                settings.answer_queue,
+            ),
+        ):
+            Gauge(f"splitfleet_{name}", help_text, registry=self.registry).set(limit)
+        age = Gauge(
+            "splitfleet_round_age_seconds",
+            "Since the round that runs was opened; 0 if none runs",
+            registry=self.registry,
+        )
+        age.set_function(self._age)
+
+    def _age(self) -> float:
+        opened = self._opened
+        return 0.0 if opened is None else self._clock() - opened
+
+    def _make_other_metrics(self) -> None:
+        registry = self.registry
+        self._codec = Histogram(
+            "splitfleet_server_codec_seconds",
+            "Decoding a batch's activations, and encoding its gradient, at the coordinator",
+            ["stage"],
+            buckets=STEP_BOUNDS_S,
+            registry=registry,
+        )
+        for stage in ("decode", "encode"):
+            self._codec.labels(stage)
+        self._round_seconds = Histogram(
+            "splitfleet_round_seconds",
+            "From a round's opening to its close",
+            buckets=ROUND_BOUNDS_S,
+            registry=registry,
+        )
+        self._staleness = Histogram(
+            "splitfleet_late_versions",
+            "How many versions old contributions were that were folded in late",
+            buckets=(1, 2, 4, 8, 16),
+            registry=registry,
+        )
+        self._checkpoint_size = Gauge(
+            "splitfleet_checkpoint_bytes", "Size of the newest checkpoint", registry=registry
+        )
+        self._checkpoint_written = Gauge(
+            "splitfleet_checkpoint_timestamp_seconds",
+            "When the newest checkpoint was written, since 1970",
+            registry=registry,
+        )
+        self._broker_up = Gauge(
+            "splitfleet_broker_up",
+            "1 as long as the coordinator is connected to the broker",
+            registry=registry,
+        )
+        self._connections = Counter(
+            "splitfleet_coordinator_connections",
+            "Connections that the coordinator made to the broker",
             registry=registry,
         )
 
@@ -206,35 +270,41 @@ class Metrics(AnswerMetrics, Collector):
         self._late.labels(outcome).inc(samples)
 
     def work_changed(self, device: str, cut: int, share: float) -> None:
-        self._shares.labels(device).set(share)
+        self._fleet.work_share(device, share)
 
     def round_opened(self, number: int, rounds: int, attempt: int, quota: int) -> None:
         self._now = number, attempt
+        self._opened = self._clock()
         self._round.set(number)
 
     def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
         self._rounds.labels(outcome).inc()
+        if outcome != "extended":
+            self._opened = None
         if outcome == "closed":
             with self._lock:
                 self._scores = dict(record)
+            self._time(record)
             version = record.get("version")
             if isinstance(version, int):
                 self._version.set(version)
 
-    def device_report(self, device: str, cut: int, report: Report) -> None:
-        """The account of an attempt counts once, however often the device repeats it."""
-        if report.inference is not None:
-            return
-        new = report.round, report.attempt, report.produced
-        if new <= self._reported.get(device, (-1, -1, -1)):
-            return
-        self._reported[device] = new
-        with self._lock:
-            if report.exit_loss is not None:
-                self._exit_losses[device] = cut, report.exit_loss
-            if report.activation_values:
-                bits = 8 * report.activation_bytes / report.activation_values
-                self._activation_bits[device] = cut, bits
+    def _time(self, record: Mapping[str, Any]) -> None:
+        if "seconds" in record:
+            self._round_seconds.observe(record["seconds"])
+        for late in record.get("late", ()):
+            self._staleness.observe(late["staleness"])
+
+    def codec_took(self, stage: Codec, seconds: float) -> None:
+        self._codec.labels(stage).observe(seconds)
+
+    def checkpoint(self, size: int, *, written: float) -> None:
+        self._checkpoint_size.set(size)
+        self._checkpoint_written.set(written)
+
+    def connection(self, *, up: bool) -> None:
+        self._broker_up.set(up)
+        self._connections.inc(up)
 
     def telemetry(self, gain: Gain) -> None:
         self._fleet.telemetry(gain)
@@ -257,32 +327,8 @@ class Metrics(AnswerMetrics, Collector):
 
     def collect(self) -> Iterable[Metric]:
         """What is worked out when it is asked for, or absent until it is known."""
-        yield self._bytes()
         with self._lock:
             yield from self._accuracies()
-            yield _mean_by_cut(
-                "splitfleet_exit_loss",
-                "Cross entropy of the exit at a cut: mean of its devices' last reports",
-                self._exit_losses.values(),
-            )
-            yield _mean_by_cut(
-                "splitfleet_activation_bits",
-                "Bits a value of activations as sent at a cut: mean of its devices' last reports",
-                self._activation_bits.values(),
-            )
-
-    def _bytes(self) -> Metric:
-        family = CounterMetricFamily(
-            "splitfleet_message_bytes",
-            "Application payload over the coordinator's link",
-            labels=["direction", "role"],
-        )
-        sizes = Tally(dict.fromkeys(_FLOWS, 0))
-        for (direction, role, _), size in list(self._traffic.bytes.items()):
-            sizes[direction, role] += size
-        for flow, size in sizes.items():
-            family.add_metric(flow, size)
-        return family
 
     def _accuracies(self) -> Iterator[Metric]:
         full = GaugeMetricFamily(
@@ -300,16 +346,6 @@ class Metrics(AnswerMetrics, Collector):
         for cut, accuracy in self._scores.get("exit_accuracy", {}).items():
             exits.add_metric([str(cut)], accuracy)
         yield exits
-
-
-def _mean_by_cut(name: str, help_text: str, reported: Iterable[tuple[int, float]]) -> Metric:
-    family = GaugeMetricFamily(name, help_text, labels=["cut"])
-    by_cut: dict[int, list[float]] = {}
-    for cut, value in reported:
-        by_cut.setdefault(cut, []).append(value)
-    for cut, values in sorted(by_cut.items()):
-        family.add_metric([str(cut)], sum(values) / len(values))
-    return family
 
 
 def _counter(

@@ -41,7 +41,6 @@ def serve_coordinator(
     from coordinator.service import build_core, last_will, new_boot, new_vitals, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
-    from ops.energy import load_energy_table
     from ops.http_status import FleetPages, serve_http
     from ops.metrics import Metrics
     from ops.progress import progress_observer
@@ -52,11 +51,7 @@ def serve_coordinator(
     settings = settings.model_copy(update={"network": _network(settings, network)})
     boot = new_boot()
     traffic = Traffic(lambda reason: observer.message_dropped(reason))  # noqa: PLW0108 it comes below
-    metrics = Metrics(
-        traffic,
-        energy=load_energy_table(settings.energy_table),
-        devices=settings.metrics_devices,
-    )
+    metrics = Metrics(traffic, settings)
     progress = progress_observer(quiet=quiet, logged=settings.log_format == "json")
     observer = Observers(metrics, progress)
     vitals = new_vitals(settings)
@@ -98,7 +93,7 @@ def serve_agent(
     """Run an agent until it is stopped, or to the end of the run if its settings say so."""
     from edge_agent.data import DeviceData, load_device_data
     from edge_agent.edge import EdgeService
-    from edge_agent.service import last_will, new_boot, run_agent
+    from edge_agent.service import last_will, make_reporter, new_boot, run_agent
     from edge_agent.settings import AgentSettings
     from edge_agent.snapshots import DiskSnapshots
     from ops.http_door import Door
@@ -112,6 +107,7 @@ def serve_agent(
 
         torch.set_num_threads(settings.threads)
     boot = new_boot()
+    reporter = make_reporter(settings, boot, clock=time.monotonic, cpu_clock=time.thread_time)
 
     async def serve(data: DeviceData, snapshots: DiskSnapshots, door: Door | None) -> None:
         transport = run.transport_for(broker, settings.device, last_will(settings, boot))
@@ -122,10 +118,25 @@ def serve_agent(
                 await stack.enter_async_context(door.open(edge, data.train.classes))
             stop = stack.enter_context(run.stop_signals(until_eof=until_eof))
             await run_agent(
-                settings, transport, data, snapshots, boot=boot, stop=stop, edge=edge, logs=logs
+                settings,
+                transport,
+                data,
+                snapshots,
+                boot=boot,
+                stop=stop,
+                edge=edge,
+                reporter=reporter,
+                logs=logs,
             )
 
     with contextlib.ExitStack() as stack:
+        if settings.metrics_port is not None:
+            from ops.agent_metrics import AgentMetrics
+            from ops.http_status import serve_http
+
+            registry = AgentMetrics(reporter).registry
+            host, port = settings.metrics_host, settings.metrics_port
+            stack.enter_context(serve_http(registry, {}, host, port))
         door = None
         if settings.http is not None:
             door = stack.enter_context(Door(settings))

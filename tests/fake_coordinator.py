@@ -32,8 +32,20 @@ class Counting(Observer):
         self.phases: list[str] = []
         self.answers: list[tuple[int, int, str | None]] = []
         self.gains: list[Gain] = []
+        self.coded: Counter[str] = Counter()
+        self.checkpoints: list[int] = []
+        self.up: list[bool] = []
         self.late: list[tuple[str, int]] = []
         self.changed: list[tuple[str, int, float]] = []
+
+    def codec_took(self, stage: str, seconds: float) -> None:
+        self.coded[stage] += 1
+
+    def checkpoint(self, size: int, *, written: float) -> None:
+        self.checkpoints.append(size)
+
+    def connection(self, *, up: bool) -> None:
+        self.up.append(up)
 
     def telemetry(self, gain: Gain) -> None:
         self.gains.append(gain)

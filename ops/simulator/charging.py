@@ -11,7 +11,8 @@ import numpy as np
 from coordinator.aggregation import Aggregation, Model
 from coordinator.engines import Engine, Entry, Outcome, Step
 from edge_agent.answers import Predictor
-from edge_agent.attempt import Learner, Result
+from edge_agent.attempt import Learner
+from edge_agent.figures import Result
 from edge_agent.snapshots import Snapshot
 from ops.simulator.program import Meter
 from tensors.codecs import Encode

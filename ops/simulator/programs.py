@@ -25,7 +25,8 @@ from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.learner import LearnerFactory
-from edge_agent.service import Silent, build_agent, introduce, last_will
+from edge_agent.readings import LinkMeters
+from edge_agent.service import build_agent, introduce, last_will
 from edge_agent.settings import AgentSettings
 from ops.simulator.charging import FREE_STEP, ChargedLearner, DeviceCost
 from ops.simulator.link import IDEAL, LinkProfile
@@ -229,7 +230,7 @@ class AgentProgram:
 
     def observer(self) -> LinkObserver:
         """Nobody."""
-        return Silent()
+        return LinkMeters()
 
     def stepped(self, machine: Machine, started: float, seconds: float) -> None:
         """Pass it on."""

@@ -95,6 +95,18 @@ async def test_a_message_says_whom_it_comes_from_by_its_topic() -> None:
         assert arrived == up("d", STATUS)
 
 
+async def test_what_the_broker_says_of_itself_is_no_message() -> None:
+    broker, told = MemoryBroker(), []
+    filters = (*TOPICS.coordinator_filters(), "$SYS/#")
+    said = End(broker, "coordinator", filters, system=lambda *what: told.append(what))
+    async with said as server, device(broker) as agent:
+        await agent.transport.publish("$SYS/broker/uptime", b"7 seconds", qos=1)
+        await agent.link.send(up("d", STATUS))
+        assert await server.arrival() == up("d", STATUS)
+    assert told == [("$SYS/broker/uptime", b"7 seconds")]
+    assert not server.observer.drops
+
+
 async def test_a_large_message_crosses_a_broker_with_small_packets() -> None:
     broker = MemoryBroker(max_packet_size=4096)
     async with coordinator(broker) as server, device(broker) as agent:

@@ -8,7 +8,8 @@ from broker.messages import MAX_LABELS, MAX_METRICS
 from broker.telemetry import METRICS, UNLABELLED, Metric
 
 EACH = pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS.keys())
-UNITS = {"bytes", "seconds", "celsius", "joules"}
+UNITS = {"bytes", "seconds", "batches"}
+"""Of histograms."""
 
 
 def test_all_fit_one_report() -> None:

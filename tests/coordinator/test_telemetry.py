@@ -205,3 +205,16 @@ def test_the_coordinator_passes_on_what_is_new() -> None:
     assert server.observer.dropped["redelivered"] == 1
     server.hear("a", report.model_copy(update={"number": 1, "gauges": {"cats": {"": 1.0}}}))
     assert server.observer.dropped["unknown_telemetry"] == 1
+
+
+def test_coding_checkpoints_and_connections_are_watched() -> None:
+    server = Harness(batches_per_round=1, rounds=1)
+    (first,) = server.observer.checkpoints
+    assert first > 0
+    server.join("a", 3)
+    for envelope in server.train("a"):
+        _ = envelope.message  # what is made when it is sent
+    assert server.observer.coded == {"decode": 1, "encode": 1}
+    assert len(server.observer.checkpoints) == 2
+    server.core.disconnected()
+    assert server.observer.up == [True, False]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from broker.errors import MessageError
 from broker.messages import to_ranges
+from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from tensors.codecs import parse_codec
 from tests.attempt_desk import Desk, answer_to, balanced, batches, positions
@@ -116,6 +117,31 @@ def test_a_gradient_in_time_is_learnt_from_and_its_round_trip_noted() -> None:
     assert trips.total == pytest.approx(0.3)
     bucket = trips.counts.index(1)
     assert trips.bounds[bucket - 1] < 0.3 <= trips.bounds[bucket]
+
+
+def test_what_comes_of_batches_is_counted_on_from_attempt_to_attempt() -> None:
+    desk = Desk(window=3, quota=3, receipt={"credits": 3})
+    desk.produce()
+    in_flight = Meters()
+    desk.attempt.meter(in_flight)
+    assert in_flight.gauges["batches_in_flight"] == {"": 3}
+    assert in_flight.gauges["credits"] == {"": 3}
+    desk.answer(0)
+    desk.answer(1)
+    desk.clock.advance(60)
+    desk.attempt.tick()
+    counters = desk.meters.counters
+    assert counters["batches_made"] == {"": 3}
+    assert counters["batches_lost"]["timeout"] == 1
+    assert counters["activation_bytes"][""] == desk.report.activation_bytes > 0
+    assert counters["activation_values"][""] == desk.report.activation_values > 0
+    images = counters["exit_training_images"][""]
+    assert counters["exit_training_loss"][""] / images == desk.report.exit_loss
+    took = desk.meters.histograms["training_seconds"]
+    parts = {part: sum(found.counts) for part, found in took.items()}
+    assert parts == {"forward": 3, "encode": 3, "decode": 2, "backward": 3}
+    stale = desk.meters.distribution("gradient_staleness_batches")
+    assert stale.counts[:3] == [1, 1, 0]
 
 
 def test_a_gradient_that_is_too_late_is_counted_and_not_learnt_from() -> None:

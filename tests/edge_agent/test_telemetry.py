@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from broker.envelopes import decode_message, encode_message, up
 from broker.messages import Features, Telemetry
+from broker.topics import Address
 from edge_agent.meters import Distribution, Meters
+from edge_agent.readings import LinkMeters, hottest, read_process, resident_bytes
 from edge_agent.telemetry import Reporter
 from tests.fake_device import DEVICE, Harness, every, exam, make_parameters
 from tests.tiny import Clock, make_assignment, make_hello, make_round, make_serving
@@ -39,7 +43,8 @@ def test_what_is_not_in_the_table_cannot_be_counted() -> None:
 def test_what_is_0_is_not_said() -> None:
     reporter = Reporter("boot", clock=Clock())
     silent = reporter.report(3)
-    assert (silent.counters, silent.gauges, silent.histograms) == ({}, {}, {})
+    assert (silent.counters, silent.histograms) == ({}, {})
+    assert list(silent.gauges) == ["uptime_seconds"]
     reporter.own.count("predictions", 2, "exit")
     reporter.own.distribution("round_trip_seconds").observe(0.3)
     said = reporter.report(3)
@@ -71,6 +76,42 @@ def test_sources_are_added_to_what_the_reporter_counts_itself() -> None:
     assert (first.cut, second.cut) == (0, 1)
     assert first.uptime_s == 5
     assert reporter.due == clock.now + 20
+
+
+# -- readings ------------------------------------------------------------------------------------
+
+
+def test_the_link_is_counted_and_reasons_stay_few() -> None:
+    link, meters = LinkMeters(), Meters()
+    address = Address("all", "round")
+    link.sent(address, 100)
+    link.received(address, 7)
+    for reason in ("malformed", "malformed", "sunspots"):
+        link.dropped(reason, None)
+    link.meter(meters)
+    assert meters.counters["agent_message_bytes"] == {"up": 100, "down": 7}
+    dropped = {reason: n for reason, n in meters.counters["agent_messages_dropped"].items() if n}
+    assert dropped == {"malformed": 2, "other": 1}
+
+
+def test_a_process_has_used_a_processor_and_memory() -> None:
+    meters = Meters()
+    read_process(meters)
+    assert meters.counters["agent_cpu_seconds"][""] > 0
+    assert meters.gauges["agent_memory_bytes"][""] > 1e6
+
+
+def test_memory_is_unknown_where_nobody_says(tmp_path: Path) -> None:
+    assert resident_bytes(tmp_path / "statm") is None
+    (tmp_path / "statm").write_text("1234")
+    assert resident_bytes(tmp_path / "statm") is None
+
+
+def test_the_hottest_sensor_that_is_connected_counts(tmp_path: Path) -> None:
+    for number, text in enumerate(("45500", "61000\n", "-274000", "999999", "broken")):
+        (tmp_path / f"{number}").write_text(text)
+    assert hottest([*tmp_path.iterdir(), tmp_path / "none"]) == 61.0
+    assert hottest([]) is None
 
 
 # -- in the state machine ------------------------------------------------------------------------
@@ -134,6 +175,14 @@ def test_what_was_counted_stays_so_if_the_test_images_are_given_up() -> None:
     device.work()
     device.hear(make_assignment(run="another"))
     assert device.told[-1].counters["offloads_requested"] == {"": 2}
+
+
+def test_connections_after_the_first_are_counted() -> None:
+    device = Harness()
+    for _ in range(3):
+        device.connect()
+        device.disconnect()
+    assert device.core.reporter.meters().counters["reconnects"] == {"": 2}
 
 
 def test_a_farewell_is_a_report_of_all_that_was_counted() -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-import subprocess
 from typing import Any
 
 import pytest
@@ -9,6 +7,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker.telemetry import METRICS
+from coordinator.settings import CoordinatorSettings
 from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
 from ops.energy import load_energy_table
@@ -25,7 +24,8 @@ class Fleet:
 
     def __init__(self, devices: int = 2) -> None:
         self.clock = Clock()
-        self.metrics = Metrics(Traffic(lambda reason: None), devices=devices, clock=self.clock)
+        settings = CoordinatorSettings(metrics_devices=devices)
+        self.metrics = Metrics(Traffic(lambda reason: None), settings, clock=self.clock)
 
     def tell(
         self, device: str = "a", cut: int = 2, device_class: str = "generic", **gained: Any
@@ -129,17 +129,3 @@ def test_energy_is_cpu_time_and_bytes_of_a_class_that_is_known() -> None:
     joules = fleet.values(f"{ENERGY}_total", device_class="raspberry-pi-4")
     assert joules == {"": pytest.approx(rates.joules(4.0, 1000.0))}
     assert fleet.values(f"{ENERGY}_total", device_class="generic") == {}
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_has_nothing_to_say() -> None:
-    fleet = Fleet()
-    fleet.tell(counters={EXIT: 1}, gauges={("exit_threshold", ""): 0.5})
-    said = subprocess.run(
-        ["promtool", "check", "metrics"],
-        input=generate_latest(fleet.metrics.registry),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert (said.returncode, said.stdout.decode(), said.stderr.decode()) == (0, "", "")

@@ -4,11 +4,13 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker.messages import Report
+from broker.messages import CutPolicy
 from broker.telemetry import REFUSALS
 from broker.topics import Address
+from coordinator.settings import CoordinatorSettings
 from coordinator.traffic import Traffic
 from ops.metrics import Metrics
+from tests.tiny import Clock
 
 Labels = dict[str, str]
 
@@ -20,7 +22,7 @@ def traffic() -> Traffic:
 
 @pytest.fixture
 def metrics(traffic: Traffic) -> Metrics:
-    return Metrics(traffic)
+    return Metrics(traffic, CoordinatorSettings(codec="int3", parameter_codec="fp16"))
 
 
 def values(metrics: Metrics, name: str) -> dict[tuple[tuple[str, str], ...], float]:
@@ -38,29 +40,13 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return values(metrics, name).get(tuple(sorted(labels.items())))
 
 
-def report(
-    *,
-    number: int = 1,
-    attempt: int = 0,
-    exit_loss: float | None = None,
-    activations: tuple[int, int] = (0, 0),
-) -> Report:
-    return Report(
-        run="r",
-        round=number,
-        attempt=attempt,
-        exit_loss=exit_loss,
-        activation_bytes=activations[0],
-        activation_values=activations[1],
-    )
-
-
 def test_closed_label_sets_start_at_zero(metrics: Metrics) -> None:
     assert value(metrics, "splitfleet_rounds_total", outcome="abandoned") == 0
     assert value(metrics, "splitfleet_batches_discarded_total", reason="not_finite") == 0
     assert value(metrics, "splitfleet_messages_dropped_total", reason="malformed") == 0
     assert value(metrics, "splitfleet_devices", state="offline") == 0
-    assert value(metrics, "splitfleet_message_bytes_total", direction="up", role="activation") == 0
+    flow = {"direction": "up", "role": "activation", "codec": "int3"}
+    assert value(metrics, "splitfleet_message_bytes_total", **flow) == 0
     assert value(metrics, "splitfleet_round") == 0
 
 
@@ -130,7 +116,12 @@ def test_answering_is_counted(metrics: Metrics) -> None:
     metrics.answer_waited(0.004)
     metrics.answers_computed(2, 8, 0.02)
     metrics.answers_waiting(11)
-    metrics.serving(7, pinned=True)
+    policy = CutPolicy(threshold=0.75, agreement=0.9)
+    metrics.serving(6, pinned=False, cuts={"3": policy})
+    metrics.serving(7, pinned=True, cuts={"2": policy})
+    assert values(metrics, "splitfleet_served_threshold") == {(("cut", "2"),): 0.75}
+    assert values(metrics, "splitfleet_served_agreement_ratio") == {(("cut", "2"),): 0.9}
+    assert values(metrics, "splitfleet_served_accuracy_ratio") == {}
     assert value(metrics, "splitfleet_feature_requests_total", outcome="answered") == 2
     assert value(metrics, "splitfleet_feature_requests_total", outcome="overloaded") == 1
     assert value(metrics, "splitfleet_feature_images_total", cut="2") == 8
@@ -165,26 +156,76 @@ def test_bytes_are_summed_over_devices(metrics: Metrics, traffic: Traffic) -> No
     traffic.sent(Address("cut", "parameters", layer=2), 7)
     traffic.sent(Address("device", "parameters", device="d0", direction="down"), 8)
     bytes_of = "splitfleet_message_bytes_total"
-    assert value(metrics, bytes_of, direction="up", role="activation") == 150
-    assert value(metrics, bytes_of, direction="down", role="parameter") == 15
+    assert value(metrics, bytes_of, direction="up", role="activation", codec="int3") == 150
+    assert value(metrics, bytes_of, direction="down", role="parameter", codec="fp16") == 15
 
 
-def test_exit_loss_is_the_mean_of_the_last_reports_of_a_cut(metrics: Metrics) -> None:
-    metrics.device_report("d0", 2, report(number=1, exit_loss=9.0))
-    metrics.device_report("d0", 2, report(number=2, exit_loss=1.0))
-    metrics.device_report("d1", 2, report(number=2, exit_loss=2.0))
-    metrics.device_report("d2", 4, report(number=2, exit_loss=4.0))
-    assert value(metrics, "splitfleet_exit_loss", cut="2") == 1.5
-    assert value(metrics, "splitfleet_exit_loss", cut="4") == 4.0
+def test_rounds_are_timed_and_late_work_has_an_age(metrics: Metrics) -> None:
+    late = [{"staleness": 1}, {"staleness": 3}]
+    metrics.round_ended(1, "closed", {"version": 1, "seconds": 4.0, "late": late})
+    assert value(metrics, "splitfleet_round_seconds_sum") == 4
+    assert value(metrics, "splitfleet_late_versions_count") == 2
+    assert value(metrics, "splitfleet_late_versions_bucket", le="1.0") == 1
 
 
-def test_activation_bits_are_the_mean_of_the_last_reports_of_a_cut(metrics: Metrics) -> None:
-    metrics.device_report("d0", 2, report(number=1, activations=(1000, 1000)))
-    metrics.device_report("d0", 2, report(number=2, activations=(500, 1000)))
-    metrics.device_report("d1", 2, report(number=2, activations=(250, 1000)))
-    metrics.device_report("d2", 4, report(number=2))
-    assert value(metrics, "splitfleet_activation_bits", cut="2") == 3.0
-    assert value(metrics, "splitfleet_activation_bits", cut="4") is None
+def test_the_newest_checkpoint_has_a_size_and_a_time(metrics: Metrics) -> None:
+    metrics.checkpoint(5000, written=1.7e9)
+    assert value(metrics, "splitfleet_checkpoint_bytes") == 5000
+    assert value(metrics, "splitfleet_checkpoint_timestamp_seconds") == 1.7e9
+
+
+def test_the_broker_is_up_as_long_as_there_is_a_connection(metrics: Metrics) -> None:
+    assert value(metrics, "splitfleet_broker_up") == 0
+    for up in (True, False, True):
+        metrics.connection(up=up)
+    assert value(metrics, "splitfleet_broker_up") == 1
+    metrics.connection(up=False)
+    assert value(metrics, "splitfleet_broker_up") == 0
+    assert value(metrics, "splitfleet_coordinator_connections_total") == 2
+
+
+def test_what_the_broker_says_of_itself_is_shown(metrics: Metrics, traffic: Traffic) -> None:
+    assert values(metrics, "splitfleet_broker_messages_dropped_total") == {}
+    traffic.system("$SYS/broker/publish/messages/dropped", b"12")
+    traffic.system("$SYS/broker/clients/connected", b"3")
+    for topic, payload in (
+        ("$SYS/broker/clients/connected", b"many"),
+        ("$SYS/broker/clients/connected", b"9" * 50),
+        ("$SYS/broker/version", b"7"),
+    ):
+        traffic.system(topic, payload)
+    assert value(metrics, "splitfleet_broker_messages_dropped_total") == 12
+    assert value(metrics, "splitfleet_broker_clients") == 3
+    traffic.overruns = lambda: 4
+    assert value(metrics, "splitfleet_link_overruns_total") == 4
+
+
+def test_bytes_have_the_codec_of_their_role(traffic: Traffic) -> None:
+    metrics = Metrics(traffic, CoordinatorSettings(codec="int3", gradient_codec="int8"))
+    traffic.received(Address("device", "activations", device="d0", direction="up"), 100)
+    labels = {"direction": "up", "role": "activation", "codec": "int3"}
+    assert value(metrics, "splitfleet_message_bytes_total", **labels) == 100
+    labels = {"direction": "down", "role": "control", "codec": "none"}
+    assert value(metrics, "splitfleet_message_bytes_total", **labels) == 0
+
+
+def test_a_round_that_runs_has_an_age(traffic: Traffic) -> None:
+    clock = Clock()
+    metrics = Metrics(traffic, CoordinatorSettings(round_deadline_s=60.0), clock=clock)
+    assert value(metrics, "splitfleet_round_deadline_seconds") == 60
+    assert value(metrics, "splitfleet_round_age_seconds") == 0
+    metrics.round_opened(1, 5, 0, 10)
+    clock.advance(70)
+    metrics.round_ended(1, "extended", {})
+    assert value(metrics, "splitfleet_round_age_seconds") == 70
+    metrics.round_ended(1, "abandoned", {})
+    assert value(metrics, "splitfleet_round_age_seconds") == 0
+
+
+def test_coding_is_timed(metrics: Metrics) -> None:
+    assert value(metrics, "splitfleet_server_codec_seconds_count", stage="encode") == 0
+    metrics.codec_took("decode", 0.25)
+    assert value(metrics, "splitfleet_server_codec_seconds_sum", stage="decode") == 0.25
 
 
 def test_the_phase_of_the_run_is_one_of_its_phases(metrics: Metrics) -> None:

@@ -11,7 +11,7 @@ from broker.link import LinkObserver, single_frame
 from broker.messages import Request, Status
 from broker.topics import COORDINATOR, Topics
 from broker.transport import Will
-from edge_agent.service import Silent
+from edge_agent.readings import LinkMeters
 from ops.simulator import IDEAL, Broker, LinkProfile, Process, World
 from ops.simulator.program import Life
 
@@ -86,7 +86,7 @@ class PuppetProgram:
         return None
 
     def observer(self) -> LinkObserver:
-        return Silent()
+        return LinkMeters()
 
     def stepped(self, machine: Machine, started: float, seconds: float) -> None:
         pass
