@@ -45,16 +45,8 @@ def test_closed_label_sets_start_at_zero(metrics: Metrics) -> None:
     assert value(metrics, "splitfleet_batches_discarded_total", reason="not_finite") == 0
     assert value(metrics, "splitfleet_messages_dropped_total", reason="malformed") == 0
     assert value(metrics, "splitfleet_devices", state="offline") == 0
-    assert (
-        value(
-            metrics,
-            "splitfleet_message_bytes_total",
-            direction="up",
-            role="activation",
-            codec="none",
-        )
-        == 0
-    )
+    flow = {"direction": "up", "role": "activation", "codec": "int3"}
+    assert value(metrics, "splitfleet_message_bytes_total", **flow) == 0
     assert value(metrics, "splitfleet_round") == 0
 
 
