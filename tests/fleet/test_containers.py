@@ -79,6 +79,11 @@ class Containers:
         found = self.ask(f"query?query={urllib.parse.quote(expression)}")["result"]
         return {next(iter(r["metric"].values()), ""): float(r["value"][1]) for r in found}
 
+    def rules(self) -> list[str]:
+        """How every rule fares."""
+        groups = self.ask("rules")["groups"]
+        return [rule["health"] for group in groups for rule in group["rules"]]
+
     def wait(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -127,6 +132,7 @@ def test_eight_agents_train_a_round_and_prometheus_sees_them(containers: Contain
     samples = containers.query("sum by (cut) (splitfleet_samples_applied_total)")
     assert samples == dict.fromkeys(("2", "3", "4", "5"), 2 * BATCHES * 32)
     assert len(containers.ask("alertmanagers")["activeAlertmanagers"]) == 1
+    containers.wait(lambda: set(containers.rules()) == {"ok"}, "alerts that work", COMMAND_S)
 
 
 @pytest.mark.parametrize(
