@@ -51,7 +51,7 @@ def test_closed_label_sets_start_at_zero(metrics: Metrics) -> None:
             "splitfleet_message_bytes_total",
             direction="up",
             role="activation",
-            codec="none",
+            codec="int3",
         )
         == 0
     )
