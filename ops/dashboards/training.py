@@ -219,11 +219,11 @@ def _pipeline() -> Row:
                 Curve(total("splitfleet_credits", *REPORTED), "credits"),
             ),
             graph(
-                "Staleness of gradients",
+                "Staleness of gradients, by cut",
                 "How many other batches a device learnt from between making a batch and learning "
-                "from its gradient: mean, and 95th percentile.",
-                Curve(average(STALENESS, *REPORTED), "mean"),
-                Curve(quantile(0.95, STALENESS, *REPORTED), "95 %"),
+                "from its gradient, mean.",
+                Curve(average(STALENESS, *REPORTED, by="cut"), "cut {{cut}}"),
+                unit="none",
             ),
             graph(
                 "Gradients that came too late",
