@@ -24,13 +24,13 @@ from tests.prometheus_process import BadQuery, Prometheus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-CUTS = (1, 2, 3, 3)
+CUTS = (1, 1, 2, 2, 3, 3, 4, 4)
 COORDINATOR = {
     "precision": "fp32",
     "memory_format": "contiguous",
     "dataset": BUNDLED,
     "rounds": 2,
-    "batches_per_round": 8,
+    "batches_per_round": 6,
     "exit_policy": "offload:0.5",
     "calibration_images": 200,
     "audit_share": 0.3,
