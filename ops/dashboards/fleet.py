@@ -25,7 +25,6 @@ from ops.dashboards.promql import (
     behind,
     increase,
     largest,
-    mean,
     rate,
     ratio,
     series,
@@ -250,19 +249,20 @@ def _each() -> Row:
         [
             rows(
                 "Devices",
-                "Those that are shown by name, and the others together. A name leads to what is "
-                "known of that device.",
+                "Those that are shown by name, and the others together: uptime, versions behind, "
+                "batches and images a second, share answered by the exit, bytes up, processor "
+                "cores, memory, reconnects within a day. A name leads to what is known of that "
+                "device.",
                 "device",
                 {
                     "Uptime": (total("splitfleet_uptime_seconds", *REPORTED, by=place), SECONDS),
-                    "Versions behind": (behind(*REPORTED, by=place), COUNT),
+                    "Behind": (behind(*REPORTED, by=place), COUNT),
                     "Batches": (
                         rate("splitfleet_batches_made", *REPORTED, by=place),
                         PER_SECOND,
                     ),
                     "Images": (images, PER_SECOND),
                     "By the exit": (ratio(exits, images), SHARE),
-                    "Threshold": (mean("splitfleet_exit_threshold", *REPORTED, by=place), "none"),
                     "Up": (
                         rate(
                             "splitfleet_agent_message_bytes",
@@ -280,7 +280,7 @@ def _each() -> Row:
                         total("splitfleet_agent_memory_bytes", *REPORTED, by=place),
                         BYTES,
                     ),
-                    "Reconnects in a day": (
+                    "Reconnects": (
                         increase("splitfleet_reconnects", "1d", *REPORTED, by=place),
                         COUNT,
                     ),

@@ -44,6 +44,9 @@ COLORS = {
 }
 """Legend → colours of the names that it can give, the same on all dashboards."""
 
+MISSED_SCRAPES_MS = 20_000
+"""A gap as short as this is a scrape or two that failed, and is drawn over."""
+
 Levels = Sequence[tuple[float | None, str]]
 GOOD: Levels = ((None, "green"),)
 PLAIN: Levels = ((None, "text"),)
@@ -129,6 +132,7 @@ def graph(
         .line_width(1 if stacked else 2)
         .fill_opacity(25 if stacked else 0)
         .show_points(options.VisibilityMode.NEVER)
+        .span_nulls(MISSED_SCRAPES_MS)
         .stacking(common.StackingConfig().mode(stacking).group("A"))
         .legend(_legend(many=many))
         .tooltip(

@@ -6,7 +6,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from ops.dashboards import page
 from ops.dashboards.page import Row
-from ops.dashboards.panels import BYTES, PER_SECOND, SECONDS, SHARE, Curve, bars, graph, number
+from ops.dashboards.panels import BYTES, PER_SECOND, SECONDS, SHARE, Curve, graph, number
 from ops.dashboards.promql import (
     CUT,
     REPORTED,
@@ -195,14 +195,11 @@ def _losses() -> Row:
                 many=True,
                 width=12,
             ),
-            bars(
-                "How old late contributions were",
-                "Those that were folded in within a day, by how many versions old they were at "
-                "most. The last bar has them all.",
-                Curve(
-                    f"sum by (le) (increase({series('splitfleet_late_versions_bucket')}[1d]))",
-                    "{{le}}",
-                ),
+            graph(
+                "Late contributions folded in",
+                "Within an hour: how many, and by how many versions they were late, all together.",
+                Curve(f"increase({series('splitfleet_late_versions_count')}[1h])", "contributions"),
+                Curve(f"increase({series('splitfleet_late_versions_sum')}[1h])", "versions"),
                 width=12,
             ),
         ],
@@ -222,11 +219,11 @@ def _pipeline() -> Row:
                 Curve(total("splitfleet_credits", *REPORTED), "credits"),
             ),
             graph(
-                "Staleness of gradients",
+                "Staleness of gradients, by cut",
                 "How many other batches a device learnt from between making a batch and learning "
-                "from its gradient: mean, and 95th percentile.",
-                Curve(average(STALENESS, *REPORTED), "mean"),
-                Curve(quantile(0.95, STALENESS, *REPORTED), "95 %"),
+                "from its gradient, mean.",
+                Curve(average(STALENESS, *REPORTED, by="cut"), "cut {{cut}}"),
+                unit="none",
             ),
             graph(
                 "Gradients that came too late",

@@ -14,28 +14,43 @@ from typing import Any
 
 import pytest
 
+from edge_agent.readings import THERMAL, hottest
 from ops.dashboards import FOLDER
+from tensors.datasets import BUNDLED
 from tests.fleet_processes import Fleet
 from tests.http_agent import picture, post
 from tests.mosquitto_process import Mosquitto, free_port
 from tests.prometheus_process import BadQuery, Prometheus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-CUTS = (1, 2, 3, 3)
+CUTS = (1, 1, 2, 2, 3, 3, 4, 4)
 COORDINATOR = {
-    "rounds": 4,
-    "batches_per_round": 8,
+    "precision": "fp32",
+    "memory_format": "contiguous",
+    "dataset": BUNDLED,
+    "rounds": 2,
+    "batches_per_round": 6,
     "exit_policy": "offload:0.5",
     "calibration_images": 200,
     "audit_share": 0.3,
     "inference": True,
     "stay": True,
 }
-AGENT = {"exit_when_finished": False, "heartbeat_s": 2.0, "telemetry_s": 1.0}
+AGENT = {
+    "precision": "fp32",
+    "memory_format": "contiguous",
+    "exit_when_finished": False,
+    "heartbeat_s": 2.0,
+    "telemetry_s": 1.0,
+    "device_class": "raspberry-pi-4",
+    "radio": "wifi",
+}
+SENSORLESS = hottest(THERMAL.glob("thermal_zone*/temp")) is None
 SCRAPED_S = 1.0
 WINDOW = "30s"
 """In the place of ``$__rate_interval``."""
+RUN_S = 600.0
 SETTLED_S = 60.0
 """How long after the last thing that is waited for it may take to be in Prometheus."""
 
@@ -46,7 +61,7 @@ def asking(address: str) -> Iterator[None]:
     enough = threading.Event()
 
     def ask() -> None:
-        while not enough.wait(0.05):
+        while not enough.wait(0.2):
             post(address, picture(size=28))
 
     thread = threading.Thread(target=ask)
@@ -89,6 +104,8 @@ def unanswered(prometheus: Prometheus, start: float) -> list[str]:
     end = time.time()
     found = []
     for file, variables, panel, expression in queries():
+        if SENSORLESS and "splitfleet_temperature_celsius" in expression:
+            continue
         try:
             asked = fill(expression, variables, prometheus)
             series = prometheus.query_range(asked, start, end, 2 * SCRAPED_S)
@@ -114,7 +131,7 @@ def test_every_panel_of_every_dashboard_shows_something(
                 fleet.start_agent(number)
             with asking(http):
                 finished = r'splitfleet_run_phase\{phase="finished"\} '
-                fleet.wait(lambda: fleet.metric(finished) == 1, "the end of the run")
+                fleet.wait(lambda: fleet.metric(finished) == 1, "the end of the run", RUN_S)
                 end = time.monotonic() + SETTLED_S
                 while (empty := unanswered(prometheus, start)) and time.monotonic() < end:
                     time.sleep(SCRAPED_S)

@@ -8,14 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from ops.dashboards import FOLDER, dashboards, text_of, write
+from ops.metrics_document import filled
 from tests.prometheus_process import need
 
 FILES = sorted(FOLDER.glob("*.json"))
 Json = dict[str, Any]
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+@pytest.fixture(scope="module")
+def exposed() -> dict[str, set[str]]:
+    """Names that a coordinator exposes, with their labels, once everything has happened."""
+    found: dict[str, set[str]] = {"up": {"instance"}}
+    for family in text_string_to_metric_families(generate_latest(filled().registry).decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, {"instance"}).update(sample.labels)
+    return found
 
 
 def read(file: Path) -> Json:
@@ -35,7 +48,7 @@ def expressions(dashboard: Json) -> Iterator[tuple[str, str]]:
             yield panel["title"], target["expr"]
 
 
-def filled(expression: str) -> str:
+def substituted(expression: str) -> str:
     """With something for each variable, as Prometheus takes it."""
     expression = expression.replace("$__rate_interval", "1m")
     return re.sub(r"\$\w+", "x", expression)
@@ -113,11 +126,28 @@ def test_queries_ask_for_one_fleet_and_for_what_is_chosen(file: Path) -> None:
         assert "vector(" not in expression, title
 
 
+@each_file
+def test_what_is_asked_for_is_exposed(file: Path, exposed: dict[str, set[str]]) -> None:
+    for panel in panels(read(file)):
+        for target in panel["targets"]:
+            expression, where = target["expr"], f"{panel['title']}: {target['expr']}"
+            selected = dict(re.findall(r"(\w+)\{([^}]*)\}", expression))
+            assert selected, where
+            for name, matchers in selected.items():
+                assert name in exposed, where
+                assert set(re.findall(r"(\w+)[=!]", matchers)) <= exposed[name], where
+            shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            for by in re.findall(r"by \(([^)]*)\)", expression):
+                shown.update(by.split(", "))
+            known = set().union(*(exposed[name] for name in selected))
+            assert shown <= known, where
+
+
 def test_prometheus_understands_every_query(tmp_path: Path) -> None:
     promtool = need("promtool")
     found = [query for file in FILES for query in expressions(read(file))]
     rules = [
-        {"record": "x", "expr": filled(query), "labels": {"n": f"{n} {title}"}}
+        {"record": "x", "expr": substituted(query), "labels": {"n": f"{n} {title}"}}
         for n, (title, query) in enumerate(found)
     ]
     file = tmp_path / "rules.yml"
