@@ -51,6 +51,7 @@ DISCARDED = (
     "foreign_run",
     "late",
     "not_a_participant",
+    "not_computable",
     "not_finite",
     "stale_attempt",
     "wrong_shape",

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 RULES = sorted((ROOT / "ops/prometheus/rules").glob("*.yml"))
 CASES = sorted((ROOT / "tests/ops/alerts").glob("*.yml"))
 RUNBOOK = ROOT / "docs/runbook.md"
+METRICS = ROOT / "docs/metrics.md"
+"""Lists all; a test of its own holds it to the code."""
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -77,3 +79,11 @@ def test_runbook_has_a_section_for_each_alert_and_no_other() -> None:
     sections = re.findall(r"^## (Splitfleet\w+)$", RUNBOOK.read_text(), re.MULTILINE)
     assert sections == sorted(sections)
     assert sections == NAMES
+
+
+@pytest.mark.parametrize("file", [*RULES, *CASES, RUNBOOK], ids=lambda path: path.stem)
+def test_metrics_exist(file: Path) -> None:
+    known = set(re.findall(r"^\| `(splitfleet_\w+)`", METRICS.read_text(), re.MULTILINE))
+    named = set(re.findall(r"splitfleet_\w+", file.read_text()))
+    assert named
+    assert named - known == set()
