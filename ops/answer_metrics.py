@@ -73,7 +73,7 @@ class AnswerMetrics(Observer):
                 (
                     "agreement",
                     "agreement_ratio",
-                    "Of held-out images that the exit answers, the share sure to get the network's answer",
+                    "Of held-out images that the exit answers, those sure to get the network's",
                 ),
                 ("accuracy", "accuracy_ratio", "Held-out images that device and server get right"),
                 ("offload_rate", "offload_ratio", "Held-out images that are left to the server"),
