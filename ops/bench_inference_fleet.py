@@ -66,6 +66,7 @@ class Served:
     folder: str
     width: int
     answer_batch: int
+    run: str = dataclasses.field(default_factory=new_run)
 
     @property
     def settings(self) -> CoordinatorSettings:
@@ -116,7 +117,7 @@ def serving(served: Served) -> Iterator[None]:
     parts = torch_parts(settings)
     store = Store(settings.state_dir, keep=settings.keep_checkpoints)
     store.create(
-        new_run(),
+        served.run,
         settings.identity(),
         Checkpoint(version=1, round=1, model=parts.first(), trained_cuts=list(CUTS)),
     )
@@ -272,7 +273,13 @@ async def put_load(load: Load) -> dict[str, float]:
             await link.send(
                 up(
                     device,
-                    Features(run=run, request=number, version=1, deadline_ms=60_000, tensor=tensor),
+                    Features(
+                        run=load.served.run,
+                        request=number,
+                        version=1,
+                        deadline_ms=60_000,
+                        tensor=tensor,
+                    ),
                 )
             )
 
@@ -281,15 +288,16 @@ async def put_load(load: Load) -> dict[str, float]:
             pass
         for name, cut in names.items():
             await link.send(up(name, _hello(boot, cut)))
-        run, assigned = "", set[str]()
+        assigned: set[str] = set()
         begun = asyncio.get_running_loop().time() + START_S
         while (now := asyncio.get_running_loop().time()) < begun + load.seconds:
             event = await link.receive()
             if not isinstance(event, Arrival) or event.envelope.address.device is None:
                 continue
             device, message = event.envelope.address.device, event.envelope.message
-            if isinstance(message, Assignment) and device not in assigned:
-                run = message.run
+            if isinstance(message, Assignment):
+                if message.run != load.served.run or device in assigned:
+                    continue  # the broker retains those of earlier runs
                 assigned.add(device)
                 if len(assigned) == len(names):
                     begun = now + SETTLE_S
