@@ -291,7 +291,7 @@ async def run_coordinator(
             for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):
                 branches[name].call(partial(_compute_with, threads))
             vitals = vitals or new_vitals(settings)
-            watching = watch(core, branches, vitals, logs or Untouched(), settings.state_dir)
+            watching = watch(core, branches, vitals, logs or Untouched(), settings)
             await _drive_both(core, branches, vitals, watching, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):

@@ -168,6 +168,9 @@ class CoordinatorSettings(BaseModel):
     metrics_host: str = "127.0.0.1"
     metrics_devices: int = Field(default=50, ge=0, le=10_000)
     """How many devices the metrics show one by one; the rest are together."""
+    broker_figures: bool = False
+    """Whether the metrics have what the broker says of itself ($SYS). Mosquitto does; another one,
+    the embedded too, may cut a connection that asks."""
     energy_table: Path | None = None
     """A file in the manner of ops/energy.toml, for the classes and radios of the fleet."""
     stall_s: Positive = 120.0

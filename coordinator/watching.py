@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from broker.branches import Branches
@@ -17,6 +16,7 @@ from coordinator.errors import StoreError
 from coordinator.health import LOOK_S, Vitals
 from coordinator.log_levels import LogLevels, read_log_levels
 from coordinator.serving import TRAINING
+from coordinator.settings import CoordinatorSettings
 from coordinator.traffic import BROKER_FIGURES
 
 log = logging.getLogger("splitfleet.coordinator")
@@ -32,7 +32,7 @@ async def watch(
     branches: Branches,
     vitals: Vitals,
     logs: LogControl,
-    state_dir: Path,
+    settings: CoordinatorSettings,
 ) -> None:
     """Look after all of it until cancelled."""
     training = branches[TRAINING]
@@ -50,8 +50,8 @@ async def watch(
     await asyncio.gather(
         _look_at(vitals, branches),
         _follow(core.versions.chosen, core.versions.pinned, serve),
-        _follow(partial(read_log_levels, state_dir), LogLevels(), log_with),
-        _ask_the_broker(branches),
+        _follow(partial(read_log_levels, settings.state_dir), LogLevels(), log_with),
+        *([_ask_the_broker(branches)] if settings.broker_figures else []),
     )
 
 
@@ -83,7 +83,7 @@ async def _look_at(vitals: Vitals, branches: Branches) -> None:
 
 
 async def _ask_the_broker(branches: Branches) -> None:
-    """Subscribe to what the broker says of itself, once it is there; it may not say anything.
+    """Subscribe to what the broker says of itself, once it is there; it may refuse that.
 
     Not before, for a subscription that is refused with the others would refuse the connection.
     """

@@ -66,6 +66,8 @@ def lay_out(
         if name != COORDINATOR:
             about |= {"device": name, "cut": cuts[index % len(cuts)], "threads": 1}
             about |= {"share": index % shares, "shares": shares}
+        else:
+            about["broker_figures"] = True
         login = {"url": url, "username": name, "password": passwords[name]}
         write_whole(files[name], _toml({"broker": login, files[name].stem: about}))
     write_mosquitto_config(

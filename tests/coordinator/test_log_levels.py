@@ -147,7 +147,9 @@ async def test_a_running_coordinator_follows_the_file(
                     return said
 
         watch = asyncio.create_task(
-            watching.watch(server.core, branches, new_vitals(server.settings), noted, tmp_path)
+            watching.watch(
+                server.core, branches, new_vitals(server.settings), noted, server.settings
+            )
         )
         try:
             async with asyncio.timeout(30):

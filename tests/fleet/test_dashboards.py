@@ -36,6 +36,7 @@ COORDINATOR = {
     "audit_share": 0.3,
     "inference": True,
     "stay": True,
+    "broker_figures": True,
 }
 AGENT = {
     "precision": "fp32",
