@@ -129,7 +129,8 @@ async def test_a_running_coordinator_follows_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watching, "CHOICE_S", 0.01)
-    server, noted = Harness(min_devices=2), Noted()
+    server, noted = Harness(tmp_path, min_devices=2), Noted()
+    settings = server.settings
     server.join("a", 2)
 
     async with MemoryTransport(MemoryBroker(), COORDINATOR) as transport:
@@ -147,9 +148,7 @@ async def test_a_running_coordinator_follows_the_file(
                     return said
 
         watch = asyncio.create_task(
-            watching.watch(
-                server.core, branches, new_vitals(server.settings), noted, server.settings
-            )
+            watching.watch(server.core, branches, new_vitals(settings), noted, settings)
         )
         try:
             async with asyncio.timeout(30):
