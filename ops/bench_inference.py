@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from broker.embedded import EmbeddedBroker
 from ops import bench_rows
 from ops.bench_echo import Echo, echo
 from ops.bench_inference_fleet import CUTS, Asks, Load, Served, ask_all, saturate, serving
+from ops.bench_training import broker_at
 from ops.errors import FleetFailed, SettingsWrong
 
 TOGETHER = 64
@@ -118,19 +118,10 @@ def _batching(broker: str | None, width: int, pairs: int) -> Row:
 @contextmanager
 def _fleet(broker: str | None, width: int, batch: int) -> Iterator[Served]:
     folder = tempfile.TemporaryDirectory(prefix="splitfleet-bench-")
-    with folder as name, _broker(broker) as url:
+    with folder as name, broker_at(broker) as url:
         served = Served(url, name, width, batch)
         with serving(served):
             yield served
-
-
-@contextmanager
-def _broker(url: str | None) -> Iterator[str]:
-    if url is not None:
-        yield url
-        return
-    with EmbeddedBroker() as embedded:
-        yield embedded.url
 
 
 def _where(broker: str | None, width: int) -> Row:

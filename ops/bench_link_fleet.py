@@ -26,6 +26,7 @@ from broker.topics import COORDINATOR
 from coordinator.store import Store
 from ops.bench_link_devices import READY_S, Measured, Task
 from ops.errors import DiskTrouble, FleetFailed, OpsError
+from ops.files import to_toml
 from ops.network_link import End, NetworkLink
 
 PORT = 1883
@@ -190,7 +191,7 @@ class LinkFleet:
         if self._data_root is not None:
             settings["data_root"] = self._data_root
         file = self._folder / "coordinator.toml"
-        file.write_text(_toml("coordinator", settings), encoding="utf-8")
+        file.write_text(to_toml({"coordinator": settings}), encoding="utf-8")
         command = _python("ops.cli", "coordinator", "--config", str(file), "--quiet")
         command += ["--broker", self._url, "--until-eof"]
         environment = {
@@ -249,10 +250,3 @@ class LinkFleet:
 
 def _python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
-
-
-def _toml(section: str, settings: Mapping[str, Any]) -> str:
-    tables = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
-    lines = [f"{key} = {json.dumps(v)}" for key, v in settings.items() if key not in tables]
-    text = "\n".join([f"[{section}]", *lines, ""])
-    return text + "".join(_toml(f"{section}.{key}", table) for key, table in tables.items())

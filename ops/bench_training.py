@@ -192,12 +192,13 @@ class _Stopwatch(Observer):
 
 def _fleet(case: Case, broker: str | None) -> float:
     folder = tempfile.TemporaryDirectory(prefix="splitfleet-bench-")
-    with folder as name, _broker(broker) as url:
+    with folder as name, broker_at(broker) as url:
         return float(_child("fleet", json.dumps(dataclasses.asdict(case)), url, name))
 
 
 @contextmanager
-def _broker(url: str | None) -> Iterator[str]:
+def broker_at(url: str | None) -> Iterator[str]:
+    """The URL that is given, or that of an embedded broker as long as the context lasts."""
     if url is not None:
         yield url
         return

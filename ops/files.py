@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from coordinator.atomic_files import make_folder, write_file
 from ops.errors import DiskTrouble
@@ -15,3 +18,14 @@ def write_whole(path: Path, text: str) -> None:
         write_file(path, text.encode())
     except OSError as exc:
         raise DiskTrouble(f"cannot write {path}: {exc.strerror}; choose another place") from exc
+
+
+def to_toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sections of settings as TOML; a value that is a mapping is a section within its own."""
+    text = ""
+    for section, values in sections.items():
+        inner = {f"{section}.{key}": v for key, v in values.items() if isinstance(v, Mapping)}
+        # A JSON string, number or list is a TOML one.
+        plain = (f"{k} = {json.dumps(v)}" for k, v in values.items() if not isinstance(v, Mapping))
+        text += "\n".join([f"[{section}]", *plain, ""]) + to_toml(inner)
+    return text

@@ -14,12 +14,11 @@ these are the passwords of a fleet on one machine; on a real device there is onl
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from broker.mosquitto import new_password, write_mosquitto_config
 from broker.topics import COORDINATOR
 from ops import run
 from ops.errors import DiskTrouble, FleetFailed, OpsError, SettingsWrong
-from ops.files import write_whole
+from ops.files import to_toml, write_whole
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
@@ -69,7 +68,7 @@ def lay_out(
         else:
             about["broker_figures"] = True
         login = {"url": url, "username": name, "password": passwords[name]}
-        write_whole(files[name], _toml({"broker": login, files[name].stem: about}))
+        write_whole(files[name], to_toml({"broker": login, files[name].stem: about}))
     write_mosquitto_config(
         folder / "broker",
         fleet,
@@ -121,14 +120,6 @@ def _password(file: Path) -> str:
             f"{file} is not as it was written ({exc!r}); remove it for a new password"
         ) from exc
     return str(password)
-
-
-def _toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = []
-    for section, values in sections.items():
-        # A JSON string or number is a TOML one.
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(v)}" for key, v in values.items())]
-    return "\n".join([*lines, ""])
 
 
 @app.command("lay-out")
