@@ -63,7 +63,7 @@ def run(target: str, seed: int, batches: range) -> Tally:
     logging.getLogger("splitfleet.link").setLevel(logging.CRITICAL)
     tally = Tally(target)
     for batch in batches:
-        _run_batch(tally, seed, batch, traced=(batch + 1) % TRACED_EVERY == 0)
+        tally.add(_run_batch(target, seed, batch, traced=(batch + 1) % TRACED_EVERY == 0))
     return tally
 
 
@@ -79,35 +79,55 @@ def bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _run_batch(tally: Tally, seed: int, batch: int, *, traced: bool) -> None:
-    target = TARGETS[tally.target](random.Random(f"{tally.target} {seed} {batch}"))
-    repeat = f"python -m tests.fuzz.campaign {tally.target} {seed} {batch}"
-    outcomes: Counter[str] = Counter()
+def _run_batch(name: str, seed: int, batch: int, *, traced: bool) -> Tally:
+    """One batch; a traced one that took too much is tried once more, for whose memory it was.
+
+    The interpreter's own tables count too when they grow: that of its interned names takes
+    3.8 MB at once (CPython 3.11 with torch), in whichever batch comes to it.
+    """
+    tally = _try_batch(name, seed, batch, traced=traced)
+    if tally.peak > TARGETS[name].memory:
+        tally = _try_batch(name, seed, batch, traced=traced)
+    if tally.peak > TARGETS[name].memory:
+        raise Finding(
+            f"{tally.peak} bytes of memory, {TARGETS[name].memory} allowed: "
+            f"{_to_repeat(name, seed, batch)}"
+        )
+    return tally
+
+
+def _to_repeat(name: str, seed: int, batch: int) -> str:
+    return f"python -m tests.fuzz.campaign {name} {seed} {batch}"
+
+
+def _try_batch(name: str, seed: int, batch: int, *, traced: bool) -> Tally:
+    target = TARGETS[name](random.Random(f"{name} {seed} {batch}"))
+    tally = Tally(name)
     slowest = 0.0
     started = last = time.perf_counter()
     if traced:
         tracemalloc.start()
     try:
         for _ in range(BATCH):
-            outcomes[target.once()] += 1
+            tally.outcomes[target.once()] += 1
             now = time.perf_counter()
             slowest, last = max(slowest, now - last), now
         if traced:
-            tally.peak = max(tally.peak, tracemalloc.get_traced_memory()[1])
+            tally.peak = tracemalloc.get_traced_memory()[1]
     except Exception as exc:
-        raise Finding(f"{exc!r} for {target.input.hex()}: {repeat}") from exc
+        raise Finding(f"{exc!r} for {target.input.hex()}: {_to_repeat(name, seed, batch)}") from exc
     finally:
         if traced:
             tracemalloc.stop()
-    tally.seconds += last - started
-    tally.outcomes += outcomes
-    unknown = outcomes.keys() - target.reasons - {""}
+    tally.seconds = last - started
+    unknown = tally.outcomes.keys() - target.reasons - {""}
     if unknown:
-        raise Finding(f"reasons that are not documented, {sorted(unknown)}: {repeat}")
-    if tally.peak > target.memory:
-        raise Finding(f"{tally.peak} bytes of memory, {target.memory} allowed: {repeat}")
+        raise Finding(
+            f"reasons that are not documented, {sorted(unknown)}: {_to_repeat(name, seed, batch)}"
+        )
     if slowest > HANG_S:
-        raise Finding(f"an input took {slowest:.0f} s: {repeat}")
+        raise Finding(f"an input took {slowest:.0f} s: {_to_repeat(name, seed, batch)}")
+    return tally
 
 
 def table(tallies: list[Tally]) -> str:

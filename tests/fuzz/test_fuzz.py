@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,9 +14,19 @@ import torch
 from broker.envelopes import decode_message
 from tensors.decoding import decode
 from tensors.parameters import unpack_parameters
-from tests.fuzz.campaign import BATCH, TARGETS, TRACED_EVERY, Tally, bound_memory, run, table
+from tests.fuzz.campaign import (
+    BATCH,
+    TARGETS,
+    TRACED_EVERY,
+    Finding,
+    Tally,
+    bound_memory,
+    run,
+    table,
+)
 from tests.fuzz.message_targets import TOPICS
 from tests.fuzz.seeds import FOLDER
+from tests.fuzz.target import Target
 from tests.fuzz.tensor_targets import mask_for
 
 BATCHES = {
@@ -79,6 +90,31 @@ def test_the_slow_run_has_ten_million_inputs() -> None:
     assert LONG * BATCH * sum(BATCHES.values()) >= 10_000_000
     assert all(LONG * batches % JOB == 0 for batches in BATCHES.values())
     assert min(BATCHES.values()) >= TRACED_EVERY
+
+
+class Hungry(Target):
+    reasons = frozenset()
+    memory = 100_000
+    batches: ClassVar[list[int]]
+    """For each batch tried, bytes that each of its inputs takes; the next one's first."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self._taken = self.batches.pop(0)
+
+    def once(self) -> str:
+        bytearray(self._taken)
+        return ""
+
+
+def test_too_much_memory_is_a_finding_where_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "hungry", Hungry)
+    traced = range(TRACED_EVERY - 1, TRACED_EVERY)
+    Hungry.batches = [200_000, 1000]
+    assert 1000 <= run("hungry", 0, traced).peak < 100_000
+    Hungry.batches = [200_000, 200_000]
+    with pytest.raises(Finding, match=f"100000 allowed.* hungry 0 {TRACED_EVERY - 1}$"):
+        run("hungry", 0, traced)
 
 
 def made(kind: str) -> list[bytes]:
