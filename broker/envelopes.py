@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from broker.errors import MessageError
+from broker.fields import Message
 from broker.maps import Buffer, Pieces, pack_map, packed_size, unpack_map
-from broker.messages import KINDS, Message
+from broker.messages import KINDS
 from broker.topics import Address
 
 
@@ -73,6 +74,12 @@ def down_later(device: str, kind: type[Message], make: Callable[[], Message]) ->
     return DeferredEnvelope(
         Address("device", _kind("down", kind), device=device, direction="down"), make
     )
+
+
+def to_claim(claim: str, message: Message) -> Envelope:
+    """An envelope from the coordinator to who came with ``claim``."""
+    kind = _kind("down", type(message))
+    return Envelope(Address("claim", kind, device=claim, direction="down"), message)
 
 
 def to_all(message: Message) -> Envelope:

@@ -16,8 +16,9 @@ from typing import Protocol
 
 from broker.envelopes import Envelope, channel, decode_message, encode_message
 from broker.errors import MessageError, TopicError
+from broker.fields import Message
 from broker.frames import OVERHEAD, Limits, Reassembler, split
-from broker.messages import LOSSY, Message
+from broker.messages import LOSSY
 from broker.topics import SYSTEM, Address, Topics
 from broker.transport import Connected, Disconnected, Transport
 

@@ -130,9 +130,8 @@ def write_mosquitto_config(
 def format_acl(topics: Topics) -> str:
     """The access rules of a fleet as Mosquitto's ACL file; %u is a client's login name."""
     lines = [f"# Written by splitfleet for fleet {topics.fleet}."]
-    lines += [
-        f"pattern {grant.access} {grant.topic_filter}" for grant in topics.device_grants("%u")
-    ]
+    everybody = (*topics.device_grants("%u"), *topics.claim_grants("%u"))
+    lines += [f"pattern {grant.access} {grant.topic_filter}" for grant in everybody]
     lines += ["", f"user {COORDINATOR}"]
     lines += [f"topic {grant.access} {grant.topic_filter}" for grant in topics.coordinator_grants()]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,12 @@ splitfleet/{fleet}/device/{device}/up/{kind}      written by the device
 splitfleet/{fleet}/device/{device}/down/{kind}    written by the coordinator
 splitfleet/{fleet}/all/{kind}                     to everybody
 splitfleet/{fleet}/cut/{layer}/{kind}             to the devices of one cut layer
+splitfleet/{fleet}/claim/{claim}/up/{kind}        written by who has no identity yet
+splitfleet/{fleet}/claim/{claim}/down/{kind}      written by the coordinator
+
+A claim is claim.ID (a join token) or back.DEVICE (a device whose certificate ended): with a dot, so
+never the name of a device. The broker hangs the tree of claims below splitfleet/{fleet}/claim/, so
+whoever comes with one sees {claim}/up/{kind} and {claim}/down/{kind}, and nothing else.
 """
 
 from __future__ import annotations
@@ -47,6 +53,8 @@ DOWN_KINDS = frozenset(
 )
 ALL_KINDS = frozenset({"round", "serving", "command", "coordinator"})
 CUT_KINDS = frozenset({"manifest", "parameters"})
+CLAIM_UP_KINDS = frozenset({"enrol"})
+CLAIM_DOWN_KINDS = frozenset({"certificate"})
 
 # A topic keeps one retained message, so only small state is retained, never a tensor.
 RETAINED = frozenset(
@@ -61,9 +69,10 @@ RETAINED = frozenset(
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CLAIM = re.compile(r"(claim|back)\.[A-Za-z0-9_-]{1,64}")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,3}")
 
-Scope = Literal["device", "all", "cut"]
+Scope = Literal["device", "all", "cut", "claim"]
 Direction = Literal["up", "down"]
 Access = Literal["read", "write", "readwrite"]
 
@@ -88,9 +97,20 @@ def check_device(device: str) -> str:
     return device
 
 
+def check_claim(claim: str) -> str:
+    """Return `claim`, or raise TopicError when it is no claim.ID or back.DEVICE."""
+    if not _CLAIM.fullmatch(claim):
+        raise TopicError(f"claim {claim!r} is not allowed; it is claim.ID or back.DEVICE")
+    return claim
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What a topic says. `device` and `direction` belong to scope "device", `layer` to "cut"."""
+    """What a topic says.
+
+    `device` and `direction` belong to the scopes "device" and "claim", where `device` is the claim,
+    and `layer` to "cut".
+    """
 
     scope: Scope
     kind: str
@@ -107,6 +127,10 @@ class Address:
 
     def _check_place(self) -> frozenset[str]:
         of_device = self.device is not None and self.direction in ("up", "down")
+        if self.scope == "claim" and of_device and self.layer is None:
+            assert self.device is not None
+            check_claim(self.device)
+            return CLAIM_UP_KINDS if self.direction == "up" else CLAIM_DOWN_KINDS
         if self.scope == "device" and of_device and self.layer is None:
             assert self.device is not None
             check_device(self.device)
@@ -121,7 +145,7 @@ class Address:
     @property
     def retained(self) -> bool:
         """Whether messages of this kind are kept by the broker for late subscribers."""
-        place = self.direction if self.scope == "device" else self.scope
+        place = self.direction or self.scope
         return (place, self.kind) in RETAINED
 
 
@@ -142,8 +166,9 @@ class Topics:
 
     def format(self, address: Address) -> str:
         """The topic of `address`."""
-        if address.scope == "device":
-            return f"{self._base}/device/{address.device}/{address.direction}/{address.kind}"
+        if address.scope in ("device", "claim"):
+            whose = f"{address.scope}/{address.device}"
+            return f"{self._base}/{whose}/{address.direction}/{address.kind}"
         if address.scope == "cut":
             return f"{self._base}/cut/{address.layer}/{address.kind}"
         return f"{self._base}/all/{address.kind}"
@@ -160,6 +185,10 @@ class Topics:
                 return Address("device", kind, device=device, direction="up")
             case ["device", device, "down", kind]:
                 return Address("device", kind, device=device, direction="down")
+            case ["claim", claim, "up", kind]:
+                return Address("claim", kind, device=claim, direction="up")
+            case ["claim", claim, "down", kind]:
+                return Address("claim", kind, device=claim, direction="down")
             case ["all", kind]:
                 return Address("all", kind)
             case ["cut", layer, kind] if _LAYER.fullmatch(layer):
@@ -194,6 +223,15 @@ class Topics:
         """What the coordinator subscribes to."""
         return (f"{self._base}/device/+/up/#",)
 
+    @property
+    def claims(self) -> str:
+        """Below which the broker hangs what is said by those who come with a claim."""
+        return f"{self._base}/claim/"
+
+    def claims_filters(self) -> tuple[str, ...]:
+        """What the coordinator subscribes to where it enrols devices."""
+        return (f"{self.claims}+/up/#",)
+
     def device_grants(self, device: str) -> tuple[Grant, ...]:
         """All a device may do; `device` may be a broker's placeholder such as "%u"."""
         own = f"{self._base}/device/{device}"
@@ -203,6 +241,11 @@ class Topics:
             Grant("read", f"{self._base}/all/#"),
             Grant("read", f"{self._base}/cut/#"),
         )
+
+    def claim_grants(self, claim: str) -> tuple[Grant, ...]:
+        """All a claim may do; `claim` may be a broker's placeholder such as "%u"."""
+        own = f"{self.claims}{claim}"
+        return (Grant("write", f"{own}/up/#"), Grant("read", f"{own}/down/#"))
 
     def coordinator_grants(self) -> tuple[Grant, ...]:
         """All the coordinator may do: the whole fleet, and the broker's own figures."""

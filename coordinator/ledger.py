@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from broker.envelopes import Envelope
-from broker.messages import Range, to_ranges
+from broker.fields import Range
+from broker.messages import to_ranges
 
 Stamp = tuple[str, int, int]
 

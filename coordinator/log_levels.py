@@ -13,8 +13,9 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from broker.envelopes import Envelope, down, to_all
+from broker.fields import Name
 from broker.logs import LogLevel
-from broker.messages import Command, Name
+from broker.messages import Command
 from coordinator.atomic_files import write_file
 from coordinator.errors import StoreError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from broker.envelopes import Envelope, down, to_all
-from broker.messages import Assignment, Round, RunPhase, Serving
+from broker.fields import RunPhase
+from broker.messages import Assignment, Round, Serving
 from coordinator.registry import Device
 from coordinator.rounds import (
     MAX_QUOTA,

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, DeviceParameters, Report, RunPhase
+from broker.fields import RunPhase
+from broker.messages import Activations, DeviceParameters, Report
 from coordinator import orders
 from coordinator.aggregation import Model
 from coordinator.evaluation import Evaluator

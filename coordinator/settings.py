@@ -8,8 +8,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from broker.fields import Name
 from broker.logs import LogFormat, LogLevel
-from broker.messages import Name, Network
+from broker.messages import Network
 from coordinator.exit_policies import parse_exit_policy
 from coordinator.server_momentum import MomentumRule
 from tensors.codecs import MAX_LEVELS, Codec, parse_codec

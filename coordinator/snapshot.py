@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from broker.messages import RunPhase
+from broker.fields import RunPhase
 from broker.telemetry import METRICS
 from coordinator.health import Health
 from coordinator.ledger import Ledger

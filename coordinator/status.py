@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from broker.messages import RunPhase
+from broker.fields import RunPhase
 from coordinator.health import Health
 
 

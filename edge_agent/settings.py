@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from broker.errors import TopicError
+from broker.fields import Name
 from broker.logs import LogFormat, LogLevel
-from broker.messages import Name
 from broker.topics import check_device
 from edge_agent.http_server import is_loopback, parse_address
 

@@ -28,7 +28,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from broker.messages import RunPhase
+from broker.fields import RunPhase
 from coordinator.observer import Codec
 from coordinator.settings import CoordinatorSettings
 from coordinator.telemetry import Gain

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from broker.envelopes import Envelope, up
-from broker.messages import Features, Inference, Message, Report, Round, Status
+from broker.fields import Message
+from broker.messages import Features, Inference, Report, Round, Status
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import build_core

@@ -11,6 +11,7 @@ import numpy as np
 
 from broker.drive import Effect, Subscribe
 from broker.envelopes import Envelope, down, to_all, to_cut
+from broker.fields import Message
 from broker.messages import (
     Activations,
     Assignment,
@@ -19,7 +20,6 @@ from broker.messages import (
     Hello,
     Manifest,
     Measurement,
-    Message,
     Parameters,
     Receipt,
     Report,

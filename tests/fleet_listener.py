@@ -14,8 +14,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from broker.envelopes import decode_message
 from broker.errors import MessageError
+from broker.fields import Message
 from broker.frames import Limits, Reassembler
-from broker.messages import Activations, Coordinator, Message, Report, Round, Status
+from broker.messages import Activations, Coordinator, Report, Round, Status
 from broker.topics import Topics
 
 CONNECT_TIMEOUT_S = 10.0

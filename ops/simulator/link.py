@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from broker.messages import Message
+from broker.fields import Message
 from broker.topics import Address
 from ops.simulator.world import World
 

@@ -10,11 +10,12 @@ import pytest
 
 from broker.envelopes import Envelope, encode_message, to_all, to_cut, up
 from broker.errors import PacketTooLarge, TransportError
+from broker.fields import Message
 from broker.frames import OVERHEAD, Limits, split
 from broker.link import Arrival, Link, single_frame
 from broker.maps import Pieces
 from broker.memory import MemoryBroker, MemoryTransport
-from broker.messages import Activations, Coordinator, Message, Parameters, Report, Request, Status
+from broker.messages import Activations, Coordinator, Parameters, Report, Request, Status
 from broker.topics import Address, Topics
 from broker.transport import Connected, Disconnected
 from tests.server_side import make_activations
@@ -215,10 +216,10 @@ async def test_topics_that_do_not_exist_are_counted(topic: str) -> None:
 async def test_a_topic_of_the_tree_on_which_nothing_is_expected_yet() -> None:
     broker = MemoryBroker()
     async with coordinator(broker) as server, device(broker) as agent:
-        await agent.transport.publish(TOPICS.up("d", "renew"), single_frame(STATUS), qos=1)
-        await agent.link.send(up("d", STATUS))
-        await server.arrival()
-        assert server.observer.drops == [("unexpected_topic", "d")]
+        await server.transport.publish(TOPICS.down("d", "features"), single_frame(STATUS), qos=1)
+        await server.link.send(to_all(Coordinator(state="online", boot="b1")))
+        await agent.arrival()
+        assert [reason for reason, _ in agent.observer.drops] == ["unexpected_topic"]
 
 
 async def test_garbage_is_acknowledged_and_does_not_block_the_sender() -> None:

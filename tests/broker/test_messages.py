@@ -22,12 +22,11 @@ from broker.envelopes import (
     up,
 )
 from broker.errors import MessageError
+from broker.fields import MAX_BATCH, MAX_BLOCKS, Message
 from broker.link import single_frame
 from broker.messages import (
     KINDS,
     LOSSY,
-    MAX_BATCH,
-    MAX_BLOCKS,
     PROTOCOL,
     Activations,
     Command,
@@ -35,7 +34,6 @@ from broker.messages import (
     Features,
     Gradients,
     Hello,
-    Message,
     Prediction,
     Receipt,
     Report,
@@ -46,7 +44,15 @@ from broker.messages import (
     from_ranges,
     to_ranges,
 )
-from broker.topics import ALL_KINDS, CUT_KINDS, DOWN_KINDS, UP_KINDS, Address, Topics
+from broker.topics import (
+    ALL_KINDS,
+    CLAIM_UP_KINDS,
+    CUT_KINDS,
+    DOWN_KINDS,
+    UP_KINDS,
+    Address,
+    Topics,
+)
 from tests.fake_device import make_manifest, make_measurement, make_parameters, receipt_of
 from tests.server_side import make_activations, make_upload
 from tests.tiny import make_assignment, make_hello, make_round
@@ -136,7 +142,12 @@ def test_a_required_field_must_be_there(envelope: Envelope) -> None:
 
 
 def test_every_kind_of_message_has_a_place_in_the_topic_tree() -> None:
-    places = {"up": UP_KINDS, "down": DOWN_KINDS, "all": ALL_KINDS, "cut": CUT_KINDS}
+    places = {
+        "up": UP_KINDS | CLAIM_UP_KINDS,
+        "down": DOWN_KINDS,
+        "all": ALL_KINDS,
+        "cut": CUT_KINDS,
+    }
     for place, kind in KINDS:
         assert kind in places[place]
     assert KINDS.keys() >= LOSSY
@@ -181,7 +192,7 @@ def test_rubbish_is_refused_with_a_reason(data: bytes, reason: str) -> None:
 
 
 def test_nothing_is_expected_on_some_topics() -> None:
-    assert refused(Address("device", "renew", device="d", direction="up"), pack({})) == (
+    assert refused(Address("device", "features", device="d", direction="down"), pack({})) == (
         "unexpected_topic"
     )
 

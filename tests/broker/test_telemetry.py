@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from broker.messages import MAX_LABELS, MAX_METRICS
+from broker.fields import MAX_LABELS, MAX_METRICS
 from broker.telemetry import METRICS, UNLABELLED, Metric
 
 EACH = pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS.keys())

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from broker.errors import TopicError
 from broker.topics import (
     ALL_KINDS,
+    CLAIM_DOWN_KINDS,
+    CLAIM_UP_KINDS,
     CUT_KINDS,
     DOWN_KINDS,
     RESERVED,
@@ -30,6 +32,16 @@ addresses = st.one_of(
         lambda device, kind: Address("device", kind, device=device, direction="down"),
         names,
         st.sampled_from(sorted(DOWN_KINDS)),
+    ),
+    st.builds(
+        lambda claim, kind: Address("claim", kind, device=claim, direction="up"),
+        st.from_regex(r"(claim|back)\.[A-Za-z0-9_-]{1,64}", fullmatch=True),
+        st.sampled_from(sorted(CLAIM_UP_KINDS)),
+    ),
+    st.builds(
+        lambda claim, kind: Address("claim", kind, device=claim, direction="down"),
+        st.from_regex(r"(claim|back)\.[A-Za-z0-9_-]{1,64}", fullmatch=True),
+        st.sampled_from(sorted(CLAIM_DOWN_KINDS)),
     ),
     st.builds(lambda kind: Address("all", kind), st.sampled_from(sorted(ALL_KINDS))),
     st.builds(
@@ -92,6 +104,12 @@ def test_topics_are_those_of_the_protocol() -> None:
         "splitfleet/lab/device//up/status",
         "splitfleet/lab/device/+/up/status",
         "splitfleet/lab/device/d1\n/up/status",
+        "splitfleet/lab/device/claim.d1/up/status",
+        "splitfleet/lab/device/d1/up/enrol",
+        "splitfleet/lab/claim/d1/up/enrol",
+        "splitfleet/lab/claim/claim./up/enrol",
+        "splitfleet/lab/claim/claim.d1/up/status",
+        "splitfleet/lab/claim/claim.d1/up/certificate",
     ],
 )
 def test_a_foreign_topic_is_refused(topic: str) -> None:
@@ -130,9 +148,11 @@ def test_no_tensor_is_retained() -> None:
 @given(addresses)
 def test_filters_reach_exactly_the_addressee(address: Address) -> None:
     topic = TOPICS.format(address)
-    to_coordinator = any(matches(f, topic) for f in TOPICS.coordinator_filters())
+    filters = (*TOPICS.coordinator_filters(), *TOPICS.claims_filters())
+    to_coordinator = any(matches(f, topic) for f in filters)
     assert to_coordinator == (address.direction == "up")
-    if address.device is not None:
+    if address.scope == "device":
+        assert address.device is not None
         to_device = any(matches(f, topic) for f in TOPICS.device_filters(address.device))
         assert to_device == (address.direction == "down")
     if address.layer is not None:
@@ -150,7 +170,16 @@ def test_a_device_may_write_only_what_goes_up_from_it(address: Address, device: 
 
     own = address.device == device
     assert may("write") == (own and address.direction == "up")
-    assert may("read") == (address.scope != "device" or (own and address.direction == "down"))
+    assert may("read") == (address.scope in ("all", "cut") or (own and address.direction == "down"))
+
+
+@given(addresses, st.from_regex(r"(claim|back)\.[A-Za-z0-9_-]{1,64}", fullmatch=True))
+def test_a_claim_may_enrol_and_nothing_else(address: Address, claim: str) -> None:
+    topic = TOPICS.format(address)
+    allowed = {g.access for g in TOPICS.claim_grants(claim) if matches(g.topic_filter, topic)}
+    own = address.scope == "claim" and address.device == claim
+    assert allowed == ({"write" if address.direction == "up" else "read"} if own else set())
+    assert topic.startswith(TOPICS.claims) == (address.scope == "claim")
 
 
 def test_the_coordinator_may_use_its_fleet_and_read_the_brokers_figures() -> None:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.envelopes import Envelope
-from broker.messages import Coordinator, Features, Message, Report, Request, Status
+from broker.fields import Message
+from broker.messages import Coordinator, Features, Report, Request, Status
 from tensors.codecs import encode_exact
 from tests.fake_coordinator import Harness, inference_report
 from tests.fake_device import make_measurement

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, DeviceParameters, Gradients, Message, Receipt, from_ranges
+from broker.fields import Message
+from broker.messages import Activations, DeviceParameters, Gradients, Receipt, from_ranges
 from coordinator.aggregation import Aggregation, Model, block_of, half_of
 from coordinator.contribution import Contribution
 from coordinator.engines import Averaging, Entry, Step

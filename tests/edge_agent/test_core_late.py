@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 
-from broker.messages import (
-    Activations,
-    Coordinator,
-    DeviceParameters,
-    Message,
-    Report,
-    Request,
-    Round,
-)
+from broker.fields import Message
+from broker.messages import Activations, Coordinator, DeviceParameters, Report, Request, Round
 from edge_agent.phases import Phase
 from tensors.parameters import unpack_parameters
 from tests.fake_device import (

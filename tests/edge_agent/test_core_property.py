@@ -6,12 +6,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker.fields import Message
 from broker.messages import (
     Activations,
     Coordinator,
     DeviceParameters,
     Gradients,
-    Message,
     Prediction,
     Report,
     Request,

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from broker.envelopes import Envelope, down, to_all, to_cut
+from broker.fields import Message
 from broker.messages import (
     Assignment,
     Coordinator,
     CutPolicy,
     Features,
     Manifest,
-    Message,
     Prediction,
     Request,
     Serving,

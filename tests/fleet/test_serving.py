@@ -14,17 +14,9 @@ import torch
 
 from broker.config import BrokerConfig
 from broker.envelopes import up
+from broker.fields import Message
 from broker.link import Arrival, Link, single_frame
-from broker.messages import (
-    Features,
-    Message,
-    Prediction,
-    Receipt,
-    Request,
-    Round,
-    Serving,
-    Status,
-)
+from broker.messages import Features, Prediction, Receipt, Request, Round, Serving, Status
 from broker.mqtt import MqttTransport
 from broker.topics import Topics
 from broker.transport import Connected, Will

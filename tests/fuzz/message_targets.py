@@ -12,10 +12,11 @@ import msgpack
 
 from broker.envelopes import decode_message
 from broker.errors import MessageError
+from broker.fields import Message
 from broker.frames import Limits, Reassembler, split
 from broker.link import Framing
 from broker.maps import Pieces, unpack_map
-from broker.messages import KINDS, Message
+from broker.messages import KINDS
 from broker.topics import Address, Topics
 from tests.fuzz.mutate import INTERESTING, any_value, below, mutate
 from tests.fuzz.seeds import corpus
@@ -184,7 +185,7 @@ class Messages(Target):
         super().__init__(rng)
         self._contents = _Contents(rng)
         self._addresses = [TOPICS.parse(topic) for topic, _ in self._contents.seeds]
-        self._unexpected = Address("device", "renew", device="d", direction="up")
+        self._unexpected = Address("device", "features", device="d", direction="down")
 
     def once(self) -> str:
         rng = self.rng

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from broker.envelopes import Envelope, channel, down, encode_message, to_all, to_cut, up
+from broker.envelopes import Envelope, channel, down, encode_message, to_all, to_claim, to_cut, up
+from broker.identity_messages import Certificate, Enrol, Renew
 from broker.messages import (
     LOSSY,
     Activations,
@@ -33,7 +34,7 @@ from broker.messages import (
     Status,
     Telemetry,
 )
-from broker.topics import Topics
+from broker.topics import Address, Topics
 from tensors.codecs import parse_codec
 from tensors.parameters import pack_parameters
 
@@ -55,6 +56,14 @@ MEASUREMENT = Measurement(
     cores=4,
     uplink_bytes_per_s=1.25e6,
 )
+CSR = bytes.fromhex("3082010a")
+CERTIFICATES: dict[str, Any] = {
+    "certificate": b"-----BEGIN CERTIFICATE-----\n",
+    "return_certificate": b"-----BEGIN CERTIFICATE-----\n",
+    "ca": b"-----BEGIN CERTIFICATE-----\n",
+    "now": 1767323045.5,
+}
+"""Not whole: what is in them is not looked into at this level."""
 INFERENCE = Inference(
     version=5,
     threshold=0.7,
@@ -85,7 +94,7 @@ def messages() -> list[dict[str, Any]]:
             "encoded": b"".join(encode_message(envelope.message)).hex(),
             "fields": plain(envelope.message.model_dump(exclude_none=True)),
         }
-        for what, envelope in [*_up(), *_down(), *_to_many()]
+        for what, envelope in [*_up(), *_down(), *_claims(), *_to_many()]
     ]
 
 
@@ -167,6 +176,7 @@ def _up() -> list[tuple[str, Envelope]]:
             ("parameters", Request(what="parameters", version=5)),
             ("join", Request(what="join", run=RUN, round=3, attempt=1)),
             ("probe", Request(what="probe", padding=bytes(40))),
+            ("a request", Renew(nonce="5b4a39219f8e7d6c", csr=CSR)),
         ]
     ]
 
@@ -259,7 +269,32 @@ def _down() -> list[tuple[str, Envelope]]:
             ("stop", Command(command="stop", reason="its images are too small – größer!")),
             ("another log level", Command(command="log_level", level="debug")),
             ("the log level of its settings", Command(command="log_level")),
+            ("renewed", Certificate(nonce="5b4a39219f8e7d6c", device="cam-1", **CERTIFICATES)),
         ]
+    ]
+
+
+def _claims() -> list[tuple[str, Envelope]]:
+    asked: dict[str, Any] = {"nonce": "9f8e7d6c5b4a3921", "wanted": "cam-1", "csr": CSR}
+    about: dict[str, Any] = {
+        "serial": "10000000a1b2c3d4",
+        "device_class": "pi4",
+        "software": "firmware 1.0",
+    }
+    answer: dict[str, Any] = {"nonce": "9f8e7d6c5b4a3921", "device": "cam-1"}
+    up = [
+        Envelope(Address("claim", "enrol", device=claim, direction="up"), message)
+        for claim, message in (
+            ("claim.a1b2c3d4", Enrol(**asked)),
+            ("back.cam-1", Enrol(**asked, **about)),
+        )
+    ]
+    refused = Certificate(**answer, now=1767323045.5, refused="the token has been used up")
+    return [
+        ("least", up[0]),
+        ("all fields", up[1]),
+        ("enrolled", to_claim("claim.a1b2c3d4", Certificate(**answer, **CERTIFICATES))),
+        ("refused", to_claim("back.cam-1", refused)),
     ]
 
 

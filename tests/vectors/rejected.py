@@ -300,7 +300,7 @@ def _messages() -> list[dict[str, Any]]:
         *(
             _entry("message", f"on {topic}", changed("up/status"), "unexpected_topic", topic=topic)
             for topic in (
-                "splitfleet/fleet-1/device/cam-1/up/renew",
+                "splitfleet/fleet-1/device/cam-1/down/features",
                 "splitfleet/fleet-1/device/coordinator/up/status",
                 "splitfleet/fleet-1/device/cam-1/up",
                 "splitfleet/fleet-1/cut/03/manifest",

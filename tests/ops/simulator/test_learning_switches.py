@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, Gradients, Message, Round
+from broker.fields import Message
+from broker.messages import Activations, Gradients, Round
 from coordinator.store import Checkpoint
 from ops.simulator import Device, SimulatedFleet
 from tensors.networks import NetworkSpec, build_network, read_state
