@@ -25,11 +25,11 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write or replace a file."""
+def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write or replace a file; a private one is its owner's alone."""
     temporary = path.with_name(_WRITING + path.name)
     try:
-        _write_synced(temporary, data)
+        _write_synced(temporary, data, private=private)
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -84,8 +84,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes, *, private: bool = False) -> None:
     with path.open("wb") as file:
+        if private:
+            os.fchmod(file.fileno(), 0o600)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

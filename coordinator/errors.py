@@ -4,7 +4,8 @@ CoordinatorError
 ├── BatchRefused       one batch cannot be trained on (.reason, for receipt and counter)
 ├── DeviceRefused      a device cannot take part in this run
 ├── StoreError         a checkpoint cannot be written or read
-└── ResumeError        the run in the state folder does not fit the configuration
+├── ResumeError        the run in the state folder does not fit the configuration
+└── IdentityError      a certificate, key or entry of the roster cannot be had, or is not allowed
 """
 
 from __future__ import annotations
@@ -32,3 +33,7 @@ class StoreError(CoordinatorError):
 
 class ResumeError(CoordinatorError):
     """The run in the state folder was made with another configuration."""
+
+
+class IdentityError(CoordinatorError):
+    """A certificate, key or entry of the roster cannot be had, or is not allowed."""
