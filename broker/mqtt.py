@@ -3,7 +3,8 @@
 It stands on aiomqtt (with paho-mqtt 2). aiomqtt is the library formerly named asyncio-mqtt: the
 last release under that name breaks with paho-mqtt 2, so whoever looks for asyncio-mqtt wants
 aiomqtt. Only `broker.mqtt_client` touches the library; here is what keeps a client connected: a new
-connection for each attempt, jittered back-off, subscriptions made again, the session resumed.
+connection for each attempt, jittered back-off, subscriptions made again, the session resumed. TLS
+files are read for each attempt, too: certificates are renewed while a client runs.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class MqttTransport:
         self.client_id = client_id
         self._config = config
         self._will = will
-        self._tls = _tls_context(config) if config.tls else None
+        if config.tls:
+            _tls_context(config)
         self._backoff = Backoff(
             config.backoff_initial_s, config.backoff_max_s, rng or random.Random()
         )
@@ -154,7 +156,7 @@ class MqttTransport:
             except ConnectRefused as exc:
                 self._inbox.fail(exc)
                 return
-            except (OSError, TimeoutError, aiomqtt.MqttError, TransportError) as exc:
+            except (OSError, TimeoutError, aiomqtt.MqttError, TransportError, ConfigError) as exc:
                 self._inbox.put(Disconnected(self._explain(exc)))
             else:
                 clean_start = False
@@ -197,7 +199,7 @@ class MqttTransport:
             self._config,
             self.client_id,
             self._will,
-            self._tls,
+            _tls_context(self._config) if self._config.tls else None,
             clean_start=clean_start,
             deliver=self._deliver,
         )
@@ -226,6 +228,8 @@ class MqttTransport:
             return f"{self._config.url} did not answer within {self._config.connect_timeout_s:g} s"
         if isinstance(exc, ConnectionRefusedError):
             return f"nobody listens at {self._config.url}; is the broker running?"
+        if isinstance(exc, ConfigError):
+            return str(exc)
         return f"{self._config.url}: {exc}"
 
     def _taken_over(self) -> ConnectRefused:

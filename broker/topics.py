@@ -252,6 +252,23 @@ class Topics:
         return (Grant("readwrite", f"{self._base}/#"), Grant("read", f"{SYSTEM}#"))
 
 
+class ClaimTopics(Topics):
+    """The topics of a fleet as who comes with a claim writes them: below :attr:`Topics.claims`."""
+
+    def format(self, address: Address) -> str:
+        """The topic of `address`, which is a claim's."""
+        assert address.scope == "claim"
+        return super().format(address).removeprefix(self.claims)
+
+    def parse(self, topic: str) -> Address:
+        """The address of `topic`; TopicError when it is not a topic of claims."""
+        return super().parse(self.claims + topic)
+
+    def claim_filters(self, claim: str) -> tuple[str, ...]:
+        """What who comes with `claim` subscribes to."""
+        return (f"{check_claim(claim)}/down/#",)
+
+
 def matches(topic_filter: str, topic: str) -> bool:
     """Whether an MQTT subscription filter (with + and #) matches `topic`."""
     wanted, levels = topic_filter.split("/"), topic.split("/")

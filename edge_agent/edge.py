@@ -25,6 +25,7 @@ from edge_agent.data import DeviceData, load_device_data
 from edge_agent.enquiries import Enquiry, Health
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Stopped
 from edge_agent.exit_policy import ExitPolicy, Limits
+from edge_agent.identity.keeper import IdentityKeeper, with_name
 from edge_agent.pictures import PictureSpec
 from edge_agent.served import DiskServed, ServedStore
 from edge_agent.service import last_will, new_boot, run_agent
@@ -229,8 +230,18 @@ class Edge:
         self._service: EdgeService | None = None
 
     async def __aenter__(self) -> Self:
-        """Raises ``DataError`` or ``StateError`` if the device's data or folder is unusable."""
-        settings = self._settings
+        """Enrols the device first, if it has to be.
+
+        Raises ``DataError``, ``StateError``, ``ConfigError`` or ``IdentityError`` if the device's
+        data, folder, settings or identity are unusable.
+        """
+        settings = with_name(self._settings)
+        broker, identity = self._broker, None
+        if settings.identity_dir is not None:
+            identity = IdentityKeeper(settings, broker)
+            enrolled = await identity.ensure(self._stop)
+            assert enrolled is not None, "nobody stops it before it runs"
+            broker = enrolled
         data = self._data
         if data is None:
             data = await asyncio.to_thread(load_device_data, settings)
@@ -238,12 +249,13 @@ class Edge:
         self._task = asyncio.create_task(
             run_agent(
                 settings,
-                self._transport or self._mqtt(),
+                self._transport or self._mqtt(settings, broker),
                 data,
                 DiskSnapshots(settings.state_dir),
                 boot=self._boot,
                 stop=self._stop,
                 edge=self._service,
+                identity=identity,
             ),
             name="agent",
         )
@@ -306,11 +318,10 @@ class Edge:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
 
-    def _mqtt(self) -> Transport:
+    def _mqtt(self, settings: AgentSettings, broker: BrokerConfig) -> Transport:
         from broker.mqtt import MqttTransport
 
-        will = last_will(self._settings, self._boot)
-        return MqttTransport(self._broker, self._settings.device, will=will)
+        return MqttTransport(broker, settings.device, will=last_will(settings, self._boot))
 
 
 def _torch_build(settings: AgentSettings) -> Build:

@@ -11,8 +11,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from broker.messages import Assignment, Serving
+from edge_agent.disk import make_folder
 from edge_agent.errors import StateError
-from edge_agent.snapshots import make_folder, read_tensors, write_tensors
+from edge_agent.snapshots import read_tensors, write_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from broker.branches import Branches
-from broker.drive import drive
+from broker.branches import Branch, Branches
+from broker.drive import Machine, drive
 from broker.envelopes import channel
 from broker.errors import TransportError
 from broker.link import Link, single_frame
@@ -23,7 +23,7 @@ from broker.messages import Assignment, Hello, Measurement, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
 from edge_agent.attempt import Learner
-from edge_agent.core import AgentCore
+from edge_agent.core import AgentCore, OnVersion
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
@@ -36,6 +36,7 @@ from edge_agent.workplace import Data
 
 if TYPE_CHECKING:
     from edge_agent.edge import EdgeService
+    from edge_agent.identity.keeper import IdentityKeeper
 
 
 def new_boot() -> str:
@@ -149,14 +150,16 @@ async def run_agent(
     boot: str,
     stop: asyncio.Event,
     edge: EdgeService | None = None,
+    identity: IdentityKeeper | None = None,
     logs: LogControl | None = None,
     reporter: Reporter | None = None,
 ) -> None:
     """Take part in the fleet until ``stop`` is set, or the run ends if the settings say so.
 
     ``transport`` must have :func:`last_will` of the same ``boot`` as its will. Images are answered
-    through ``edge`` meanwhile, if it is given. A ``reporter`` that somebody else reads, too, is of
-    the same ``boot``; ``logs`` has the level that the coordinator orders.
+    through ``edge`` meanwhile, if it is given, and ``identity`` is kept valid. A ``reporter`` that
+    somebody else reads, too, is of the same ``boot``; ``logs`` has the level that the coordinator
+    orders.
 
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
@@ -188,10 +191,7 @@ async def run_agent(
         core.on_log_level = logs.set_level
         await link.subscribe(*topics.device_filters(settings.device))
         try:
-            if edge is None:
-                await drive(core, link, clock=time.monotonic, stop=stop)
-            else:
-                await _train_and_answer(core, edge, link, stop)
+            await _drive_all(core, edge, identity, link, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
                 await link.send(core.telemetry())
@@ -200,7 +200,7 @@ async def run_agent(
             raise AgentError(core.problem)
 
 
-TRAINING, ANSWERING = "training", "answering"
+TRAINING, ANSWERING, IDENTITY = "training", "answering", "identity"
 _FOR_BOTH = {
     ("down", "assignment"),
     ("down", "parameters"),
@@ -213,47 +213,77 @@ _FOR_BOTH = {
 def route(address: Address, *, measuring: bool) -> Collection[str]:
     """Which machines a message is for; ``measuring``: the one that trains asks questions, too."""
     what = channel(address)
+    if what == ("down", "certificate"):
+        return (IDENTITY,)
     if what == ("down", "prediction"):
         return (ANSWERING, TRAINING) if measuring else (ANSWERING,)
     return (TRAINING, ANSWERING) if what in _FOR_BOTH else (TRAINING,)
 
 
-async def _train_and_answer(
-    core: AgentCore, edge: EdgeService, link: Link, stop: asyncio.Event
+async def _drive_all(
+    core: AgentCore,
+    edge: EdgeService | None,
+    identity: IdentityKeeper | None,
+    link: Link,
+    stop: asyncio.Event,
 ) -> None:
-    """Drive both machines, each in its thread, until the training one is over."""
-    loop = asyncio.get_running_loop()
+    """Drive the machines there are, each in its thread, until the training one is over."""
+    machines: dict[str, Machine] = {}
+    if edge is not None:
+        machines[ANSWERING] = edge.machine
+    if identity is not None:
+        machines[IDENTITY] = identity.machine
+    if not machines:
+        await drive(core, link, clock=time.monotonic, stop=stop)
+        return
     branches = Branches(
         link,
-        (TRAINING, ANSWERING),
-        lambda address: route(address, measuring=core.phase is Phase.ANSWERING),
+        (TRAINING, *machines),
+        lambda address: [
+            name
+            for name in route(address, measuring=core.phase is Phase.ANSWERING)
+            if name == TRAINING or name in machines
+        ],
     )
     ended = asyncio.Event()
-
-    def hand_over(assignment: Assignment, version: int, state: Mapping[str, np.ndarray]) -> None:
-        run = partial(edge.machine.handed, assignment, version, state)
-        # If too much waits there, the machine asks the coordinator for it.
-        loop.call_soon_threadsafe(branches[ANSWERING].call, run)
-
-    core.on_version = hand_over
     training = asyncio.create_task(
         drive(core, branches[TRAINING], clock=time.monotonic, stop=stop), name=TRAINING
     )
-    answering = asyncio.create_task(
-        drive(edge.machine, branches[ANSWERING], clock=time.monotonic, stop=ended), name=ANSWERING
-    )
-    tasks = [training, answering, asyncio.create_task(branches.run(), name="branches")]
-    edge.open(branches[ANSWERING])
+    beside = [
+        asyncio.create_task(
+            drive(machine, branches[name], clock=time.monotonic, stop=ended), name=name
+        )
+        for name, machine in machines.items()
+    ]
+    tasks = [training, *beside, asyncio.create_task(branches.run(), name="branches")]
+    if identity is not None:
+        watching = identity.watch(lambda: branches.connected)
+        tasks.append(asyncio.create_task(watching, name="watching"))
+    if edge is not None:
+        core.on_version = _hand_over(edge, branches[ANSWERING])
+        edge.open(branches[ANSWERING])
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             if task.done():
                 await task  # what went wrong
         ended.set()
-        await answering
+        await asyncio.gather(*beside)
     finally:
         core.on_version = None
-        edge.close()
+        if edge is not None:
+            edge.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _hand_over(edge: EdgeService, branch: Branch) -> OnVersion:
+    loop = asyncio.get_running_loop()
+
+    def hand_over(assignment: Assignment, version: int, state: Mapping[str, np.ndarray]) -> None:
+        run = partial(edge.machine.handed, assignment, version, state)
+        # If too much waits there, the machine asks the coordinator for it.
+        loop.call_soon_threadsafe(branch.call, run)
+
+    return hand_over

@@ -13,6 +13,8 @@ from broker.logs import LogFormat, LogLevel
 from broker.topics import check_device
 from edge_agent.http_server import is_loopback, parse_address
 
+AUTO = "auto"
+
 
 class AgentSettings(BaseModel):
     """Section ``[agent]``; durations in seconds."""
@@ -22,7 +24,14 @@ class AgentSettings(BaseModel):
     fleet: Name = "fleet"
     """The fleet's name in the topic tree."""
     device: str
-    """This device's name; unique in the fleet, and the name the broker knows it by."""
+    """This device's name; unique in the fleet, and the name the broker knows it by. ``auto``: the
+    one of its identity, or before there is one, ``device_prefix`` and its serial number."""
+    device_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,32}$")] = "device-"
+    identity_dir: Path | None = None
+    """Where its key and certificates lie, or the join token it gets them with; the broker's
+    settings then have neither files nor a password."""
+    claims_port: int = Field(default=8884, ge=1, le=65_535)
+    """Where, on the broker's host, devices with a token or an ended certificate are let in."""
     state_dir: Path = Path("agent-state")
     """Where the device keeps its own learning between restarts."""
 

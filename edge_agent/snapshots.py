@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from edge_agent.disk import make_folder, write_file
 from edge_agent.errors import StateError
 
 _STATE, _MOMENTUM, _RESIDUAL = "state/", "momentum/", "residual/"
@@ -81,18 +79,7 @@ def write_tensors(
 ) -> None:
     """Replace a safetensors file atomically. Raises :class:`StateError` if the disk will not."""
     about = {**metadata, "sha256": _checksum(metadata, tensors)}
-    temporary = path.with_suffix(".writing")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(dict(tensors), about))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as exc:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StateError(f"cannot write {path}: {exc.strerror}; free some space") from exc
+    write_file(path, save(dict(tensors), about))
 
 
 def read_tensors(
@@ -118,14 +105,6 @@ def read_tensors(
     return about, tensors
 
 
-def make_folder(folder: Path) -> None:
-    """Make a state folder, durably. Raises :class:`StateError`."""
-    try:
-        _make_folder(folder)
-    except OSError as exc:
-        raise StateError(f"cannot make the state folder {folder}: {exc.strerror}") from exc
-
-
 def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
@@ -136,24 +115,3 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) ->
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
         digest.update(values.tobytes())
     return digest.hexdigest()
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it, durably."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make what was made or renamed in a folder durable, where folders can be synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)

@@ -93,13 +93,15 @@ def serve_agent(
     """Run an agent until it is stopped, or to the end of the run if its settings say so."""
     from edge_agent.data import DeviceData, load_device_data
     from edge_agent.edge import EdgeService
+    from edge_agent.identity.keeper import IdentityKeeper, with_name
     from edge_agent.service import last_will, make_reporter, new_boot, run_agent
     from edge_agent.settings import AgentSettings
     from edge_agent.snapshots import DiskSnapshots
     from ops.http_door import Door
 
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
-    settings = run.settings_of(AgentSettings, "agent", config, flags)
+    settings = with_name(run.settings_of(AgentSettings, "agent", config, flags))
+    identity = None if settings.identity_dir is None else IdentityKeeper(settings, broker)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
     if settings.threads is not None:
@@ -110,13 +112,16 @@ def serve_agent(
     reporter = make_reporter(settings, boot, clock=time.monotonic, cpu_clock=time.thread_time)
 
     async def serve(data: DeviceData, snapshots: DiskSnapshots, door: Door | None) -> None:
-        transport = run.transport_for(broker, settings.device, last_will(settings, boot))
         async with contextlib.AsyncExitStack() as stack:
+            stop = stack.enter_context(run.stop_signals(until_eof=until_eof))
+            to = broker if identity is None else await identity.ensure(stop)
+            if to is None:
+                return
+            transport = run.transport_for(to, settings.device, last_will(settings, boot))
             edge = None
             if door is not None:
                 edge = EdgeService(settings, data.pictures)
                 await stack.enter_async_context(door.open(edge, data.train.classes))
-            stop = stack.enter_context(run.stop_signals(until_eof=until_eof))
             await run_agent(
                 settings,
                 transport,
@@ -125,6 +130,7 @@ def serve_agent(
                 boot=boot,
                 stop=stop,
                 edge=edge,
+                identity=identity,
                 reporter=reporter,
                 logs=logs,
             )

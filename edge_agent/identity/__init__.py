@@ -1,0 +1,1 @@
+"""Who a device is: its key, its certificates, how it gets them and keeps them."""
