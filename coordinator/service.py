@@ -27,6 +27,7 @@ from broker.topics import Topics
 from broker.transport import Transport, Will
 from coordinator.aggregation import Model, block_of
 from coordinator.core import CoordinatorCore
+from coordinator.defences.robust import robust_rule
 from coordinator.engines import Engine, make_engine
 from coordinator.errors import ResumeError, StoreError
 from coordinator.evaluation import Evaluator
@@ -240,6 +241,12 @@ def build_core(
             grant=placement.credits,
             observer=observer,
             clock=clock,
+            robust=robust_rule(
+                settings.aggregation_rule,
+                settings.trim_share,
+                settings.state_dir,
+                settings.contributions_bytes,
+            ),
         )
 
     core = CoordinatorCore(

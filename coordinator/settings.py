@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from broker.fields import Name
 from broker.logs import LogFormat, LogLevel
 from broker.messages import Network
+from coordinator.defences.settings import CHANGE_THE_MODEL, DefenceSettings
 from coordinator.exit_policies import parse_exit_policy
 from coordinator.server_momentum import MomentumRule
 from tensors.codecs import MAX_LEVELS, Codec, parse_codec
@@ -21,10 +22,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class CoordinatorSettings(BaseModel):
+class CoordinatorSettings(DefenceSettings):
     """Section ``[coordinator]``; durations in seconds unless the name says otherwise."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     fleet: Name = "fleet"
     """The fleet's name in the topic tree; a broker can carry several fleets."""
@@ -341,4 +340,4 @@ class CoordinatorSettings(BaseModel):
             "seed",
             "dataset",
         ]
-        return self.model_dump(mode="json", include=set(keys))
+        return self.model_dump(mode="json", include={*keys, *CHANGE_THE_MODEL})

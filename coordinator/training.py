@@ -16,6 +16,7 @@ from coordinator import replies
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import TOGETHER
 from coordinator.contribution import Contribution, Folded
+from coordinator.defences.robust import RobustRule
 from coordinator.engines import Engine, Entry, Step
 from coordinator.errors import BatchRefused
 from coordinator.gradients import GradientEncoder
@@ -47,7 +48,8 @@ class RoundInProgress:
     each device may have out; without ``gradients`` none go back. Not opened until :meth:`open`. Its
     :meth:`merge` ends the aggregation; what devices bring afterwards is a late contribution, for a
     later round to :meth:`add`. ``barrier`` says whether the merge also ends the training; ``kept``
-    how many halves of unfinished devices are kept for their upload then.
+    how many halves of unfinished devices are kept for their upload then. ``robust`` merges in the
+    mean's place.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class RoundInProgress:
         grant: Callable[[int, int], int],
         observer: Observer,
         clock: Callable[[], float],
+        robust: RobustRule | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -76,6 +79,7 @@ class RoundInProgress:
         self._grant = grant
         self._observer = observer
         self._clock = clock
+        self._robust = robust
         self._ledgers: dict[str, Ledger] = {}
         self._aggregation: Aggregation | None = None
         self._training = False
@@ -116,6 +120,7 @@ class RoundInProgress:
             self._model,
             first_server_block=first_server_block,
             device_copies=self._device_copies,
+            robust=self._robust,
         )
         self._engine.begin(self._model, self._server_rate)
         self._training = True
