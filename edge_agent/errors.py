@@ -4,6 +4,7 @@ AgentError
 ├── TrainingError      a batch could not be learnt from (not finite, wrong shape)
 ├── AssignmentError    the coordinator asks for something this device cannot or may not do
 ├── StateError         the device's own state folder is unreadable or cannot be written
+├── BundleError        an update is not signed by this fleet, damaged, or cannot be installed
 ├── ListenError        the HTTP API cannot listen where it should
 ├── InputError         what is to be answered is no picture, or not one the network takes
 └── Unanswered         a request to answer pictures that got no answer, by its own fault or not
@@ -29,6 +30,10 @@ class AssignmentError(AgentError):
 
 class StateError(AgentError):
     """The state folder cannot be read or written; says which file and what to do."""
+
+
+class BundleError(AgentError):
+    """An update cannot be used; says why."""
 
 
 class InputError(AgentError):
