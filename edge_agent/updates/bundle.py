@@ -72,7 +72,7 @@ def unpack(bundle: Path, ca: x509.Certificate, folder: Path) -> BundleManifest:
     with _opened(bundle) as tar:
         manifest = _read_signed(tar, ca)
         waiting = {file.name: file for file in manifest.files}
-        for member in tar:
+        while (member := tar.next()) is not None:
             file = waiting.pop(member.name, None)
             if file is None or not member.isreg() or member.size != file.size:
                 raise BundleError(f"{bundle} has {member.name!r}, which its manifest has not so")
