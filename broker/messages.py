@@ -42,6 +42,7 @@ from broker.fields import (
 from broker.identity_messages import Certificate, Enrol, Renew
 from broker.logs import LogLevel
 from broker.maps import Buffer
+from broker.update_messages import Fetch, Piece, Software, Update
 
 PROTOCOL = 1
 
@@ -325,11 +326,14 @@ class Command(Message):
     """An order to one device or to all.
 
     ``log_level``: log with ``level`` from now on; without one with that of the device's settings.
+    ``update``: run another version, which ``update`` says. ``proven``: the version on trial is the
+    one to keep.
     """
 
-    command: Literal["stop", "log_level"]
+    command: Literal["stop", "log_level", "update", "proven"]
     reason: Text = ""
     level: LogLevel | None = None
+    update: Update | None = None
 
 
 # -- all and cut ----------------------------------------------------------------------------------
@@ -416,6 +420,8 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("up", "telemetry"): Telemetry,
     ("up", "renew"): Renew,
     ("up", "enrol"): Enrol,
+    ("up", "fetch"): Fetch,
+    ("up", "software"): Software,
     ("down", "assignment"): Assignment,
     ("down", "gradients"): Gradients,
     ("down", "receipt"): Receipt,
@@ -423,6 +429,7 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("down", "parameters"): Parameters,
     ("down", "command"): Command,
     ("down", "certificate"): Certificate,
+    ("down", "piece"): Piece,
     ("all", "round"): Round,
     ("all", "serving"): Serving,
     ("all", "coordinator"): Coordinator,

@@ -37,6 +37,8 @@ UP_KINDS = frozenset(
         "telemetry",
         "request",
         "renew",
+        "fetch",
+        "software",
     }
 )
 DOWN_KINDS = frozenset(
@@ -49,6 +51,7 @@ DOWN_KINDS = frozenset(
         "features",
         "command",
         "certificate",
+        "piece",
     }
 )
 ALL_KINDS = frozenset({"round", "serving", "command", "coordinator"})

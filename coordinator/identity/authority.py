@@ -153,7 +153,19 @@ class Authority:
         alternatives = [_host(name) for name in names]
         if not alternatives:
             raise IdentityError("give at least one name or address of the broker")
-        return self._issue("fleet", "broker", public_key, days, hosts=alternatives)
+        return self._issue(
+            "fleet",
+            "broker",
+            public_key,
+            days,
+            usage=ExtendedKeyUsageOID.SERVER_AUTH,
+            hosts=alternatives,
+        )
+
+    def issue_signer(self, public_key: PublicKey, days: float) -> x509.Certificate:
+        """For whoever signs updates: it is for code, and nobody at the broker."""
+        usage = ExtendedKeyUsageOID.CODE_SIGNING
+        return self._issue("fleet", "updates", public_key, days, usage=usage)
 
     def revocation_list(
         self, side: Side, revoked: Mapping[int, float], days: float = LIST_DAYS
@@ -184,10 +196,11 @@ class Authority:
         common_name: str,
         public_key: PublicKey,
         days: float,
-        hosts: list[x509.GeneralName] | None = None,
+        *,
+        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
+        hosts: Iterable[x509.GeneralName] = (),
     ) -> x509.Certificate:
         ca, now, life = self._cas[side], self._now(), timedelta(days=days)
-        usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))

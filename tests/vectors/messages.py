@@ -35,6 +35,7 @@ from broker.messages import (
     Telemetry,
 )
 from broker.topics import Address, Topics
+from broker.update_messages import Fetch, Piece, Software, Update
 from tensors.codecs import parse_codec
 from tensors.parameters import pack_parameters
 
@@ -56,6 +57,14 @@ MEASUREMENT = Measurement(
     cores=4,
     uplink_bytes_per_s=1.25e6,
 )
+UPDATE: dict[str, Any] = {
+    "rollout": "r-7",
+    "version": "1.1.0",
+    "sha256": "0123456789abcdef" * 4,
+    "size": 70_000_000,
+    "prove_s": 600.0,
+}
+BUNDLE_URL = "https://files.example/bundle.tar"
 CSR = bytes.fromhex("3082010a")
 CERTIFICATES: dict[str, Any] = {
     "certificate": b"-----BEGIN CERTIFICATE-----\n",
@@ -177,6 +186,12 @@ def _up() -> list[tuple[str, Envelope]]:
             ("join", Request(what="join", run=RUN, round=3, attempt=1)),
             ("probe", Request(what="probe", padding=bytes(40))),
             ("a request", Renew(nonce="5b4a39219f8e7d6c", csr=CSR)),
+            ("a piece", Fetch(sha256="0123456789abcdef" * 4, offset=2**18)),
+            ("least", Software(version="1.0.0", state="running")),
+            (
+                "failed",
+                Software(version="1.0.0", state="failed", rollout="r-7", detail="it did not start"),
+            ),
         ]
     ]
 
@@ -269,6 +284,16 @@ def _down() -> list[tuple[str, Envelope]]:
             ("stop", Command(command="stop", reason="its images are too small – größer!")),
             ("another log level", Command(command="log_level", level="debug")),
             ("the log level of its settings", Command(command="log_level")),
+            (
+                "a version to run",
+                Command(command="update", update=Update(**UPDATE)),
+            ),
+            (
+                "a version to run, at a place",
+                Command(command="update", update=Update(**UPDATE, url=BUNDLE_URL)),
+            ),
+            ("the version on trial is kept", Command(command="proven")),
+            ("a piece", Piece(sha256="0123456789abcdef" * 4, offset=2**18, data=b"\x00\xff")),
             ("renewed", Certificate(nonce="5b4a39219f8e7d6c", device="cam-1", **CERTIFICATES)),
         ]
     ]
@@ -325,6 +350,10 @@ def _to_many() -> list[tuple[str, Envelope]]:
         ("all fields", to_all(Serving(**serving, audit_share=0.05, cuts=policies))),
         ("stop", to_all(Command(command="stop"))),
         ("another log level", to_all(Command(command="log_level", level="warning"))),
+        (
+            "a version to run",
+            to_all(Command(command="update", update=Update(**UPDATE, url=BUNDLE_URL))),
+        ),
         ("online", to_all(Coordinator(state="online", boot="0011223344556677"))),
         ("last will", to_all(Coordinator(state="offline", boot="0011223344556677"))),
         ("least", to_cut(3, Manifest(**manifest, version=5, size=1_000_000))),
