@@ -59,7 +59,7 @@ log_timestamp_format %Y-%m-%dT%H:%M:%S
 """
 
 _LISTENER = """
-listener {port} {host}
+listener {where}
 max_connections {connections}
 tls_version tlsv1.2
 cafile {ca}
@@ -119,7 +119,7 @@ def write_mosquitto_config(
     folder: Path,
     fleet: str,
     *,
-    host: str = "0.0.0.0",  # noqa: S104 a broker is there to be reached
+    host: str | None = None,
     port: int = PORT,
     claims_port: int = CLAIMS_PORT,
     loopback_port: int | None = None,
@@ -127,9 +127,9 @@ def write_mosquitto_config(
 ) -> MosquittoFiles:
     """Write mosquitto.conf, acl and run.sh into `folder`; certificates are the authority's.
 
-    `port` is for whom the fleet CA has signed, `claims_port` for whom the claims CA has. With
-    `loopback_port`, whoever is on the broker's machine has the coordinator's rights there, without
-    TLS: for tests and for fleets on one machine.
+    It listens on `host`, or on all addresses of its machine: on `port` for whom the fleet CA has
+    signed, on `claims_port` for whom the claims CA has. With `loopback_port`, whoever is on the
+    broker's machine has the coordinator's rights there, without TLS: for fleets on one machine.
 
     Raises TopicError for a bad fleet name and ConfigError when the files cannot be written.
     """
@@ -144,7 +144,10 @@ def write_mosquitto_config(
     if loopback_port:
         text += _LOOPBACK.format(port=loopback_port, connections=limits.connections)
     try:
-        (folder / "data").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "data").exists():
+            (folder / "data").mkdir()
+            _hand_over(folder / "data")
         _replace(files.configuration, text, 0o644)
         # Mosquitto wants it to be nobody else's to read.
         _replace(files.acl, format_acl(topics, loopback=loopback_port is not None), 0o600)
@@ -169,10 +172,9 @@ def format_acl(topics: Topics, *, loopback: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _listener(host: str, port: int, connections: int, ca: str, crl: str) -> str:
+def _listener(host: str | None, port: int, connections: int, ca: str, crl: str) -> str:
     return _LISTENER.format(
-        host=host,
-        port=port,
+        where=port if host is None else f"{port} {host}",
         connections=connections,
         ca=ca,
         crl=crl,
@@ -192,4 +194,11 @@ def _replace(file: Path, text: str, mode: int) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         os.fchmod(descriptor, mode)
         stream.write(text)
+    _hand_over(temporary)
     temporary.replace(file)
+
+
+def _hand_over(path: Path) -> None:
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)

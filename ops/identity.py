@@ -9,16 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from broker.mosquitto import CLAIMS_PORT, PORT
 from broker.topics import COORDINATOR
 from coordinator.atomic_files import make_folder, write_file
 from coordinator.errors import IdentityError
-from coordinator.identity.authority import SIDES, Authority
+from coordinator.identity.authority import Authority
 from coordinator.identity.fleet import (
-    CLAIMS_PORT,
-    PORT,
-    SERVERS,
     SETTINGS,
     Expiry,
     Fleet,
@@ -26,12 +24,12 @@ from coordinator.identity.fleet import (
     authority_dir,
     state_dir,
     told,
-    write_for_broker,
 )
 from coordinator.identity.keys import key_to_pem, new_key, to_pem
 from coordinator.identity.registration import Applicant, Lifetimes, Registration
 from coordinator.identity.roster import FILE, Roster
 from ops.files import to_toml
+from ops.identity_files import complete
 
 
 class FleetFolder:
@@ -88,13 +86,14 @@ class FleetFolder:
         """Make a device's key and certificates, and settings for its agent; their folder."""
         fleet, folder, key = self.fleet, self.device_dir(name), new_key()
         issued = fleet.registration.add(Applicant(name, key.public_key()))
-        agent = {
+        agent: dict[str, dict[str, Any]] = {
             "broker": {"url": fleet.settings.broker_url},
             "agent": {
                 "fleet": fleet.settings.name,
                 "device": name,
                 "identity_dir": str(folder.absolute()),
                 "state_dir": str(folder.absolute() / "state"),
+                "claims_port": fleet.settings.claims_port,
             },
         }
         with told(folder):
@@ -140,6 +139,7 @@ def init_fleet(
     broker_names: Sequence[str],
     port: int = PORT,
     claims_port: int = CLAIMS_PORT,
+    loopback_port: int | None = None,
     lifetimes: Lifetimes | None = None,
     passphrase: str | None = None,
     clock: Callable[[], float] = time.time,
@@ -147,8 +147,10 @@ def init_fleet(
     """Make the folder of a new fleet: authorities, roster, what broker and coordinator need.
 
     ``broker_names`` are all the names and addresses under which clients reach the broker, the one
-    they are told first. Raises :class:`IdentityError`, TopicError for a bad fleet name and
-    ConfigError for the broker's files; what has been made by then does not look like a fleet.
+    they are told first; with ``loopback_port`` whoever is on the broker's machine has the
+    coordinator's rights there, without TLS. Raises :class:`IdentityError`, TopicError for a bad
+    fleet name and ConfigError for the broker's files; what has been made by then does not look like
+    a fleet.
     """
     if (folder / SETTINGS).exists():
         raise IdentityError(f"{folder} is the folder of a fleet already; take another one")
@@ -158,49 +160,17 @@ def init_fleet(
         broker_names=tuple(broker_names),
         port=port,
         claims_port=claims_port,
+        loopback_port=loopback_port,
         **lifetimes.model_dump(),
     )
     with told(folder):
         make_folder(state_dir(folder))
-        (folder / COORDINATOR).chmod(0o700)
     authority = Authority.create(authority_dir(folder), fleet, passphrase, clock=clock)
     roster = Roster(state_dir(folder) / FILE, create=True, clock=clock)
     registration = Registration(authority, roster, settings, clock=clock)
     opened = Fleet(folder, settings, registration, clock=clock)
+    complete(opened)
     with told(folder):
-        make_folder(opened.broker_dir)
-    for side in SIDES:
-        write_for_broker(opened.broker_dir / f"{side}-ca.pem", to_pem(authority.ca(side)))
-    for server in SERVERS:
-        key = new_key()
-        path = opened.server_file(server).with_name(f"{server}-key.pem")
-        write_for_broker(path, key_to_pem(key), private=True)
-        opened.sign_server(server, key.public_key())
-    opened.refresh()
-    with told(folder):
-        own = folder / COORDINATOR
-        write_file(own / "fleet-ca.pem", to_pem(authority.ca("fleet")))
-        write_file(own / "coordinator.toml", _coordinator_toml(folder, settings).encode())
-        values = settings.model_dump(mode="json")
+        values = settings.model_dump(mode="json", exclude_none=True)
         write_file(folder / SETTINGS, to_toml({"fleet": values}).encode())
     return FleetFolder(opened)
-
-
-def _coordinator_toml(folder: Path, settings: FleetSettings) -> str:
-    own = (folder / COORDINATOR).absolute()
-    return to_toml(
-        {
-            "broker": {
-                "url": settings.broker_url,
-                "ca_file": str(own / "fleet-ca.pem"),
-                "cert_file": str(own / "coordinator.pem"),
-                "key_file": str(own / "coordinator-key.pem"),
-            },
-            "coordinator": {
-                "fleet": settings.name,
-                "fleet_dir": str(folder.absolute()),
-                "state_dir": str(own / "state"),
-                "broker_figures": True,
-            },
-        }
-    )

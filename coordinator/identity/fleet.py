@@ -26,6 +26,7 @@ from pydantic import Field, StringConstraints
 
 from broker.config import load_settings
 from broker.fields import Name
+from broker.mosquitto import CLAIMS_PORT, PORT
 from coordinator.atomic_files import write_file
 from coordinator.errors import IdentityError
 from coordinator.identity.authority import SIDES, Authority, Side
@@ -33,7 +34,6 @@ from coordinator.identity.keys import PublicKey, certificate_from_pem, certified
 from coordinator.identity.registration import Lifetimes, Registration, life_left
 from coordinator.identity.roster import FILE, Roster
 
-PORT, CLAIMS_PORT = 8883, 8884
 SETTINGS = "fleet.toml"
 PASSPHRASE = "SPLITFLEET_CA_PASSPHRASE"  # noqa: S105 the name of a variable
 Server = Literal["broker", "coordinator"]
@@ -57,6 +57,9 @@ class FleetSettings(Lifetimes):
     """Where the broker listens for devices and the coordinator."""
     claims_port: int = Field(default=CLAIMS_PORT, ge=1, le=65_535)
     """Where it listens for those who come for a certificate."""
+    loopback_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Where it lets in, without TLS and with all rights, whoever is on its machine; nobody if not
+    set."""
     broker_dir: Path = Path("broker")
     """Where certificates and lists for the broker are written; below the fleet's folder."""
 

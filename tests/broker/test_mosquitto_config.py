@@ -152,8 +152,8 @@ async def test_who_is_on_the_machine_comes_in_without_tls_only_where_asked() -> 
 def test_without_being_asked_there_is_no_listener_without_certificates(tmp_path: Path) -> None:
     lines = write_mosquitto_config(tmp_path, "lab").configuration.read_text().splitlines()
     assert [line for line in lines if line.startswith("listener")] == [
-        "listener 8883 0.0.0.0",
-        "listener 8884 0.0.0.0",
+        "listener 8883",
+        "listener 8884",
     ]
     assert lines.count("require_certificate true") == 2
     assert "allow_anonymous false" in lines

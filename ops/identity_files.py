@@ -1,0 +1,127 @@
+"""The files of a fleet's folder that can be made again from its authorities and roster."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from broker.mosquitto import write_mosquitto_config
+from broker.topics import COORDINATOR
+from coordinator.atomic_files import make_folder, write_file
+from coordinator.errors import IdentityError
+from coordinator.identity.authority import SIDES
+from coordinator.identity.fleet import (
+    SERVERS,
+    Fleet,
+    FleetSettings,
+    Server,
+    state_dir,
+    told,
+    write_for_broker,
+)
+from coordinator.identity.keys import (
+    certificate_from_pem,
+    certified_key,
+    key_from_pem,
+    key_to_pem,
+    new_key,
+    to_pem,
+)
+from ops.files import to_toml
+
+
+def complete(fleet: Fleet) -> None:
+    """Write what broker and coordinator need and do not have, or have of another authority.
+
+    Also mosquitto.conf, as this version of splitfleet writes it; settings of the coordinator stay.
+    Raises :class:`IdentityError`, and ConfigError for the broker's files.
+    """
+    own = fleet.folder / COORDINATOR
+    with told(fleet.folder):
+        make_folder(state_dir(fleet.folder))
+        own.chmod(0o700)
+        make_folder(fleet.broker_dir)
+    for side in SIDES:
+        ca = fleet.authority.ca(side)
+        write_for_broker(fleet.broker_dir / f"{side}-ca.pem", to_pem(ca))
+        _remove_foreign_list(fleet.broker_dir / f"{side}-crl.pem", ca)
+    for server in SERVERS:
+        if not _is_ours(fleet, server):
+            key = new_key()
+            write_for_broker(_key_file(fleet, server), key_to_pem(key), private=True)
+            fleet.sign_server(server, key.public_key())
+    fleet.refresh()
+    with told(own):
+        write_file(own / "fleet-ca.pem", to_pem(fleet.authority.ca("fleet")))
+        if not (own / "coordinator.toml").exists():
+            text = _coordinator_toml(fleet.folder, fleet.settings)
+            write_file(own / "coordinator.toml", text.encode())
+    settings = fleet.settings
+    write_mosquitto_config(
+        fleet.broker_dir,
+        settings.name,
+        port=settings.port,
+        claims_port=settings.claims_port,
+        loopback_port=settings.loopback_port,
+    )
+
+
+def signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Whether ``ca`` has signed it."""
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _is_ours(fleet: Fleet, server: Server) -> bool:
+    """Whether broker or coordinator have a key and a certificate for it from this authority."""
+    try:
+        pem = fleet.server_file(server).read_bytes()
+        key_pem = _key_file(fleet, server).read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise IdentityError(f"cannot read {exc.filename}: {exc.strerror}") from exc
+    certificate = certificate_from_pem(pem, str(fleet.server_file(server)))
+    key = key_from_pem(key_pem, None, str(_key_file(fleet, server)))
+    ca = fleet.authority.ca("fleet")
+    return certified_key(certificate) == key.public_key() and signed_by(certificate, ca)
+
+
+def _key_file(fleet: Fleet, server: Server) -> Path:
+    return fleet.server_file(server).with_name(f"{server}-key.pem")
+
+
+def _remove_foreign_list(path: Path, ca: x509.Certificate) -> None:
+    with told(path), contextlib.suppress(FileNotFoundError):
+        try:
+            listed = x509.load_pem_x509_crl(path.read_bytes())
+        except ValueError:
+            return  # damaged: it is made anew all the same
+        if not listed.is_signature_valid(certified_key(ca)):
+            path.unlink()
+
+
+def _coordinator_toml(folder: Path, settings: FleetSettings) -> str:
+    own = (folder / COORDINATOR).absolute()
+    return to_toml(
+        {
+            "broker": {
+                "url": settings.broker_url,
+                "ca_file": str(own / "fleet-ca.pem"),
+                "cert_file": str(own / "coordinator.pem"),
+                "key_file": str(own / "coordinator-key.pem"),
+            },
+            "coordinator": {
+                "fleet": settings.name,
+                "fleet_dir": str(folder.absolute()),
+                "state_dir": str(own / "state"),
+                "broker_figures": True,
+            },
+        }
+    )
