@@ -6,6 +6,7 @@ CoordinatorError
 ├── StoreError         a checkpoint cannot be written or read
 ├── ResumeError        the run in the state folder does not fit the configuration
 └── IdentityError      a certificate, key or entry of the roster cannot be had, or is not allowed
+    └── EnrolmentRefused   a device gets no certificate (.reason, for counter; the rest is for it)
 """
 
 from __future__ import annotations
@@ -37,3 +38,11 @@ class ResumeError(CoordinatorError):
 
 class IdentityError(CoordinatorError):
     """A certificate, key or entry of the roster cannot be had, or is not allowed."""
+
+
+class EnrolmentRefused(IdentityError):
+    """A device gets no certificate; ``reason`` is a short snake_case name."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

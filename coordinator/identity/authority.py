@@ -51,7 +51,7 @@ MAX_DEVICE_NAME = 64 - len(RETURN)
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 _SKEW = timedelta(hours=1)
-"""Certificates begin this much earlier, for clocks that are a little slow."""
+"""What is signed begins up to so much earlier, for clocks that are a little slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ class Authority:
         days: float,
         hosts: list[x509.GeneralName] | None = None,
     ) -> x509.Certificate:
-        ca, now = self._cas[side], self._now()
+        ca, now, life = self._cas[side], self._now(), timedelta(days=days)
         usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = (
             x509.CertificateBuilder()
@@ -194,8 +194,8 @@ class Authority:
             .issuer_name(ca.certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _SKEW)
-            .not_valid_after(min(now + timedelta(days=days), ca.certificate.not_valid_after_utc))
+            .not_valid_before(now - min(_SKEW, life / 10))
+            .not_valid_after(min(now + life, ca.certificate.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)

@@ -1,0 +1,206 @@
+"""What an operator does with a fleet's folder: makes it, takes devices in, shuts them out.
+
+``coordinator.identity.fleet`` says what is in the folder, and keeps it fresh.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from broker.topics import COORDINATOR
+from coordinator.atomic_files import make_folder, write_file
+from coordinator.errors import IdentityError
+from coordinator.identity.authority import SIDES, Authority
+from coordinator.identity.fleet import (
+    CLAIMS_PORT,
+    PORT,
+    SERVERS,
+    SETTINGS,
+    Expiry,
+    Fleet,
+    FleetSettings,
+    authority_dir,
+    state_dir,
+    told,
+    write_for_broker,
+)
+from coordinator.identity.keys import key_to_pem, new_key, to_pem
+from coordinator.identity.registration import Applicant, Lifetimes, Registration
+from coordinator.identity.roster import FILE, Roster
+from ops.files import to_toml
+
+
+class FleetFolder:
+    """A fleet's folder, opened: a context manager, lets go of the roster at its end.
+
+    Methods raise :class:`IdentityError` and TopicError, with what to do instead.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.folder = fleet.folder
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        passphrase: str | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> FleetFolder:
+        """What :func:`init_fleet` made. Raises ConfigError for settings that are wrong, too."""
+        return cls(Fleet.open(folder, passphrase, clock=clock))
+
+    def close(self) -> None:
+        """Let go of the roster."""
+        self.fleet.roster.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def broker_dir(self) -> Path:
+        """What the broker is to be started with."""
+        return self.fleet.broker_dir
+
+    @property
+    def coordinator_config(self) -> Path:
+        """The settings of the coordinator."""
+        return self.folder / COORDINATOR / "coordinator.toml"
+
+    def device_dir(self, name: str) -> Path:
+        """Where :meth:`add_device` writes."""
+        return self.folder / "devices" / name
+
+    def add_device(self, name: str) -> Path:
+        """Make a device's key and certificates, and settings for its agent; their folder."""
+        fleet, folder, key = self.fleet, self.device_dir(name), new_key()
+        issued = fleet.registration.add(Applicant(name, key.public_key()))
+        agent = {
+            "broker": {"url": fleet.settings.broker_url},
+            "agent": {
+                "fleet": fleet.settings.name,
+                "device": name,
+                "identity_dir": str(folder.absolute()),
+                "state_dir": str(folder.absolute() / "state"),
+            },
+        }
+        with told(folder):
+            make_folder(folder)
+            folder.chmod(0o700)
+            write_file(folder / "key.pem", key_to_pem(key), private=True)
+            write_file(folder / "device.pem", to_pem(issued.certificate))
+            write_file(folder / "return.pem", to_pem(issued.return_certificate))
+            write_file(folder / "fleet-ca.pem", to_pem(fleet.authority.ca("fleet")))
+            write_file(folder / "agent.toml", to_toml(agent).encode())
+        return folder
+
+    def token(self, uses: int, days: float) -> bytes:
+        """A join token: the fleet's CA, the claim's certificate and its key, as PEM."""
+        certificate, key = self.fleet.registration.new_claim(uses, days)
+        ca = self.fleet.authority.ca("fleet")
+        return to_pem(ca) + to_pem(certificate) + key_to_pem(key)
+
+    def revoke(self, name: str) -> None:
+        """Shut a device, or with ``claim.ID`` a join token, out for good."""
+        self.fleet.registration.revoke(name)
+        self.refresh()
+
+    def reset(self, name: str) -> None:
+        """Let a device enrol again with a new key."""
+        self.fleet.registration.reset(name)
+        self.refresh()
+
+    def retire(self, name: str) -> None:
+        """Take a device off the roster."""
+        self.fleet.registration.retire(name)
+        self.refresh()
+
+    def refresh(self) -> Expiry:
+        """Write what broker and coordinator need anew."""
+        return self.fleet.refresh()
+
+
+def init_fleet(
+    folder: Path,
+    fleet: str,
+    *,
+    broker_names: Sequence[str],
+    port: int = PORT,
+    claims_port: int = CLAIMS_PORT,
+    lifetimes: Lifetimes | None = None,
+    passphrase: str | None = None,
+    clock: Callable[[], float] = time.time,
+) -> FleetFolder:
+    """Make the folder of a new fleet: authorities, roster, what broker and coordinator need.
+
+    ``broker_names`` are all the names and addresses under which clients reach the broker, the one
+    they are told first. Raises :class:`IdentityError`, TopicError for a bad fleet name and
+    ConfigError for the broker's files; what has been made by then does not look like a fleet.
+    """
+    if (folder / SETTINGS).exists():
+        raise IdentityError(f"{folder} is the folder of a fleet already; take another one")
+    lifetimes = lifetimes or Lifetimes()
+    settings = FleetSettings(
+        name=fleet,
+        broker_names=tuple(broker_names),
+        port=port,
+        claims_port=claims_port,
+        **lifetimes.model_dump(),
+    )
+    with told(folder):
+        make_folder(state_dir(folder))
+        (folder / COORDINATOR).chmod(0o700)
+    authority = Authority.create(authority_dir(folder), fleet, passphrase, clock=clock)
+    roster = Roster(state_dir(folder) / FILE, create=True, clock=clock)
+    registration = Registration(authority, roster, settings, clock=clock)
+    opened = Fleet(folder, settings, registration, clock=clock)
+    with told(folder):
+        make_folder(opened.broker_dir)
+    for side in SIDES:
+        write_for_broker(opened.broker_dir / f"{side}-ca.pem", to_pem(authority.ca(side)))
+    for server in SERVERS:
+        key = new_key()
+        path = opened.server_file(server).with_name(f"{server}-key.pem")
+        write_for_broker(path, key_to_pem(key), private=True)
+        opened.sign_server(server, key.public_key())
+    opened.refresh()
+    with told(folder):
+        own = folder / COORDINATOR
+        write_file(own / "fleet-ca.pem", to_pem(authority.ca("fleet")))
+        write_file(own / "coordinator.toml", _coordinator_toml(folder, settings).encode())
+        values = settings.model_dump(mode="json")
+        write_file(folder / SETTINGS, to_toml({"fleet": values}).encode())
+    return FleetFolder(opened)
+
+
+def _coordinator_toml(folder: Path, settings: FleetSettings) -> str:
+    own = (folder / COORDINATOR).absolute()
+    return to_toml(
+        {
+            "broker": {
+                "url": settings.broker_url,
+                "ca_file": str(own / "fleet-ca.pem"),
+                "cert_file": str(own / "coordinator.pem"),
+                "key_file": str(own / "coordinator-key.pem"),
+            },
+            "coordinator": {
+                "fleet": settings.name,
+                "fleet_dir": str(folder.absolute()),
+                "state_dir": str(own / "state"),
+                "broker_figures": True,
+            },
+        }
+    )
