@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from broker.mosquitto import write_mosquitto_config
+from broker.mosquitto_passwords import write_password_config
 from broker.topics import COORDINATOR
 from coordinator.store import Store
 from ops.bench_link_devices import READY_S, Measured, Task
@@ -117,7 +117,7 @@ class LinkFleet:
             shutil.copytree(self._run.state_dir, self._folder / "coordinator")
         except (OSError, shutil.Error) as exc:
             raise DiskTrouble(f"cannot copy {self._run.state_dir}: {exc}; free space") from exc
-        files = write_mosquitto_config(
+        files = write_password_config(
             self._folder / "broker",
             self._fleet,
             devices=self._names,

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 
 from broker.config import BrokerConfig, load_settings
-from broker.mosquitto import new_password, write_mosquitto_config
+from broker.mosquitto_passwords import new_password, write_password_config
 from broker.topics import COORDINATOR
 from ops import run
 from ops.errors import DiskTrouble, FleetFailed, OpsError, SettingsWrong
@@ -69,7 +69,7 @@ def lay_out(
             about["broker_figures"] = True
         login = {"url": url, "username": name, "password": passwords[name]}
         write_whole(files[name], to_toml({"broker": login, files[name].stem: about}))
-    write_mosquitto_config(
+    write_password_config(
         folder / "broker",
         fleet,
         devices=names[1:],

@@ -168,7 +168,7 @@ def write_broker_config(
     folder: Path, fleet: str, devices: Sequence[str], host: str, port: int
 ) -> Mapping[str, str]:
     """Mosquitto's files; user name → password of coordinator and devices."""
-    from broker.mosquitto import write_mosquitto_config
+    from broker.mosquitto_passwords import write_password_config
 
     known = folder / "passwords"
     if known.exists():
@@ -179,7 +179,7 @@ def write_broker_config(
                 f"{folder} has passwords of {', '.join(lost)}, who would be shut out; name every "
                 "device of the fleet with --device, or write to another folder"
             )
-    files = write_mosquitto_config(folder, fleet, devices=devices, host=host, port=port)
+    files = write_password_config(folder, fleet, devices=devices, host=host, port=port)
     return files.credentials
 
 

@@ -26,7 +26,7 @@ from broker.errors import (
     SubscribeRefused,
     TransportError,
 )
-from broker.mosquitto import MosquittoFiles, ServerCertificate, write_mosquitto_config
+from broker.mosquitto_passwords import PasswordFiles, ServerCertificate, write_password_config
 from broker.mqtt import MqttTransport
 from broker.mqtt_client import Client
 from broker.transport import Connected, Disconnected, Event, Packet
@@ -404,13 +404,13 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> ServerCertificate:
 
 
 @contextmanager
-def over_tls(certificate: ServerCertificate) -> Iterator[tuple[Mosquitto, MosquittoFiles]]:
+def over_tls(certificate: ServerCertificate) -> Iterator[tuple[Mosquitto, PasswordFiles]]:
     running = Mosquitto()
     copies = ServerCertificate(running.folder / "cert.pem", running.folder / "key.pem")
     copies.cert_file.write_bytes(certificate.cert_file.read_bytes())
     copies.key_file.write_bytes(certificate.key_file.read_bytes())
     running.file = running.folder / "tls" / "mosquitto.conf"
-    files = write_mosquitto_config(
+    files = write_password_config(
         running.file.parent,
         "lab",
         devices=["d1"],

@@ -13,7 +13,7 @@ import pytest
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
-from broker.mosquitto import write_mosquitto_config
+from broker.mosquitto_passwords import write_password_config
 from broker.mqtt import MqttTransport
 from broker.transport import Connected, Packet
 from ops import doctor
@@ -108,7 +108,7 @@ async def test_a_broker_that_keeps_no_messages_fails() -> None:
 def guarded() -> Iterator[tuple[Mosquitto, dict[str, str]]]:
     """A Mosquitto with the access rules of fleet `lab`, and the passwords."""
     running = Mosquitto()
-    files = write_mosquitto_config(
+    files = write_password_config(
         running.file.parent, "lab", devices=["d1"], host=running.host, port=running.port
     )
     with running:

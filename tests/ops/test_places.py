@@ -12,7 +12,7 @@ import pytest
 
 from broker.config import BrokerConfig, load_settings
 from broker.errors import ConfigError, TopicError
-from broker.mosquitto import hash_password
+from broker.mosquitto_passwords import hash_password
 from coordinator.settings import CoordinatorSettings
 from edge_agent.settings import AgentSettings
 from ops.errors import DiskTrouble, FleetFailed
