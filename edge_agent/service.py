@@ -31,6 +31,7 @@ from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
 from edge_agent.readings import LinkMeters, read_process
 from edge_agent.settings import AgentSettings
+from edge_agent.systemd import KeepAlive, Nobody, Supervisor
 from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Data
 
@@ -153,19 +154,22 @@ async def run_agent(
     identity: IdentityKeeper | None = None,
     logs: LogControl | None = None,
     reporter: Reporter | None = None,
+    supervisor: Supervisor | None = None,
 ) -> None:
     """Take part in the fleet until ``stop`` is set, or the run ends if the settings say so.
 
     ``transport`` must have :func:`last_will` of the same ``boot`` as its will. Images are answered
     through ``edge`` meanwhile, if it is given, and ``identity`` is kept valid. A ``reporter`` that
     somebody else reads, too, is of the same ``boot``; ``logs`` has the level that the coordinator
-    orders.
+    orders. The ``supervisor`` is told that the agent has started, whether there is a broker or not,
+    and then that it lives.
 
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
         ConnectRefused: the broker will not have this client.
     """
     topics = Topics(settings.fleet)
+    supervisor = supervisor or Nobody()
     async with transport:
         counted = LinkMeters()
         if reporter is None:
@@ -190,9 +194,14 @@ async def run_agent(
         logs.about(lambda: core.place)
         core.on_log_level = logs.set_level
         await link.subscribe(*topics.device_filters(settings.device))
+        keep_alive = KeepAlive(supervisor)
+        supervisor.ready()
+        living = asyncio.create_task(keep_alive.run(), name="keep-alive")
         try:
-            await _drive_all(core, edge, identity, link, stop)
+            await _drive_all(core, edge, identity, link, stop, keep_alive)
         finally:  # an error, too, ends the connection in good order: no last will follows
+            living.cancel()
+            supervisor.stopping()
             with contextlib.suppress(TransportError):
                 await link.send(core.telemetry())
                 await link.send(core.goodbye())
@@ -226,15 +235,17 @@ async def _drive_all(
     identity: IdentityKeeper | None,
     link: Link,
     stop: asyncio.Event,
+    keep_alive: KeepAlive,
 ) -> None:
     """Drive the machines there are, each in its thread, until the training one is over."""
+    run = partial(drive, clock=time.monotonic)
     machines: dict[str, Machine] = {}
     if edge is not None:
         machines[ANSWERING] = edge.machine
     if identity is not None:
         machines[IDENTITY] = identity.machine
     if not machines:
-        await drive(core, link, clock=time.monotonic, stop=stop)
+        await run(core, link, stop=stop, turned=keep_alive.of(TRAINING))
         return
     branches = Branches(
         link,
@@ -247,11 +258,11 @@ async def _drive_all(
     )
     ended = asyncio.Event()
     training = asyncio.create_task(
-        drive(core, branches[TRAINING], clock=time.monotonic, stop=stop), name=TRAINING
+        run(core, branches[TRAINING], stop=stop, turned=keep_alive.of(TRAINING)), name=TRAINING
     )
     beside = [
         asyncio.create_task(
-            drive(machine, branches[name], clock=time.monotonic, stop=ended), name=name
+            run(machine, branches[name], stop=ended, turned=keep_alive.of(name)), name=name
         )
         for name, machine in machines.items()
     ]

@@ -97,6 +97,7 @@ def serve_agent(
     from edge_agent.service import last_will, make_reporter, new_boot, run_agent
     from edge_agent.settings import AgentSettings
     from edge_agent.snapshots import DiskSnapshots
+    from edge_agent.systemd import supervisor
     from ops.http_door import Door
 
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
@@ -133,6 +134,7 @@ def serve_agent(
                 identity=identity,
                 reporter=reporter,
                 logs=logs,
+                supervisor=supervisor(),
             )
 
     with contextlib.ExitStack() as stack:
