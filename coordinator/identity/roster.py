@@ -306,6 +306,17 @@ class Roster:
         )
         return [Event(*row) for row in rows]
 
+    # -- tables of others -------------------------------------------------------------------------
+
+    def execute(self, statement: str, *values: Any) -> None:
+        """Change a table that somebody else keeps in this file."""
+        with self._told():
+            self._run(statement, *values)
+
+    def query(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Rows of a table that somebody else keeps in this file."""
+        return self._all(statement, *values)
+
     # -- SQLite -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
