@@ -11,26 +11,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from broker.topics import COORDINATOR
-from coordinator.atomic_files import make_folder, write_file
+from broker.config import load_settings
+from broker.mosquitto import CLAIMS_CA, CLAIMS_PORT, FLEET_CA, PORT, write_mosquitto_config
+from broker.topics import COORDINATOR, check_name
+from coordinator.atomic_files import PRIVATE, make_folder
 from coordinator.errors import IdentityError
-from coordinator.identity.authority import SIDES, Authority
+from coordinator.identity.authority import Authority, check_host
 from coordinator.identity.fleet import (
-    CLAIMS_PORT,
-    PORT,
     SERVERS,
     SETTINGS,
-    Expiry,
     Fleet,
     FleetSettings,
     authority_dir,
     state_dir,
     told,
-    write_for_broker,
+    write,
 )
 from coordinator.identity.keys import key_to_pem, new_key, to_pem
 from coordinator.identity.registration import Applicant, Lifetimes, Registration
 from coordinator.identity.roster import FILE, Roster
+from coordinator.identity.standing import Expiry
 from ops.files import to_toml
 
 
@@ -100,11 +100,11 @@ class FleetFolder:
         with told(folder):
             make_folder(folder)
             folder.chmod(0o700)
-            write_file(folder / "key.pem", key_to_pem(key), private=True)
-            write_file(folder / "device.pem", to_pem(issued.certificate))
-            write_file(folder / "return.pem", to_pem(issued.return_certificate))
-            write_file(folder / "fleet-ca.pem", to_pem(fleet.authority.ca("fleet")))
-            write_file(folder / "agent.toml", to_toml(agent).encode())
+        write(folder / "key.pem", key_to_pem(key), PRIVATE)
+        write(folder / "device.pem", to_pem(issued.certificate))
+        write(folder / "return.pem", to_pem(issued.return_certificate))
+        write(folder / FLEET_CA, to_pem(fleet.authority.ca("fleet")))
+        write(folder / "agent.toml", to_toml(agent).encode())
         return folder
 
     def token(self, uses: int, days: float) -> bytes:
@@ -147,19 +147,19 @@ def init_fleet(
     """Make the folder of a new fleet: authorities, roster, what broker and coordinator need.
 
     ``broker_names`` are all the names and addresses under which clients reach the broker, the one
-    they are told first. Raises :class:`IdentityError`, TopicError for a bad fleet name and
-    ConfigError for the broker's files; what has been made by then does not look like a fleet.
+    they are told first. Raises :class:`IdentityError`, TopicError for a bad fleet name, and
+    ConfigError: for settings that are wrong before anything is made, and for the broker's files.
     """
     if (folder / SETTINGS).exists():
         raise IdentityError(f"{folder} is the folder of a fleet already; take another one")
-    lifetimes = lifetimes or Lifetimes()
-    settings = FleetSettings(
-        name=fleet,
-        broker_names=tuple(broker_names),
-        port=port,
-        claims_port=claims_port,
-        **lifetimes.model_dump(),
-    )
+    given = {
+        "name": check_name(fleet, "fleet name"),
+        "broker_names": [check_host(name) for name in broker_names],
+        "port": port,
+        "claims_port": claims_port,
+        **(lifetimes or Lifetimes()).model_dump(),
+    }
+    settings = load_settings(FleetSettings, section="fleet", flags=given)
     with told(folder):
         make_folder(state_dir(folder))
         (folder / COORDINATOR).chmod(0o700)
@@ -167,22 +167,22 @@ def init_fleet(
     roster = Roster(state_dir(folder) / FILE, create=True, clock=clock)
     registration = Registration(authority, roster, settings, clock=clock)
     opened = Fleet(folder, settings, registration, clock=clock)
-    with told(folder):
-        make_folder(opened.broker_dir)
-    for side in SIDES:
-        write_for_broker(opened.broker_dir / f"{side}-ca.pem", to_pem(authority.ca(side)))
+    write_mosquitto_config(opened.broker_dir, fleet, port=port, claims_port=claims_port)
+    with told(opened.broker_dir):  # Mosquitto is another user
+        opened.broker_dir.chmod(0o755)
+    write(opened.broker_dir / FLEET_CA, to_pem(authority.ca("fleet")))
+    write(opened.broker_dir / CLAIMS_CA, to_pem(authority.ca("claims")))
     for server in SERVERS:
         key = new_key()
         path = opened.server_file(server).with_name(f"{server}-key.pem")
-        write_for_broker(path, key_to_pem(key), private=True)
+        write(path, key_to_pem(key), PRIVATE)
         opened.sign_server(server, key.public_key())
     opened.refresh()
-    with told(folder):
-        own = folder / COORDINATOR
-        write_file(own / "fleet-ca.pem", to_pem(authority.ca("fleet")))
-        write_file(own / "coordinator.toml", _coordinator_toml(folder, settings).encode())
-        values = settings.model_dump(mode="json")
-        write_file(folder / SETTINGS, to_toml({"fleet": values}).encode())
+    own = folder / COORDINATOR
+    write(own / FLEET_CA, to_pem(authority.ca("fleet")))
+    write(own / "coordinator.toml", _coordinator_toml(folder, settings).encode())
+    values = settings.model_dump(mode="json")
+    write(folder / SETTINGS, to_toml({"fleet": values}).encode())
     return FleetFolder(opened)
 
 
@@ -192,7 +192,7 @@ def _coordinator_toml(folder: Path, settings: FleetSettings) -> str:
         {
             "broker": {
                 "url": settings.broker_url,
-                "ca_file": str(own / "fleet-ca.pem"),
+                "ca_file": str(own / FLEET_CA),
                 "cert_file": str(own / "coordinator.pem"),
                 "key_file": str(own / "coordinator-key.pem"),
             },
