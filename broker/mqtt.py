@@ -28,6 +28,7 @@ from broker.errors import (
     TransportError,
 )
 from broker.mqtt_client import Client
+from broker.tls import explain_tls, tls_context
 from broker.transport import (
     SESSION_TAKEN_OVER,
     Backoff,
@@ -62,7 +63,7 @@ class MqttTransport:
         self._config = config
         self._will = will
         if config.tls:
-            _tls_context(config)
+            tls_context(config)
         self._backoff = Backoff(
             config.backoff_initial_s, config.backoff_max_s, rng or random.Random()
         )
@@ -199,7 +200,7 @@ class MqttTransport:
             self._config,
             self.client_id,
             self._will,
-            _tls_context(self._config) if self._config.tls else None,
+            tls_context(self._config) if self._config.tls else None,
             clean_start=clean_start,
             deliver=self._deliver,
         )
@@ -230,6 +231,8 @@ class MqttTransport:
             return f"nobody listens at {self._config.url}; is the broker running?"
         if isinstance(exc, ConfigError):
             return str(exc)
+        if isinstance(exc, ssl.SSLError):
+            return f"{self._config.url}: {explain_tls(exc)}"
         return f"{self._config.url}: {exc}"
 
     def _taken_over(self) -> ConnectRefused:
@@ -237,17 +240,3 @@ class MqttTransport:
             f"another client took over the client id {self.client_id!r}; give every client its own",
             SESSION_TAKEN_OVER,
         )
-
-
-def _tls_context(config: BrokerConfig) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=config.ca_file)
-        if config.cert_file is not None:
-            context.load_cert_chain(config.cert_file, config.key_file)
-    except (OSError, ssl.SSLError) as exc:
-        files = [str(f) for f in (config.ca_file, config.cert_file, config.key_file) if f]
-        raise ConfigError(
-            f"cannot use the TLS files {', '.join(files)}: {exc}; "
-            "give PEM files that this user may read"
-        ) from exc
-    return context

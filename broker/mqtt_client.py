@@ -39,6 +39,7 @@ from broker.errors import (
     SubscribeRefused,
     TransportError,
 )
+from broker.tls import why_lost
 from broker.transport import SESSION_TAKEN_OVER, Capabilities, Packet, Will, packet_size
 
 # Bounds what is copied into the write buffer at once; the server may ask for less.
@@ -90,6 +91,7 @@ class Client(aiomqtt.Client):
         self._deliver = deliver
         self._loop_thread = threading.get_ident()
         self._handle: socket.socket | None = None
+        self._secured: ssl.SSLSocket | None = None
         self._pending: dict[int, asyncio.Future[list[ReasonCode]]] = {}
         # Arrived packets in order: serial number -> packet id, which the broker uses again.
         self._unacknowledged: dict[int, int] = {}
@@ -122,7 +124,7 @@ class Client(aiomqtt.Client):
         # handshake fails.
         if self._tls is None:
             return sock
-        secured = self._tls.wrap_socket(
+        secured = self._secured = self._tls.wrap_socket(
             sock, server_hostname=self._config.host, do_handshake_on_connect=False
         )
         try:
@@ -260,7 +262,8 @@ class Client(aiomqtt.Client):
     ) -> None:
         self.taken_over = reason_code.value == SESSION_TAKEN_OVER
         told = flags.is_disconnect_packet_from_server or reason_code.value != UNSPECIFIED_ERROR
-        self._lose(str(reason_code) if told else "the connection was lost")
+        lost = why_lost(self._secured, answered=self._connected.done())
+        self._lose(str(reason_code) if told else lost)
 
     def _on_message(self, _client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
         payload = bytes(message.payload)
