@@ -38,6 +38,7 @@ from edge_agent.workplace import Data
 if TYPE_CHECKING:
     from edge_agent.edge import EdgeService
     from edge_agent.identity.keeper import IdentityKeeper
+    from edge_agent.updates.updater import Updater
 
 
 def new_boot() -> str:
@@ -155,11 +156,13 @@ async def run_agent(
     logs: LogControl | None = None,
     reporter: Reporter | None = None,
     supervisor: Supervisor | None = None,
+    updater: Updater | None = None,
 ) -> None:
     """Take part in the fleet until ``stop`` is set, or the run ends if the settings say so.
 
     ``transport`` must have :func:`last_will` of the same ``boot`` as its will. Images are answered
-    through ``edge`` meanwhile, if it is given, and ``identity`` is kept valid. A ``reporter`` that
+    through ``edge`` meanwhile, if it is given, ``identity`` is kept valid, and ``updater`` ends the
+    service when another version is to be started. A ``reporter`` that
     somebody else reads, too, is of the same ``boot``; ``logs`` has the level that the coordinator
     orders. The ``supervisor`` is told that the agent has started, whether there is a broker or not,
     and then that it lives.
@@ -198,7 +201,7 @@ async def run_agent(
         supervisor.ready()
         living = asyncio.create_task(keep_alive.run(), name="keep-alive")
         try:
-            await _drive_all(core, edge, identity, link, stop, keep_alive)
+            await _drive_all(core, edge, identity, updater, link, stop, keep_alive)
         finally:  # an error, too, ends the connection in good order: no last will follows
             living.cancel()
             supervisor.stopping()
@@ -209,7 +212,7 @@ async def run_agent(
             raise AgentError(core.problem)
 
 
-TRAINING, ANSWERING, IDENTITY = "training", "answering", "identity"
+TRAINING, ANSWERING, IDENTITY, UPDATING = "training", "answering", "identity", "updating"
 _FOR_BOTH = {
     ("down", "assignment"),
     ("down", "parameters"),
@@ -224,6 +227,10 @@ def route(address: Address, *, measuring: bool) -> Collection[str]:
     what = channel(address)
     if what == ("down", "certificate"):
         return (IDENTITY,)
+    if what == ("down", "piece"):
+        return (UPDATING,)
+    if address.kind == "command":
+        return (TRAINING, UPDATING)
     if what == ("down", "prediction"):
         return (ANSWERING, TRAINING) if measuring else (ANSWERING,)
     return (TRAINING, ANSWERING) if what in _FOR_BOTH else (TRAINING,)
@@ -233,17 +240,20 @@ async def _drive_all(
     core: AgentCore,
     edge: EdgeService | None,
     identity: IdentityKeeper | None,
+    updater: Updater | None,
     link: Link,
     stop: asyncio.Event,
     keep_alive: KeepAlive,
 ) -> None:
-    """Drive the machines there are, each in its thread, until the training one is over."""
+    """Drive the machines there are, each in its thread, until one of them is over."""
     run = partial(drive, clock=time.monotonic)
     machines: dict[str, Machine] = {}
     if edge is not None:
         machines[ANSWERING] = edge.machine
     if identity is not None:
         machines[IDENTITY] = identity.machine
+    if updater is not None:
+        machines[UPDATING] = updater
     if not machines:
         await run(core, link, stop=stop, turned=keep_alive.of(TRAINING))
         return
@@ -284,6 +294,8 @@ async def _drive_all(
         core.on_version = None
         if edge is not None:
             edge.close()
+        if updater is not None:
+            updater.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -32,6 +32,9 @@ class AgentSettings(BaseModel):
     settings then have neither files nor a password."""
     claims_port: int = Field(default=8884, ge=1, le=65_535)
     """Where, on the broker's host, devices with a token or an ended certificate are let in."""
+    updates_dir: Path | None = None
+    """Where new versions of its software are installed, for start.sh to start (docs/updates.md);
+    without it, and without an identity, it takes none."""
     state_dir: Path = Path("agent-state")
     """Where the device keeps its own learning between restarts."""
 
@@ -130,6 +133,12 @@ class AgentSettings(BaseModel):
                 f"http = {self.http} can be reached from other machines: give an http_token_file, "
                 "or listen on 127.0.0.1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> Self:
+        if self.updates_dir is not None and self.identity_dir is None:
+            raise ValueError("updates_dir needs identity_dir: only a fleet's own updates are taken")
         return self
 
     @model_validator(mode="after")

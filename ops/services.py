@@ -108,11 +108,13 @@ def serve_agent(
     from edge_agent.settings import AgentSettings
     from edge_agent.snapshots import DiskSnapshots
     from edge_agent.systemd import supervisor
+    from edge_agent.updates.updater import updater_of
     from ops.http_door import Door
 
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
     settings = with_name(run.settings_of(AgentSettings, "agent", config, flags))
     identity = None if settings.identity_dir is None else IdentityKeeper(settings, broker)
+    updater = None if settings.updates_dir is None else updater_of(settings)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
     if settings.threads is not None:
@@ -142,6 +144,7 @@ def serve_agent(
                 stop=stop,
                 edge=edge,
                 identity=identity,
+                updater=updater,
                 reporter=reporter,
                 logs=logs,
                 supervisor=supervisor(),
