@@ -69,7 +69,9 @@ class Desk:
     None is no answer.
     """
 
-    def __init__(self, transport: Transport, *answers: Callable[[Enrol], Certificate] | None):
+    def __init__(
+        self, transport: Transport, *answers: Callable[[Enrol], Certificate] | None
+    ) -> None:
         self.asked: list[tuple[str, Enrol]] = []
         self._transport = transport
         self._answers = list(answers)
@@ -86,10 +88,10 @@ class Desk:
                         claim = envelope.address.device
                         assert claim is not None
                         self.asked.append((claim, envelope.message))
-                        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+                        answer = (
+                            self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+                        )
                         if answer is not None:
                             await link.send(to_claim(claim, answer(envelope.message)))
                     case _:
                         ready.set()
-
-
