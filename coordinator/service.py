@@ -45,6 +45,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
+from coordinator.updates.rollouts import UPDATES, Rollouts
 from coordinator.watching import watch
 from tensors.codecs import Codec, Encode
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
@@ -62,7 +63,7 @@ def new_boot() -> str:
 
 def new_vitals(settings: CoordinatorSettings) -> Vitals:
     """For :func:`run_coordinator` to keep current, and for others to ask."""
-    names = (TRAINING, ANSWERING, *([IDENTITY] if settings.fleet_dir else []))
+    names = (TRAINING, ANSWERING, *([IDENTITY, UPDATES] if settings.fleet_dir else []))
     return Vitals(names, bound_s=settings.stall_s, clock=time.monotonic)
 
 
@@ -281,11 +282,12 @@ async def run_coordinator(
     vitals: Vitals | None = None,
     logs: LogControl | None = None,
     enrolment: Enrolment | None = None,
+    rollouts: Rollouts | None = None,
 ) -> None:
     """Serve the fleet until the run has finished or ``stop`` is set, and keep ``vitals`` current.
 
     ``logs`` says where the run is, and follows ``splitfleet log-level``. ``enrolment`` signs for
-    devices; the settings must have its ``fleet_dir``. ``transport`` must have
+    devices and ``rollouts`` brings them updates; the settings must have their ``fleet_dir``. ``transport`` must have
     :func:`last_will` with the core's boot as its will.
 
     Raises ``ConnectRefused``, and ``StoreError`` when a checkpoint cannot be written.
@@ -301,7 +303,9 @@ async def run_coordinator(
         if enrolment is not None:
             await link.subscribe(*topics.claims_filters())
             beside[IDENTITY] = enrolment
-        branches = Branches(link, (TRAINING, *beside), route, patient=(IDENTITY,))
+        if rollouts is not None:
+            beside[UPDATES] = rollouts
+        branches = Branches(link, (TRAINING, *beside), route, patient=(IDENTITY, UPDATES))
         try:
             own = settings.answer_threads or max(1, torch.get_num_threads() // 2)
             for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):

@@ -43,6 +43,7 @@ def serve_coordinator(
     from coordinator.service import build_core, last_will, new_boot, new_vitals, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
+    from coordinator.updates.rollouts import open_rollouts
     from ops.http_status import FleetPages, serve_http
     from ops.metrics import Metrics
     from ops.progress import progress_observer
@@ -59,6 +60,7 @@ def serve_coordinator(
     vitals = new_vitals(settings)
     pages = FleetPages(vitals)
     enrolment = open_enrolment(settings, os.environ, observer)
+    rollouts = open_rollouts(settings)
 
     async def serve() -> bool:
         transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
@@ -72,6 +74,7 @@ def serve_coordinator(
                 vitals=vitals,
                 logs=logs,
                 enrolment=enrolment,
+                rollouts=rollouts,
             )
             return stop.is_set()
 
