@@ -287,8 +287,8 @@ async def run_coordinator(
     """Serve the fleet until the run has finished or ``stop`` is set, and keep ``vitals`` current.
 
     ``logs`` says where the run is, and follows ``splitfleet log-level``. ``enrolment`` signs for
-    devices and ``rollouts`` brings them updates; the settings must have their ``fleet_dir``. ``transport`` must have
-    :func:`last_will` with the core's boot as its will.
+    devices and ``rollouts`` brings them updates; the settings must have their ``fleet_dir``.
+    ``transport`` must have :func:`last_will` with the core's boot as its will.
 
     Raises ``ConnectRefused``, and ``StoreError`` when a checkpoint cannot be written.
     """
