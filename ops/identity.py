@@ -11,12 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cryptography import x509
+
 from broker.config import load_settings
 from broker.mosquitto import CLAIMS_PORT, FLEET_CA, PORT
 from broker.topics import COORDINATOR, check_name
 from coordinator.atomic_files import PRIVATE, make_folder
 from coordinator.errors import IdentityError
-from coordinator.identity.authority import Authority, check_host
+from coordinator.identity.authority import Authority, check_host, common_name
 from coordinator.identity.fleet import (
     SETTINGS,
     Fleet,
@@ -114,6 +116,17 @@ class FleetFolder:
         ca = self.fleet.authority.ca("fleet")
         return to_pem(ca) + to_pem(certificate) + key_to_pem(key)
 
+    def write_token(self, uses: int, days: float, out: Path | None = None) -> Path:
+        """A new join token's file, its owner's alone; in ``tokens/`` under its name by default."""
+        pem = self.token(uses, days)
+        if out is None:
+            claim = common_name(x509.load_pem_x509_certificates(pem)[1])
+            out = self.folder / "tokens" / f"{claim}.pem"
+        with told(out):
+            make_folder(out.parent)
+        write(out, pem, PRIVATE)
+        return out
+
     def revoke(self, name: str) -> None:
         """Shut a device, or with ``claim.ID`` a join token, out for good."""
         self.fleet.registration.revoke(name)
@@ -151,8 +164,8 @@ def init_fleet(
     ``broker_names`` are all the names and addresses under which clients reach the broker, the one
     they are told first; with ``loopback_port`` whoever is on the broker's machine has the
     coordinator's rights there, without TLS. Raises :class:`IdentityError`, TopicError for a bad
-    fleet name, and ConfigError: for settings that are wrong before anything is made, and for the
-    broker's files. What has been made by then does not look like a fleet.
+    fleet name, and ConfigError: before anything is made for settings that are wrong, and for the
+    broker's files.
     """
     if (folder / SETTINGS).exists():
         raise IdentityError(f"{folder} is the folder of a fleet already; take another one")

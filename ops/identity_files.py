@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import tarfile
+import tempfile
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from broker.mosquitto import write_mosquitto_config
+from broker.mosquitto import FLEET_CA, write_mosquitto_config
 from broker.topics import COORDINATOR
 from coordinator.atomic_files import PRIVATE, make_folder
 from coordinator.errors import IdentityError
 from coordinator.identity.authority import SIDES
 from coordinator.identity.fleet import (
+    CAS,
+    LISTS,
     SERVERS,
+    SETTINGS,
     Fleet,
     FleetSettings,
     Server,
+    authority_dir,
     state_dir,
     told,
     write,
@@ -30,6 +36,7 @@ from coordinator.identity.keys import (
     new_key,
     to_pem,
 )
+from coordinator.identity.roster import FILE
 from ops.files import to_toml
 
 
@@ -47,18 +54,17 @@ def complete(fleet: Fleet) -> None:
         fleet.broker_dir.chmod(0o755)  # Mosquitto is another user
     for side in SIDES:
         ca = fleet.authority.ca(side)
-        write(fleet.broker_dir / f"{side}-ca.pem", to_pem(ca))
-        _remove_foreign_list(fleet.broker_dir / f"{side}-crl.pem", ca)
+        write(fleet.broker_dir / CAS[side], to_pem(ca))
+        _remove_foreign_list(fleet.broker_dir / LISTS[side], ca)
     for server in SERVERS:
         if not _is_ours(fleet, server):
             key = new_key()
             write(_key_file(fleet, server), key_to_pem(key), PRIVATE)
             fleet.sign_server(server, key.public_key())
     fleet.refresh()
-    write(own / "fleet-ca.pem", to_pem(fleet.authority.ca("fleet")))
+    write(own / FLEET_CA, to_pem(fleet.authority.ca("fleet")))
     if not (own / "coordinator.toml").exists():
-        text = _coordinator_toml(fleet.folder, fleet.settings)
-        write(own / "coordinator.toml", text.encode())
+        write(own / "coordinator.toml", _coordinator_toml(fleet.folder, fleet.settings).encode())
     settings = fleet.settings
     write_mosquitto_config(
         fleet.broker_dir,
@@ -67,6 +73,25 @@ def complete(fleet: Fleet) -> None:
         claims_port=settings.claims_port,
         loopback_port=settings.loopback_port,
     )
+
+
+def save(fleet: Fleet, file: Path) -> None:
+    """Write what cannot be made again, as a tar archive to be unpacked in the fleet's folder.
+
+    The roster in it is whole, whatever happens meanwhile. Raises :class:`IdentityError`.
+    """
+    folder, new = fleet.folder, file.with_name(f".{file.name}.new")
+    own = [path for path in sorted((folder / COORDINATOR).iterdir()) if path.is_file()]
+    parts = [folder / SETTINGS, *own, authority_dir(folder)]
+    with told(file), tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / FILE
+        fleet.roster.copy_to(copy)
+        new.touch(0o600)
+        with tarfile.open(new, "w") as archive:
+            for path in parts:
+                archive.add(path, path.relative_to(folder))
+            archive.add(copy, (state_dir(folder) / FILE).relative_to(folder))
+        new.replace(file)
 
 
 def signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
@@ -113,7 +138,7 @@ def _coordinator_toml(folder: Path, settings: FleetSettings) -> str:
         {
             "broker": {
                 "url": settings.broker_url,
-                "ca_file": str(own / "fleet-ca.pem"),
+                "ca_file": str(own / FLEET_CA),
                 "cert_file": str(own / "coordinator.pem"),
                 "key_file": str(own / "coordinator-key.pem"),
             },
