@@ -142,7 +142,9 @@ class CoordinatorCore:
         assert device is not None
         known = self._registry.get(device)
         if known is None:
-            self._observer.message_dropped("fleet_full")
+            self._observer.message_dropped(
+                "retired" if self._registry.is_retired(device) else "fleet_full"
+            )
             return []
         if not (isinstance(message, Status) and message.state == "offline"):  # the broker's words
             known.heard = self._clock()
@@ -186,6 +188,14 @@ class CoordinatorCore:
         """Tell devices which level somebody has chosen for their logs."""
         before, self._log_levels = self._log_levels, levels
         return orders(before, levels)
+
+    def retire(self, names: frozenset[str]) -> list[Envelope]:
+        """Know these devices no more; those that are not among them may come again."""
+        self._registry.retire(names)
+        self._ledger.forget(names)
+        self._observer.retired(names)
+        self._observer.devices(self._registry.by_state())
+        return self._run.advance()
 
     @property
     def place(self) -> dict[str, str | int]:

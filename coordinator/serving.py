@@ -21,6 +21,7 @@ from broker.messages import Features, Prediction
 from broker.telemetry import RefusalReason
 from broker.topics import Address
 from coordinator.answering import Question, Refusal, Waiting
+from coordinator.identity.standing import IDENTITY
 from coordinator.observer import Observer
 from coordinator.registry import Device
 from coordinator.settings import CoordinatorSettings
@@ -67,8 +68,12 @@ class Answers:
 
 def route(address: Address) -> Collection[str]:
     """Which machine of a coordinator a message is for."""
-    asked = address.direction == "up" and address.kind == "features"
-    return (ANSWERING,) if asked else (TRAINING,)
+    if address.direction == "up":
+        if address.kind == "features":
+            return (ANSWERING,)
+        if address.kind in ("enrol", "renew"):
+            return (IDENTITY,)
+    return (TRAINING,)
 
 
 class AnsweringMachine:

@@ -29,6 +29,8 @@ class CoordinatorSettings(DefenceSettings):
     """The fleet's name in the topic tree; a broker can carry several fleets."""
     state_dir: Path = Path("coordinator-state")
     """Where runs and their checkpoints live."""
+    fleet_dir: Path | None = None
+    """The folder that ``splitfleet fleet init`` made: devices get their certificates from here."""
 
     # What is trained
     network: Network = Network()

@@ -65,7 +65,7 @@ class Workload:
                 continue  # it was away; that says nothing about how fast it is
             self._paces[name] = cut, seconds / batches
             if self._adapts:
-                device = registry.devices[name]
+                device = registry[name]
                 spare = finished and seconds < deadline_s / 2
                 if self._adapt(device, finished=finished, spare=spare):
                     changed.append(device)

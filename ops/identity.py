@@ -11,23 +11,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from broker.mosquitto import CLAIMS_PORT, PORT
-from broker.topics import COORDINATOR
-from coordinator.atomic_files import make_folder, write_file
+from broker.config import load_settings
+from broker.mosquitto import CLAIMS_PORT, FLEET_CA, PORT
+from broker.topics import COORDINATOR, check_name
+from coordinator.atomic_files import PRIVATE, make_folder
 from coordinator.errors import IdentityError
-from coordinator.identity.authority import Authority
+from coordinator.identity.authority import Authority, check_host
 from coordinator.identity.fleet import (
     SETTINGS,
-    Expiry,
     Fleet,
     FleetSettings,
     authority_dir,
     state_dir,
     told,
+    write,
 )
 from coordinator.identity.keys import key_to_pem, new_key, to_pem
 from coordinator.identity.registration import Applicant, Lifetimes, Registration
 from coordinator.identity.roster import FILE, Roster
+from coordinator.identity.standing import Expiry
 from ops.files import to_toml
 from ops.identity_files import complete
 
@@ -99,11 +101,11 @@ class FleetFolder:
         with told(folder):
             make_folder(folder)
             folder.chmod(0o700)
-            write_file(folder / "key.pem", key_to_pem(key), private=True)
-            write_file(folder / "device.pem", to_pem(issued.certificate))
-            write_file(folder / "return.pem", to_pem(issued.return_certificate))
-            write_file(folder / "fleet-ca.pem", to_pem(fleet.authority.ca("fleet")))
-            write_file(folder / "agent.toml", to_toml(agent).encode())
+        write(folder / "key.pem", key_to_pem(key), PRIVATE)
+        write(folder / "device.pem", to_pem(issued.certificate))
+        write(folder / "return.pem", to_pem(issued.return_certificate))
+        write(folder / FLEET_CA, to_pem(fleet.authority.ca("fleet")))
+        write(folder / "agent.toml", to_toml(agent).encode())
         return folder
 
     def token(self, uses: int, days: float) -> bytes:
@@ -149,20 +151,20 @@ def init_fleet(
     ``broker_names`` are all the names and addresses under which clients reach the broker, the one
     they are told first; with ``loopback_port`` whoever is on the broker's machine has the
     coordinator's rights there, without TLS. Raises :class:`IdentityError`, TopicError for a bad
-    fleet name and ConfigError for the broker's files; what has been made by then does not look like
-    a fleet.
+    fleet name, and ConfigError: before anything is made for settings that are wrong, and for the
+    broker's files.
     """
     if (folder / SETTINGS).exists():
         raise IdentityError(f"{folder} is the folder of a fleet already; take another one")
-    lifetimes = lifetimes or Lifetimes()
-    settings = FleetSettings(
-        name=fleet,
-        broker_names=tuple(broker_names),
-        port=port,
-        claims_port=claims_port,
-        loopback_port=loopback_port,
-        **lifetimes.model_dump(),
-    )
+    given = {
+        "name": check_name(fleet, "fleet name"),
+        "broker_names": [check_host(name) for name in broker_names],
+        "port": port,
+        "claims_port": claims_port,
+        "loopback_port": loopback_port,
+        **(lifetimes or Lifetimes()).model_dump(),
+    }
+    settings = load_settings(FleetSettings, section="fleet", flags=given)
     with told(folder):
         make_folder(state_dir(folder))
     authority = Authority.create(authority_dir(folder), fleet, passphrase, clock=clock)
@@ -170,7 +172,6 @@ def init_fleet(
     registration = Registration(authority, roster, settings, clock=clock)
     opened = Fleet(folder, settings, registration, clock=clock)
     complete(opened)
-    with told(folder):
-        values = settings.model_dump(mode="json", exclude_none=True)
-        write_file(folder / SETTINGS, to_toml({"fleet": values}).encode())
+    values = settings.model_dump(mode="json", exclude_none=True)
+    write(folder / SETTINGS, to_toml({"fleet": values}).encode())
     return FleetFolder(opened)

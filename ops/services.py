@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ def serve_coordinator(
     What ``network`` and the configuration leave open of the input's shape and the number of classes
     is taken from the data set.
     """
+    from coordinator.identity.enrolment import open_enrolment
     from coordinator.observer import Observers
     from coordinator.service import build_core, last_will, new_boot, new_vitals, run_coordinator
     from coordinator.settings import CoordinatorSettings
@@ -56,12 +58,20 @@ def serve_coordinator(
     observer = Observers(metrics, progress)
     vitals = new_vitals(settings)
     pages = FleetPages(vitals)
+    enrolment = open_enrolment(settings, os.environ, observer)
 
     async def serve() -> bool:
         transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
         with run.stop_signals(until_eof=until_eof) as stop:
             await run_coordinator(
-                settings, transport, core, traffic, stop=stop, vitals=vitals, logs=logs
+                settings,
+                transport,
+                core,
+                traffic,
+                stop=stop,
+                vitals=vitals,
+                logs=logs,
+                enrolment=enrolment,
             )
             return stop.is_set()
 

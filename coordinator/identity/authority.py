@@ -22,8 +22,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from broker.errors import TopicError
 from broker.topics import COORDINATOR, check_device, check_name
-from coordinator.atomic_files import make_folder, write_file
+from coordinator.atomic_files import PRIVATE, make_folder, write_file
 from coordinator.errors import IdentityError
 from coordinator.identity.keys import (
     Key,
@@ -88,14 +89,17 @@ class Authority:
         """
         check_name(fleet, "fleet name")
         if any(_ca_file(folder, side).exists() for side in SIDES):
-            raise IdentityError(f"{folder} has the authorities of a fleet; take another folder")
+            raise IdentityError(
+                f"{folder} has the authorities of a fleet; take another folder, or "
+                "remove this one if making it was interrupted"
+            )
         now = datetime.fromtimestamp(clock(), UTC)
         fleet_ca, claims_ca = (_new_ca(fleet, side, now) for side in SIDES)
         try:
             make_folder(folder)
             folder.chmod(0o700)
             for side, ca in zip(SIDES, (fleet_ca, claims_ca), strict=True):
-                write_file(_key_file(folder, side), key_to_pem(ca.key, passphrase), private=True)
+                write_file(_key_file(folder, side), key_to_pem(ca.key, passphrase), mode=PRIVATE)
                 write_file(_ca_file(folder, side), to_pem(ca.certificate))
         except OSError as exc:
             raise IdentityError(f"cannot write {folder}: {exc.strerror}") from exc
@@ -124,7 +128,7 @@ class Authority:
         return self._cas[side].certificate
 
     def issue_device(self, name: str, public_key: PublicKey, days: float) -> x509.Certificate:
-        """For a device, as a client of the fleet. Raises TopicError or :class:`IdentityError`."""
+        """For a device, as a client of the fleet. Raises TopicError."""
         return self._issue("fleet", check_identity(name), public_key, days)
 
     def issue_return(
@@ -224,13 +228,19 @@ class Authority:
 
 
 def check_identity(device: str) -> str:
-    """Return ``device``, or raise TopicError or :class:`IdentityError` if it can have none."""
+    """Return ``device``, or raise TopicError if no device of that name can have an identity."""
     if len(check_device(device)) > MAX_DEVICE_NAME:
-        raise IdentityError(
+        raise TopicError(
             f"device name {device!r} has more than {MAX_DEVICE_NAME} characters, which a "
             "certificate has no room for; choose a shorter one"
         )
     return device
+
+
+def check_host(name: str) -> str:
+    """Return ``name``, or raise :class:`IdentityError` if it is no host name and no address."""
+    _host(name)
+    return name
 
 
 def common_name(certificate: x509.Certificate) -> str:
@@ -310,5 +320,7 @@ def _host(name: str) -> x509.GeneralName:
     except ValueError:
         pass
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
-        raise IdentityError(f"{name!r} is neither a host name nor an address")
+        raise IdentityError(
+            f"{name!r} is neither a host name nor an address; give the broker's, without port"
+        )
     return x509.DNSName(name)

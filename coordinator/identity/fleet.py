@@ -17,7 +17,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,21 +25,33 @@ from pydantic import Field, StringConstraints
 
 from broker.config import load_settings
 from broker.fields import Name
-from broker.mosquitto import CLAIMS_PORT, PORT
-from coordinator.atomic_files import write_file
+from broker.mosquitto import (
+    CERTIFICATE,
+    CLAIMS_CA,
+    CLAIMS_CRL,
+    CLAIMS_PORT,
+    FLEET_CA,
+    FLEET_CRL,
+    PORT,
+)
+from broker.topics import COORDINATOR
+from coordinator.atomic_files import PUBLIC, write_file
 from coordinator.errors import IdentityError
 from coordinator.identity.authority import SIDES, Authority, Side
 from coordinator.identity.keys import PublicKey, certificate_from_pem, certified_key, to_pem
 from coordinator.identity.registration import Lifetimes, Registration, life_left
 from coordinator.identity.roster import FILE, Roster
+from coordinator.identity.standing import Expiry
 
 SETTINGS = "fleet.toml"
 PASSPHRASE = "SPLITFLEET_CA_PASSPHRASE"  # noqa: S105 the name of a variable
+CAS: Mapping[Side, str] = {"fleet": FLEET_CA, "claims": CLAIMS_CA}
+LISTS: Mapping[Side, str] = {"fleet": FLEET_CRL, "claims": CLAIMS_CRL}
 Server = Literal["broker", "coordinator"]
 SERVERS: tuple[Server, ...] = ("broker", "coordinator")
 
 _FRESH = 2 / 3
-"""What broker and coordinator live on is signed anew when less of its life is left."""
+"""Certificates of broker and coordinator are signed anew when less of their life is left."""
 
 
 class FleetSettings(Lifetimes):
@@ -68,18 +79,6 @@ class FleetSettings(Lifetimes):
         """Where clients with an identity find the broker."""
         host = self.broker_names[0]
         return f"mqtts://[{host}]:{self.port}" if ":" in host else f"mqtts://{host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Expiry:
-    """When what all depends on ends, unix seconds.
-
-    ``certificates``: of ``broker``, ``coordinator``, ``fleet-ca`` and ``claims-ca``; ``lists``: of
-    ``fleet`` and ``claims``.
-    """
-
-    certificates: Mapping[str, float]
-    lists: Mapping[str, float]
 
 
 class Fleet:
@@ -155,17 +154,17 @@ class Fleet:
             certificate = self.authority.issue_broker(self.settings.broker_names, key, days)
         else:
             certificate = self.authority.issue_coordinator(key, days)
-        write_for_broker(self.server_file(server), to_pem(certificate))
+        write(self.server_file(server), to_pem(certificate))
         return certificate
 
     def _refresh_list(self, side: Side) -> float:
-        path = self.broker_dir / f"{side}-crl.pem"
+        path = self.broker_dir / LISTS[side]
         before = None
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: made anew
             before = x509.load_pem_x509_crl(path.read_bytes())
         new = self.registration.new_list(side, before)
         if new is not None:
-            write_for_broker(path, to_pem(new))
+            write(path, to_pem(new))
         current = before if new is None else new
         assert current is not None
         assert current.next_update_utc is not None
@@ -187,13 +186,14 @@ class Fleet:
 
     def server_file(self, server: Server) -> Path:
         """The certificate of broker or coordinator; its key is beside it."""
-        folder = self.broker_dir if server == "broker" else self.folder / "coordinator"
-        return folder / f"{server}.pem"
+        if server == "broker":
+            return self.broker_dir / CERTIFICATE
+        return self.folder / COORDINATOR / f"{COORDINATOR}.pem"
 
 
 def state_dir(folder: Path) -> Path:
     """The coordinator's store in a fleet's folder."""
-    return folder / "coordinator" / "state"
+    return folder / COORDINATOR / "state"
 
 
 def authority_dir(folder: Path) -> Path:
@@ -214,10 +214,13 @@ def find_passphrase(environ: Mapping[str, str]) -> str | None:
     return environ.get(PASSPHRASE) or None
 
 
-def write_for_broker(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Write a file for the user that its folder belongs to. Raises :class:`IdentityError`."""
+def write(path: Path, data: bytes, mode: int = PUBLIC) -> None:
+    """Write a file of the fleet's folder; by root, for the user that its own folder belongs to.
+
+    Raises :class:`IdentityError`.
+    """
     with told(path):
-        write_file(path, data, private=private)
+        write_file(path, data, mode=mode)
         if os.geteuid() == 0:
             owner = path.parent.stat()
             os.chown(path, owner.st_uid, owner.st_gid)

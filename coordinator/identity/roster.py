@@ -237,14 +237,14 @@ class Roster:
         )
         return certificate_from_pem(rows[0][0], str(self.path)) if rows else None
 
-    def ends(self, kind: Kind) -> dict[str, float]:
-        """Common name → when the newest certificate of this kind that is not revoked ends."""
+    def spans(self, kind: Kind) -> dict[str, tuple[float, float]]:
+        """Common name → begin and end of its newest certificate of a kind that is not revoked."""
         rows = self._all(
-            "SELECT subject, MAX(ends) FROM certificates WHERE kind = ? AND revoked IS NULL "
-            "GROUP BY subject",
+            "SELECT subject, begins, MAX(ends) FROM certificates "
+            "WHERE kind = ? AND revoked IS NULL GROUP BY subject",
             kind,
         )
-        return dict(rows)
+        return {subject: (begins, ends) for subject, begins, ends in rows}
 
     def revoke_certificates(self, *subjects: str) -> None:
         """Put all of these common names on the lists."""
