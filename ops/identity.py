@@ -151,8 +151,8 @@ def init_fleet(
     ``broker_names`` are all the names and addresses under which clients reach the broker, the one
     they are told first; with ``loopback_port`` whoever is on the broker's machine has the
     coordinator's rights there, without TLS. Raises :class:`IdentityError`, TopicError for a bad
-    fleet name, and ConfigError: for settings that are wrong before anything is made, and for the
-    broker's files. What has been made by then does not look like a fleet.
+    fleet name, and ConfigError: before anything is made for settings that are wrong, and for the
+    broker's files.
     """
     if (folder / SETTINGS).exists():
         raise IdentityError(f"{folder} is the folder of a fleet already; take another one")

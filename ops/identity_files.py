@@ -8,12 +8,14 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from broker.mosquitto import write_mosquitto_config
+from broker.mosquitto import FLEET_CA, write_mosquitto_config
 from broker.topics import COORDINATOR
 from coordinator.atomic_files import PRIVATE, make_folder
 from coordinator.errors import IdentityError
 from coordinator.identity.authority import SIDES
 from coordinator.identity.fleet import (
+    CAS,
+    LISTS,
     SERVERS,
     Fleet,
     FleetSettings,
@@ -47,18 +49,17 @@ def complete(fleet: Fleet) -> None:
         fleet.broker_dir.chmod(0o755)  # Mosquitto is another user
     for side in SIDES:
         ca = fleet.authority.ca(side)
-        write(fleet.broker_dir / f"{side}-ca.pem", to_pem(ca))
-        _remove_foreign_list(fleet.broker_dir / f"{side}-crl.pem", ca)
+        write(fleet.broker_dir / CAS[side], to_pem(ca))
+        _remove_foreign_list(fleet.broker_dir / LISTS[side], ca)
     for server in SERVERS:
         if not _is_ours(fleet, server):
             key = new_key()
             write(_key_file(fleet, server), key_to_pem(key), PRIVATE)
             fleet.sign_server(server, key.public_key())
     fleet.refresh()
-    write(own / "fleet-ca.pem", to_pem(fleet.authority.ca("fleet")))
+    write(own / FLEET_CA, to_pem(fleet.authority.ca("fleet")))
     if not (own / "coordinator.toml").exists():
-        text = _coordinator_toml(fleet.folder, fleet.settings)
-        write(own / "coordinator.toml", text.encode())
+        write(own / "coordinator.toml", _coordinator_toml(fleet.folder, fleet.settings).encode())
     settings = fleet.settings
     write_mosquitto_config(
         fleet.broker_dir,
@@ -113,7 +114,7 @@ def _coordinator_toml(folder: Path, settings: FleetSettings) -> str:
         {
             "broker": {
                 "url": settings.broker_url,
-                "ca_file": str(own / "fleet-ca.pem"),
+                "ca_file": str(own / FLEET_CA),
                 "cert_file": str(own / "coordinator.pem"),
                 "key_file": str(own / "coordinator-key.pem"),
             },

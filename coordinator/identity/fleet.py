@@ -14,6 +14,7 @@ FOLDER/devices/DEVICE/                      what `splitfleet fleet add` made for
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,15 @@ from pydantic import Field, StringConstraints
 
 from broker.config import load_settings
 from broker.fields import Name
-from broker.mosquitto import CERTIFICATE, CLAIMS_CRL, CLAIMS_PORT, FLEET_CRL, PORT
+from broker.mosquitto import (
+    CERTIFICATE,
+    CLAIMS_CA,
+    CLAIMS_CRL,
+    CLAIMS_PORT,
+    FLEET_CA,
+    FLEET_CRL,
+    PORT,
+)
 from broker.topics import COORDINATOR
 from coordinator.atomic_files import PUBLIC, write_file
 from coordinator.errors import IdentityError
@@ -36,6 +45,7 @@ from coordinator.identity.standing import Expiry
 
 SETTINGS = "fleet.toml"
 PASSPHRASE = "SPLITFLEET_CA_PASSPHRASE"  # noqa: S105 the name of a variable
+CAS: Mapping[Side, str] = {"fleet": FLEET_CA, "claims": CLAIMS_CA}
 LISTS: Mapping[Side, str] = {"fleet": FLEET_CRL, "claims": CLAIMS_CRL}
 Server = Literal["broker", "coordinator"]
 SERVERS: tuple[Server, ...] = ("broker", "coordinator")
@@ -205,9 +215,15 @@ def find_passphrase(environ: Mapping[str, str]) -> str | None:
 
 
 def write(path: Path, data: bytes, mode: int = PUBLIC) -> None:
-    """Write a file of the fleet's folder. Raises :class:`IdentityError`."""
+    """Write a file of the fleet's folder; by root, for the user that its own folder belongs to.
+
+    Raises :class:`IdentityError`.
+    """
     with told(path):
         write_file(path, data, mode=mode)
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.chown(path, owner.st_uid, owner.st_gid)
 
 
 @contextlib.contextmanager
