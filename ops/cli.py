@@ -15,6 +15,7 @@ from ops import (
     cli_exits,
     cli_experiment,
     cli_fleet,
+    cli_identity,
     cli_learning,
     cli_model,
     cli_plan,
@@ -37,6 +38,7 @@ cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
 cli_fleet.register(app)
+cli_identity.register(app)
 cli_model.register(app)
 cli_plan.register(app)
 cli_predict.register(app)
