@@ -230,6 +230,16 @@ class Network(Message):
     norm: Literal["batch", "group"] = "batch"
 
 
+class Noise(Message):
+    """Every image's features are clipped to the L2 norm ``clip_norm``, then noise is added.
+
+    It is Gaussian, of standard deviation ``noise_std`` on each value.
+    """
+
+    clip_norm: Duration
+    noise_std: Duration
+
+
 class Assignment(Message):
     """Retained: what a device has to do in this run. Without a cut: measure and say hello again."""
 
@@ -248,6 +258,8 @@ class Assignment(Message):
     """Budget of activations, in bytes for each training image; only fewer levels can keep it."""
     follow_link: bool = False
     """Whether activations are sent with as many levels as the uplink carries in time."""
+    noise: Noise | None = None
+    """What is done to features before they are encoded; nothing without it."""
     parameter_codec: Text
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     quota: Annotated[int, Field(ge=1)]

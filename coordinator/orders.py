@@ -6,7 +6,7 @@ import math
 
 from broker.envelopes import Envelope, down, to_all
 from broker.fields import RunPhase
-from broker.messages import Assignment, Round, Serving
+from broker.messages import Assignment, Noise, Round, Serving
 from coordinator.registry import Device
 from coordinator.rounds import (
     MAX_QUOTA,
@@ -49,6 +49,7 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             activation_codec=settings.codec,
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,
+            noise=_noise(settings),
             parameter_codec=settings.parameter_codec,
             batch_size=settings.batch_size,
             quota=full_quota(settings, device),
@@ -61,6 +62,12 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             seed=settings.seed,
         ),
     )
+
+
+def _noise(settings: CoordinatorSettings) -> Noise | None:
+    if settings.clip_norm is None or settings.noise_std is None:
+        return None
+    return Noise(clip_norm=settings.clip_norm, noise_std=settings.noise_std)
 
 
 def announcement(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,6 +86,10 @@ class Stream(Protocol):
 
     def batch(self, position: int) -> tuple[Any, Any]:
         """Images and labels, as the learner's :meth:`Learner.forward` takes them."""
+        ...
+
+    def keys(self, position: int) -> Sequence[bytes]:
+        """By what its images are known: see ``tensors.batches.image_key``."""
         ...
 
 
@@ -316,6 +320,9 @@ class Attempt:
         run, number, attempt = self.stamp
         position = stream_position(number, batch, self._assignment.quota)
         images, labels = self._stream.batch(position)
+        if not len(labels):
+            self._lose([batch], "privacy")
+            return None
         features = self._learner.forward(batch, images, labels)
         self._figures.took("forward", started)
         encoding = self._clock()

@@ -45,6 +45,7 @@ from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
 from edge_agent.predictor import InferenceRun
+from edge_agent.privacy import Privacy
 from edge_agent.probe import Probe
 from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Data, Workplace
@@ -112,6 +113,8 @@ class AgentCore:
         self._next_heartbeat = clock() + self.reporter.heartbeat_s
         self.phase = Phase.JOINING
         self.problem: str | None = None
+        self.privacy = Privacy()
+        """What may leave of its images; to be set before the first assignment."""
         self.on_version: OnVersion | None = None
         """Told of every version of the parameters it comes to hold, from then on."""
         self.on_log_level: Callable[[LogLevel | None], None] | None = None
@@ -287,10 +290,11 @@ class AgentCore:
         if before is None or before.run != assignment.run or before.cut != assignment.cut:
             self._manifest = None
         try:
+            applied = self.privacy.applied_to(assignment)
             self._place = Workplace(
                 self._device,
-                assignment,
-                self._build(assignment),
+                applied,
+                self._build(applied),
                 self._data,
                 uplink=self._uplink,
                 snapshots=self._snapshots,
@@ -298,6 +302,7 @@ class AgentCore:
                 offline=self._offline,
                 meters=self.reporter.own,
                 cpu_clock=self.reporter.cpu_clock,
+                release=self.privacy.release(applied),
             )
         except (AssignmentError, TensorsError) as exc:
             return self._cannot(exc)
@@ -442,6 +447,7 @@ class AgentCore:
         return [report] if self._connected else []
 
     def _meter(self, meters: Meters) -> None:
+        self.privacy.meter(meters)
         if self._place is not None:
             self._place.meter(meters)
 

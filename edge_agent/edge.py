@@ -27,6 +27,7 @@ from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Stop
 from edge_agent.exit_policy import ExitPolicy, Limits
 from edge_agent.identity.keeper import IdentityKeeper, with_name
 from edge_agent.pictures import PictureSpec
+from edge_agent.privacy import Privacy
 from edge_agent.served import DiskServed, ServedStore
 from edge_agent.service import last_will, new_boot, run_agent
 from edge_agent.serving import Build, ServingMachine, State
@@ -91,6 +92,7 @@ class EdgeService:
             build=build or _torch_build(settings),
             store=store or DiskServed(settings.state_dir),
             clock=clock,
+            privacy=Privacy.by(settings, settings.state_dir),
         )
         self._branch: Branch | None = None
         self._awaited: set[asyncio.Future[Any]] = set()

@@ -29,6 +29,7 @@ from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
+from edge_agent.privacy import Privacy
 from edge_agent.readings import LinkMeters, read_process
 from edge_agent.settings import AgentSettings
 from edge_agent.systemd import KeepAlive, Nobody, Supervisor
@@ -116,8 +117,12 @@ def build_agent(
     clock: Callable[[], float],
     reporter: Reporter | None = None,
     learners: Learners | None = None,
+    privacy: Privacy | None = None,
 ) -> AgentCore:
-    """Put an agent together; ``learners`` are torch's unless others are given."""
+    """Put an agent together; ``learners`` are torch's unless others are given.
+
+    What left of its images is booked in memory alone unless ``privacy`` is given.
+    """
     if learners is None:
         from edge_agent.learner import LearnerFactory
 
@@ -127,7 +132,7 @@ def build_agent(
             precision=settings.precision,
             memory_format=settings.memory_format,
         )
-    return AgentCore(
+    core = AgentCore(
         Topics(settings.fleet),
         settings.device,
         hello,
@@ -141,6 +146,8 @@ def build_agent(
         offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
         reporter=reporter or make_reporter(settings, hello.boot, clock=clock),
     )
+    core.privacy = privacy or Privacy.by(settings, None)
+    return core
 
 
 async def run_agent(
@@ -170,6 +177,7 @@ async def run_agent(
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
         ConnectRefused: the broker will not have this client.
+        StateError: the account of what left of its images is unusable.
     """
     topics = Topics(settings.fleet)
     supervisor = supervisor or Nobody()
@@ -188,6 +196,7 @@ async def run_agent(
             uplink=lambda: link.uplink_bytes_per_s,
             clock=time.monotonic,
             reporter=reporter,
+            privacy=Privacy.by(settings, settings.state_dir),
         )
         reporter.add(counted.meter)
         reporter.add(read_process)

@@ -20,6 +20,7 @@ from ops import (
     cli_model,
     cli_plan,
     cli_predict,
+    cli_privacy,
     cli_simulator,
     run,
 )
@@ -42,6 +43,7 @@ cli_identity.register(app)
 cli_model.register(app)
 cli_plan.register(app)
 cli_predict.register(app)
+cli_privacy.register(app)
 cli_learning.register(cli_bench.bench)
 
 BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]

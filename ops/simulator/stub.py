@@ -76,6 +76,11 @@ class StubStream:
         """Images nobody looks at, and labels."""
         return self._images, labels_of(self._device, position, self._size)
 
+    def keys(self, position: int) -> list[bytes]:
+        """Every image is one of its own."""
+        first = position * self._size
+        return [f"{self._device}/{first + row}".encode() for row in range(self._size)]
+
 
 @dataclass(frozen=True, slots=True)
 class StubData:

@@ -24,6 +24,7 @@ from broker.messages import (
     Manifest,
     Measurement,
     Network,
+    Noise,
     Parameters,
     Prediction,
     Receipt,
@@ -231,6 +232,10 @@ def _down() -> list[tuple[str, Envelope]]:
             (
                 "with a budget",
                 Assignment(**assignment, cut=3, bytes_per_sample=250.5, follow_link=True),
+            ),
+            (
+                "with noise",
+                Assignment(**assignment, cut=3, noise=Noise(clip_norm=30.0, noise_std=1.5)),
             ),
             (
                 "with exits that are taught",
