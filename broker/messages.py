@@ -32,6 +32,8 @@ MAX_RANGES = 65_536
 MAX_REASONS = 64
 MAX_METRICS = 128
 MAX_LABELS = 64
+MAX_PARAMETERS = 16_384
+MAX_PROGRAM_BYTES = 1 << 24
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Text = Annotated[str, StringConstraints(max_length=256)]
@@ -65,6 +67,7 @@ BY_REASON = _at_most(MAX_REASONS)
 BY_CUT = _at_most(MAX_BLOCKS)
 BY_METRIC = _at_most(MAX_METRICS)
 BY_LABEL = _at_most(MAX_LABELS)
+BY_PARAMETER = _at_most(MAX_PARAMETERS)
 
 
 def _blob(limit: int, *, lazy: bool = False) -> PlainValidator:
@@ -136,6 +139,8 @@ class Hello(Message):
     """Channels, height and width of one image."""
     cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
     measurement: Measurement | None = None
+    frozen: bool = False
+    """It computes its half of the network as a program that it is given, and never trains it."""
 
 
 class Status(Message):
@@ -248,9 +253,9 @@ class Telemetry(Message):
 
 
 class Request(Message):
-    """A device asks for parameters, for its place in the round (join), or probes the link."""
+    """A device asks for parameters, its place in the round, its program, or probes the link."""
 
-    what: Literal["parameters", "join", "probe"]
+    what: Literal["parameters", "join", "program", "probe"]
     version: Count = 0
     run: Name | None = None
     round: Count = 0
@@ -365,6 +370,21 @@ class Parameters(Message):
     state: Blob
 
 
+class Program(Message):
+    """A device's half with its exit, to be run as it is (``tensors.onnx_half``); or why not.
+
+    ``parameters``: those that ``graph`` is to be run with, by name, and their shapes.
+    """
+
+    run: Name
+    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    graph: Annotated[Buffer, _blob(MAX_PROGRAM_BYTES)] | None = None
+    parameters: Annotated[dict[Text, Annotated[list[Count], Field(max_length=8)]], BY_PARAMETER] = (
+        Field(default_factory=dict)
+    )
+    refused: Text | None = None
+
+
 class Command(Message):
     """An order to one device or to all.
 
@@ -463,6 +483,7 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("down", "receipt"): Receipt,
     ("down", "prediction"): Prediction,
     ("down", "parameters"): Parameters,
+    ("down", "program"): Program,
     ("down", "command"): Command,
     ("all", "round"): Round,
     ("all", "serving"): Serving,

@@ -41,6 +41,7 @@ DOWN_KINDS = frozenset(
         "prediction",
         "parameters",
         "features",
+        "program",
         "command",
         "certificate",
     }

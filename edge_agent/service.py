@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,16 +19,17 @@ from broker.envelopes import channel
 from broker.errors import TransportError
 from broker.link import Link, single_frame
 from broker.logs import LogControl, Untouched
-from broker.messages import Assignment, Hello, Measurement, Status
+from broker.messages import Assignment, Hello, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
-from edge_agent.attempt import Learner
-from edge_agent.core import AgentCore
+from edge_agent.core import AgentCore, Learners
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
+from edge_agent.lite import LiteFactory
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
+from edge_agent.programs import DiskPrograms
 from edge_agent.readings import LinkMeters, read_process
 from edge_agent.settings import AgentSettings
 from edge_agent.telemetry import Reporter
@@ -36,6 +37,7 @@ from edge_agent.workplace import Data
 
 if TYPE_CHECKING:
     from edge_agent.edge import EdgeService
+    from edge_agent.learner import LearnerFactory
 
 
 def new_boot() -> str:
@@ -62,12 +64,18 @@ def software() -> str:
         return "splitfleet (not installed)"
 
 
-class Learners(Protocol):
-    """Makes what a device learns with; :class:`LearnerFactory` with torch."""
+def make_learners(settings: AgentSettings) -> LearnerFactory | LiteFactory:
+    """Those of the engine in the settings."""
+    if settings.engine == "onnxruntime":
+        return LiteFactory(DiskPrograms(settings.state_dir), threads=settings.threads)
+    from edge_agent.learner import LearnerFactory
 
-    def build(self, assignment: Assignment) -> Learner: ...
-
-    def measure(self, assignment: Assignment) -> Measurement: ...
+    return LearnerFactory(
+        networks=settings.networks,
+        device=settings.compute,
+        precision=settings.precision,
+        memory_format=settings.memory_format,
+    )
 
 
 def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
@@ -81,6 +89,7 @@ def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
         classes=len(data.train.classes),
         image=data.image,
         cut=None if settings.cut == "auto" else settings.cut,
+        frozen=settings.engine == "onnxruntime",
     )
 
 
@@ -114,24 +123,14 @@ def build_agent(
     reporter: Reporter | None = None,
     learners: Learners | None = None,
 ) -> AgentCore:
-    """Put an agent together; ``learners`` are torch's unless others are given."""
-    if learners is None:
-        from edge_agent.learner import LearnerFactory
-
-        learners = LearnerFactory(
-            networks=settings.networks,
-            device=settings.compute,
-            precision=settings.precision,
-            memory_format=settings.memory_format,
-        )
+    """Put an agent together; ``learners`` are those of :func:`make_learners` unless given."""
     return AgentCore(
         Topics(settings.fleet),
         settings.device,
         hello,
         data,
         uplink=uplink,
-        build=learners.build,
-        measure=learners.measure,
+        learners=learners or make_learners(settings),
         snapshots=snapshots,
         clock=clock,
         stay=not settings.exit_when_finished,

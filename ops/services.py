@@ -102,7 +102,7 @@ def serve_agent(
     settings = run.settings_of(AgentSettings, "agent", config, flags)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
-    if settings.threads is not None:
+    if settings.engine == "torch" and settings.threads is not None:
         import torch
 
         torch.set_num_threads(settings.threads)
