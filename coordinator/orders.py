@@ -33,14 +33,17 @@ def full_quota(settings: CoordinatorSettings, device: Device) -> int:
 
 
 def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: int) -> Envelope:
-    """What a device has to do in this run; ``grant`` are its credits."""
+    """What a device has to do in this run; ``grant`` are its credits.
+
+    Nothing comes back to a frozen one, for it learns nothing.
+    """
     return down(
         device.name,
         Assignment(
             run=run,
             network=settings.network,
             cut=device.cut,
-            feedback=settings.feedback,
+            feedback="none" if device.frozen else settings.feedback,
             feedback_weight=settings.feedback_weight,
             exit_weight=settings.exit_weight,
             distill_weight=settings.distill_weight,

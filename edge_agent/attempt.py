@@ -15,7 +15,7 @@ from broker.messages import Activations, Assignment, Gradients, Receipt, Report,
 from edge_agent.answers import Predictor
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
-from edge_agent.figures import Figures, Result
+from edge_agent.figures import Figures, Outcome
 from edge_agent.ledger import Ledger
 from edge_agent.meters import Meters
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
@@ -59,7 +59,7 @@ class Learner(Protocol):
         """Features at the cut, to encode."""
         ...
 
-    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Result: ...
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome: ...
 
     @property
     def encode(self) -> Encode:
@@ -74,7 +74,9 @@ class Learner(Protocol):
         """Forget a batch without learning from it."""
         ...
 
-    def state(self) -> dict[str, np.ndarray]: ...
+    def state(self) -> dict[str, np.ndarray]:
+        """What was learnt: parameters and buffers as they are now; empty if nothing ever is."""
+        ...
 
     def predictor(self) -> Predictor:
         """Answers with the parameters of the last :meth:`load`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from broker.messages import Assignment, Measurement
 from edge_agent.errors import AssignmentError
+from edge_agent.figures import Outcome
 from edge_agent.snapshots import Snapshot
-from edge_agent.trainer import DeviceTrainer, Outcome
+from edge_agent.trainer import DeviceTrainer
 from tensors.codecs import Codec, Encode
 from tensors.decoding import decode_torch
 from tensors.exit_rules import softmax
@@ -123,6 +125,8 @@ class LearnerFactory:
     A user's network is imported only if the device's own configuration names its factory: an
     assignment alone must not make a device import code.
     """
+
+    programs: ClassVar[None] = None
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ from edge_agent.answer_meters import enter_counts
 from edge_agent.answers import Answers, Predictor
 from edge_agent.asking import Question
 from edge_agent.enquiries import Enquiry, Health
-from edge_agent.errors import AgentError, StateError
+from edge_agent.errors import AgentError, NotReady, StateError
 from edge_agent.exit_policy import ExitPolicy, policy_of
 from edge_agent.meters import Meters
 from edge_agent.privacy import Privacy
@@ -304,6 +304,9 @@ class ServingMachine:
         self._stop_asking()
         try:
             self._adopt(served)
+        except NotReady as exc:
+            log.info("version %d does not serve yet: %s", served.serving.version, exc)
+            self._asks_for, self._ask_at = served.key, self._clock() + GRACE_S
         except (AgentError, TensorsError) as exc:
             self._refused = served.key
             log.warning("version %d cannot serve: %s", served.serving.version, exc)

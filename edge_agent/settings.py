@@ -59,6 +59,9 @@ class AgentSettings(BaseModel):
     """Factories ``package.module:function`` this device may import, beside the built-in ones."""
 
     # Where it is computed
+    engine: Literal["torch", "onnxruntime"] = "torch"
+    """onnxruntime: for a device too small for torch; its half of the network is not trained, but
+    computed with what other devices of its cut have learnt (docs/method.md)."""
     compute: str = "cpu"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
@@ -187,6 +190,17 @@ class AgentSettings(BaseModel):
             raise ValueError(
                 f"one release costs ρ = {self.mechanism.rho:g}, more than the budget, "
                 f"ρ = {self.privacy_budget:g}: nothing would leave; raise noise_std or the budget"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine == "onnxruntime" and not (
+            self.compute == "cpu" and self.precision in ("auto", "fp32")
+        ):
+            raise ValueError(
+                f"compute = {self.compute}, precision = {self.precision}: engine = onnxruntime "
+                "computes in fp32 on the CPU; leave both out, or use engine = torch"
             )
         return self
 

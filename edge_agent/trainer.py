@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from edge_agent.errors import TrainingError
+from edge_agent.figures import Outcome
 from edge_agent.snapshots import Snapshot
 from tensors.losses import cross_entropy, distillation, log_prior
 from tensors.networks import CutNetwork, Exits, State, read_state, write_state
@@ -29,15 +30,6 @@ from tensors.training import (
     set_learning_rate,
     write_momentum,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Of one batch at the device's exit: mean loss, correct answers, images."""
-
-    loss: float
-    correct: int
-    images: int
 
 
 @dataclass(slots=True)

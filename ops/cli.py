@@ -209,6 +209,9 @@ def agent(
     ] = None,
     shares: Annotated[int | None, typer.Option(help="into how many parts it is split")] = None,
     state_dir: Annotated[Path | None, typer.Option()] = None,
+    lite: Annotated[
+        bool, typer.Option("--lite", help="without torch: engine = onnxruntime, see docs/method.md")
+    ] = False,
     threads: Annotated[int | None, typer.Option()] = None,
     exit_when_finished: Annotated[bool | None, typer.Option()] = None,
     http: Annotated[
@@ -238,6 +241,7 @@ def agent(
         "share": share,
         "shares": shares,
         "state_dir": state_dir,
+        "engine": "onnxruntime" if lite else None,
         "threads": threads,
         "exit_when_finished": exit_when_finished,
         "http": http,

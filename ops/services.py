@@ -120,7 +120,7 @@ def serve_agent(
     updater = None if settings.updates_dir is None else updater_of(settings)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
-    if settings.threads is not None:
+    if settings.engine == "torch" and settings.threads is not None:
         import torch
 
         torch.set_num_threads(settings.threads)

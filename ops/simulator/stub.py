@@ -17,6 +17,7 @@ import numpy as np
 from broker.messages import Assignment, Hello, Measurement
 from coordinator.aggregation import half_of
 from edge_agent.errors import StateError
+from edge_agent.figures import Outcome
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import Codec, Encode
 from tensors.decoding import decode
@@ -127,15 +128,6 @@ class StubData:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StubResult:
-    """What a batch did at the exit: nothing, but it was there."""
-
-    loss: float
-    correct: int
-    images: int
-
-
 class StubPredictor:
     """Sure of an image whose only pixel is 1, unsure of all others."""
 
@@ -196,13 +188,13 @@ class StubLearner:
         features[0, 0] = np.nan if self._poisoned(batch) else 2.0
         return features
 
-    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> StubResult:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome:
         """Count the batch."""
         del gradient, teacher
         images = self._in_flight.pop(batch)
         for name, value in self._state.items():
             self._state[name] = value + value.dtype.type(1)
-        return StubResult(1.0, 0, images)
+        return Outcome(1.0, 0, images)
 
     @property
     def encode(self) -> Encode:
