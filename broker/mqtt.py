@@ -62,7 +62,7 @@ class MqttTransport:
         self._config = config
         self._will = will
         if config.tls:
-            _tls_context(config)
+            tls_context(config)
         self._backoff = Backoff(
             config.backoff_initial_s, config.backoff_max_s, rng or random.Random()
         )
@@ -199,7 +199,7 @@ class MqttTransport:
             self._config,
             self.client_id,
             self._will,
-            _tls_context(self._config) if self._config.tls else None,
+            tls_context(self._config) if self._config.tls else None,
             clean_start=clean_start,
             deliver=self._deliver,
         )
@@ -211,7 +211,7 @@ class MqttTransport:
                 raise
             raise ConnectRefused(
                 f"{self._config.url} refused client {self.client_id!r}: {exc}; "
-                "check username, password and the broker's access rules",
+                "check its certificate or username and password, and the broker's access rules",
                 code,
             ) from exc
         return client
@@ -239,7 +239,8 @@ class MqttTransport:
         )
 
 
-def _tls_context(config: BrokerConfig) -> ssl.SSLContext:
+def tls_context(config: BrokerConfig) -> ssl.SSLContext:
+    """What a client of this configuration trusts and shows. Raises ConfigError."""
     try:
         context = ssl.create_default_context(cafile=config.ca_file)
         if config.cert_file is not None:

@@ -8,6 +8,7 @@ tests/broker/test_mqtt_adapter.py fails when they move. What is changed, and why
 - arriving packets are acknowledged by their receiver, so that our Receive Maximum holds the broker
   back and nothing is acknowledged first and discarded later;
 - a lost connection fails every waiting call at once, and every wait has a bound;
+- why it was lost is kept, where the library only logs it;
 - several packets are read and written in one turn of the event loop.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import aiomqtt
 import paho.mqtt.client as paho
-from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.enums import LogLevel, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -39,6 +40,7 @@ from broker.errors import (
     SubscribeRefused,
     TransportError,
 )
+from broker.sockets import open_socket, secure
 from broker.transport import SESSION_TAKEN_OVER, Capabilities, Packet, Will, packet_size
 
 # Bounds what is copied into the write buffer at once; the server may ask for less.
@@ -80,7 +82,7 @@ class Client(aiomqtt.Client):
             properties=connect,
         )
         self._client.manual_ack_set(on=True)
-        self._client.disable_logger()  # what matters is raised or in `lost`
+        self._client._easy_log = self._note  # type: ignore[method-assign]
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self.taken_over = False
         self.session_present = False
@@ -95,11 +97,12 @@ class Client(aiomqtt.Client):
         self._unacknowledged: dict[int, int] = {}
         self._ready: set[int] = set()
         self._arrived = 0
+        self._trouble = ""
 
     async def open(self) -> None:
         """Connect. Raises OSError, TimeoutError or aiomqtt.MqttError, and leaves nothing behind."""
         async with asyncio.timeout(self._config.connect_timeout_s):
-            sock = await _open_socket(self._config.host, self._config.port)
+            sock = await open_socket(self._config.host, self._config.port)
         # A second handle on the same connection: shutting it down ends even a TLS handshake that a
         # thread is busy with.
         self._handle = sock.dup()
@@ -122,16 +125,7 @@ class Client(aiomqtt.Client):
         # handshake fails.
         if self._tls is None:
             return sock
-        secured = self._tls.wrap_socket(
-            sock, server_hostname=self._config.host, do_handshake_on_connect=False
-        )
-        try:
-            secured.settimeout(self._config.connect_timeout_s)
-            secured.do_handshake()
-        except BaseException:
-            secured.close()
-            raise
-        return secured
+        return secure(sock, self._tls, self._config.host, self._config.connect_timeout_s)
 
     async def close(self) -> None:
         """Say goodbye, so that the will is not published and the session ends."""
@@ -227,6 +221,12 @@ class Client(aiomqtt.Client):
 
     # What follows replaces the library's callbacks.
 
+    def _note(self, level: LogLevel, fmt: str, *args: Any) -> None:
+        # All that tells of a TLS alert: with TLS 1.3 a client learns after the handshake, reading,
+        # that its certificate was refused.
+        if level == LogLevel.MQTT_LOG_ERR:
+            self._trouble = fmt % args
+
     def _on_connect(
         self,
         client: paho.Client,
@@ -260,7 +260,8 @@ class Client(aiomqtt.Client):
     ) -> None:
         self.taken_over = reason_code.value == SESSION_TAKEN_OVER
         told = flags.is_disconnect_packet_from_server or reason_code.value != UNSPECIFIED_ERROR
-        self._lose(str(reason_code) if told else "the connection was lost")
+        why = f" ({self._trouble})" if self._trouble else ""
+        self._lose(str(reason_code) if told else f"the connection was lost{why}")
 
     def _on_message(self, _client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
         payload = bytes(message.payload)
@@ -363,28 +364,6 @@ class Client(aiomqtt.Client):
             self._loop.add_writer(sock.fileno(), self._write)
         else:
             self._loop.remove_writer(sock.fileno())
-
-
-async def _open_socket(host: str, port: int) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    error: OSError = OSError(f"{host!r} has no address")
-    for family, kind, protocol, _, address in await loop.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setblocking(False)  # noqa: FBT003 the standard library's signature
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, address)
-        except OSError as exc:
-            sock.close()
-            error = exc
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise error
 
 
 def _library_will(will: Will) -> aiomqtt.Will:
