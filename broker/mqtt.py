@@ -28,6 +28,7 @@ from broker.errors import (
     TransportError,
 )
 from broker.mqtt_client import Client
+from broker.tls import explain_tls, tls_context
 from broker.transport import (
     SESSION_TAKEN_OVER,
     Backoff,
@@ -211,7 +212,7 @@ class MqttTransport:
                 raise
             raise ConnectRefused(
                 f"{self._config.url} refused client {self.client_id!r}: {exc}; "
-                "check its certificate or username and password, and the broker's access rules",
+                "check username, password and the broker's access rules",
                 code,
             ) from exc
         return client
@@ -230,6 +231,8 @@ class MqttTransport:
             return f"nobody listens at {self._config.url}; is the broker running?"
         if isinstance(exc, ConfigError):
             return str(exc)
+        if isinstance(exc, ssl.SSLError):
+            return f"{self._config.url}: {explain_tls(exc)}"
         return f"{self._config.url}: {exc}"
 
     def _taken_over(self) -> ConnectRefused:
@@ -237,18 +240,3 @@ class MqttTransport:
             f"another client took over the client id {self.client_id!r}; give every client its own",
             SESSION_TAKEN_OVER,
         )
-
-
-def tls_context(config: BrokerConfig) -> ssl.SSLContext:
-    """What a client of this configuration trusts and shows. Raises ConfigError."""
-    try:
-        context = ssl.create_default_context(cafile=config.ca_file)
-        if config.cert_file is not None:
-            context.load_cert_chain(config.cert_file, config.key_file)
-    except (OSError, ssl.SSLError) as exc:
-        files = [str(f) for f in (config.ca_file, config.cert_file, config.key_file) if f]
-        raise ConfigError(
-            f"cannot use the TLS files {', '.join(files)}: {exc}; "
-            "give PEM files that this user may read"
-        ) from exc
-    return context

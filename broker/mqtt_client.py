@@ -8,7 +8,6 @@ tests/broker/test_mqtt_adapter.py fails when they move. What is changed, and why
 - arriving packets are acknowledged by their receiver, so that our Receive Maximum holds the broker
   back and nothing is acknowledged first and discarded later;
 - a lost connection fails every waiting call at once, and every wait has a bound;
-- why it was lost is kept, where the library only logs it;
 - several packets are read and written in one turn of the event loop.
 """
 
@@ -27,7 +26,7 @@ from typing import Any
 
 import aiomqtt
 import paho.mqtt.client as paho
-from paho.mqtt.enums import LogLevel, MQTTErrorCode
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -41,6 +40,7 @@ from broker.errors import (
     TransportError,
 )
 from broker.sockets import open_socket, secure
+from broker.tls import why_lost
 from broker.transport import SESSION_TAKEN_OVER, Capabilities, Packet, Will, packet_size
 
 # Bounds what is copied into the write buffer at once; the server may ask for less.
@@ -82,7 +82,7 @@ class Client(aiomqtt.Client):
             properties=connect,
         )
         self._client.manual_ack_set(on=True)
-        self._client._easy_log = self._note  # type: ignore[method-assign]
+        self._client.disable_logger()  # what matters is raised or in `lost`
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self.taken_over = False
         self.session_present = False
@@ -92,12 +92,12 @@ class Client(aiomqtt.Client):
         self._deliver = deliver
         self._loop_thread = threading.get_ident()
         self._handle: socket.socket | None = None
+        self._secured: ssl.SSLSocket | None = None
         self._pending: dict[int, asyncio.Future[list[ReasonCode]]] = {}
         # Arrived packets in order: serial number -> packet id, which the broker uses again.
         self._unacknowledged: dict[int, int] = {}
         self._ready: set[int] = set()
         self._arrived = 0
-        self._trouble = ""
 
     async def open(self) -> None:
         """Connect. Raises OSError, TimeoutError or aiomqtt.MqttError, and leaves nothing behind."""
@@ -125,7 +125,8 @@ class Client(aiomqtt.Client):
         # handshake fails.
         if self._tls is None:
             return sock
-        return secure(sock, self._tls, self._config.host, self._config.connect_timeout_s)
+        self._secured = secure(sock, self._tls, self._config.host, self._config.connect_timeout_s)
+        return self._secured
 
     async def close(self) -> None:
         """Say goodbye, so that the will is not published and the session ends."""
@@ -221,12 +222,6 @@ class Client(aiomqtt.Client):
 
     # What follows replaces the library's callbacks.
 
-    def _note(self, level: LogLevel, fmt: str, *args: Any) -> None:
-        # All that tells of a TLS alert: with TLS 1.3 a client learns after the handshake, reading,
-        # that its certificate was refused.
-        if level == LogLevel.MQTT_LOG_ERR:
-            self._trouble = fmt % args
-
     def _on_connect(
         self,
         client: paho.Client,
@@ -260,8 +255,8 @@ class Client(aiomqtt.Client):
     ) -> None:
         self.taken_over = reason_code.value == SESSION_TAKEN_OVER
         told = flags.is_disconnect_packet_from_server or reason_code.value != UNSPECIFIED_ERROR
-        why = f" ({self._trouble})" if self._trouble else ""
-        self._lose(str(reason_code) if told else f"the connection was lost{why}")
+        lost = why_lost(self._secured, answered=self._connected.done())
+        self._lose(str(reason_code) if told else lost)
 
     def _on_message(self, _client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
         payload = bytes(message.payload)

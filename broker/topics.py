@@ -49,6 +49,7 @@ DOWN_KINDS = frozenset(
         "prediction",
         "parameters",
         "features",
+        "program",
         "command",
         "certificate",
         "piece",
@@ -265,7 +266,8 @@ class ClaimTopics(Topics):
 
     def parse(self, topic: str) -> Address:
         """The address of `topic`; TopicError when it is not a topic of claims."""
-        return super().parse(self.claims + topic)
+        # Mosquitto 2.0 before 2.0.12 leaves what it has put before it (its issue 2244).
+        return super().parse(self.claims + topic.removeprefix(self.claims))
 
     def claim_filters(self, claim: str) -> tuple[str, ...]:
         """What who comes with `claim` subscribes to."""

@@ -38,6 +38,7 @@ from coordinator.identity.standing import IDENTITY
 from coordinator.intake import Intake
 from coordinator.observer import Observer
 from coordinator.placement import Placement
+from coordinator.programs import Making, Programs, make_in_child, make_none
 from coordinator.responder import Responder
 from coordinator.serving import ANSWERING, TRAINING, Answers, Network, route
 from coordinator.serving_version import open_versions
@@ -45,6 +46,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
+from coordinator.updates.rollouts import UPDATES, Rollouts
 from coordinator.watching import watch
 from tensors.codecs import Codec, Encode
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
@@ -62,7 +64,7 @@ def new_boot() -> str:
 
 def new_vitals(settings: CoordinatorSettings) -> Vitals:
     """For :func:`run_coordinator` to keep current, and for others to ask."""
-    names = (TRAINING, ANSWERING, *([IDENTITY] if settings.fleet_dir else []))
+    names = (TRAINING, ANSWERING, *([IDENTITY, UPDATES] if settings.fleet_dir else []))
     return Vitals(names, bound_s=settings.stall_s, clock=time.monotonic)
 
 
@@ -81,7 +83,7 @@ class Parts:
 
     ``shapes[c-1]`` is the shape of one image's features at cut ``c``. ``first`` makes version 0 of
     a new run, ``new_engine`` the engine of a round, ``network`` answers what devices offload,
-    ``encode`` encodes gradients.
+    ``encode`` encodes gradients, ``make_program`` makes a device's half to be computed as it is.
     """
 
     shapes: list[tuple[int, ...]]
@@ -91,6 +93,7 @@ class Parts:
     evaluator: Evaluator | None = None
     channels_last: bool = False
     encode: Encode = Codec.encode
+    make_program: Making = make_none
 
 
 def torch_parts(settings: CoordinatorSettings) -> Parts:
@@ -133,6 +136,7 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         Responder(network, compute, versions=settings.serving_versions + 2),
         None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
         compute.channels_last,
+        make_program=make_in_child(spec),
     )
 
 
@@ -209,7 +213,12 @@ def build_core(
     parts = parts or torch_parts(settings)
     store = store or Store(settings.state_dir, keep=settings.keep_checkpoints)
     run, checkpoint = open_run(settings, store, parts.first, fresh=fresh, name=name)
-    placement = Placement(settings, parts.shapes, chunk_bytes=chunk_bytes)
+    placement = Placement(
+        settings,
+        parts.shapes,
+        chunk_bytes=chunk_bytes,
+        programs=Programs(run, parts.make_program),
+    )
     gradients = None
     if settings.feedback == "gradient":
         codec = settings.codec_of_gradients
@@ -281,12 +290,13 @@ async def run_coordinator(
     vitals: Vitals | None = None,
     logs: LogControl | None = None,
     enrolment: Enrolment | None = None,
+    rollouts: Rollouts | None = None,
 ) -> None:
     """Serve the fleet until the run has finished or ``stop`` is set, and keep ``vitals`` current.
 
     ``logs`` says where the run is, and follows ``splitfleet log-level``. ``enrolment`` signs for
-    devices; the settings must have its ``fleet_dir``. ``transport`` must have
-    :func:`last_will` with the core's boot as its will.
+    devices and ``rollouts`` brings them updates; the settings must have their ``fleet_dir``.
+    ``transport`` must have :func:`last_will` with the core's boot as its will.
 
     Raises ``ConnectRefused``, and ``StoreError`` when a checkpoint cannot be written.
     """
@@ -301,7 +311,9 @@ async def run_coordinator(
         if enrolment is not None:
             await link.subscribe(*topics.claims_filters())
             beside[IDENTITY] = enrolment
-        branches = Branches(link, (TRAINING, *beside), route, patient=(IDENTITY,))
+        if rollouts is not None:
+            beside[UPDATES] = rollouts
+        branches = Branches(link, (TRAINING, *beside), route, patient=(IDENTITY, UPDATES))
         try:
             own = settings.answer_threads or max(1, torch.get_num_threads() // 2)
             for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):

@@ -25,6 +25,7 @@ from coordinator.identity.standing import IDENTITY
 from coordinator.observer import Observer
 from coordinator.registry import Device
 from coordinator.settings import CoordinatorSettings
+from coordinator.updates.rollouts import UPDATES
 from coordinator.versions import Version, Versions
 from tensors.codecs import parse_codec
 from tensors.decoding import decode_torch
@@ -73,6 +74,10 @@ def route(address: Address) -> Collection[str]:
             return (ANSWERING,)
         if address.kind in ("enrol", "renew"):
             return (IDENTITY,)
+        if address.kind in ("software", "fetch"):
+            return (UPDATES,)
+        if address.kind == "status":
+            return (TRAINING, UPDATES)
     return (TRAINING,)
 
 

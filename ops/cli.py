@@ -15,10 +15,12 @@ from ops import (
     cli_exits,
     cli_experiment,
     cli_fleet,
+    cli_identity,
     cli_learning,
     cli_model,
     cli_plan,
     cli_predict,
+    cli_privacy,
     cli_simulator,
     run,
 )
@@ -37,9 +39,11 @@ cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
 cli_fleet.register(app)
+cli_identity.register(app)
 cli_model.register(app)
 cli_plan.register(app)
 cli_predict.register(app)
+cli_privacy.register(app)
 cli_learning.register(cli_bench.bench)
 
 BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
@@ -205,6 +209,9 @@ def agent(
     ] = None,
     shares: Annotated[int | None, typer.Option(help="into how many parts it is split")] = None,
     state_dir: Annotated[Path | None, typer.Option()] = None,
+    lite: Annotated[
+        bool, typer.Option("--lite", help="without torch: engine = onnxruntime, see docs/method.md")
+    ] = False,
     threads: Annotated[int | None, typer.Option()] = None,
     exit_when_finished: Annotated[bool | None, typer.Option()] = None,
     http: Annotated[
@@ -234,6 +241,7 @@ def agent(
         "share": share,
         "shares": shares,
         "state_dir": state_dir,
+        "engine": "onnxruntime" if lite else None,
         "threads": threads,
         "exit_when_finished": exit_when_finished,
         "http": http,

@@ -116,7 +116,7 @@ async def _connect(transport: Transport, config: BrokerConfig) -> Connected | Fi
         if exc.reason_code != UNSUPPORTED_VERSION:
             return Finding("MQTT 5", "failed", str(exc), _CREDENTIALS)
         reason = str(exc)
-    if config.tls and ("certificate" in reason or "unknown ca" in reason):
+    if config.tls:
         return Finding("MQTT 5", "failed", reason, _CREDENTIALS)
     return Finding(
         "MQTT 5",

@@ -11,8 +11,8 @@ from cryptography import x509
 
 from broker.config import BrokerConfig
 from broker.errors import ConfigError
-from broker.mqtt import tls_context
 from broker.sockets import open_socket, secure
+from broker.tls import explain_tls, tls_context
 from ops.finding import Finding, State
 
 DAY_S = 86_400.0
@@ -36,9 +36,9 @@ async def check_tls(config: BrokerConfig) -> Finding:
     except ConfigError as exc:
         return Finding(name, "failed", str(exc), "correct the TLS settings")
     except ssl.SSLCertVerificationError as exc:
-        return Finding(name, "failed", f"{config.url}: {exc.verify_message}", advice)
+        return Finding(name, "failed", explain_tls(exc), advice)
     except (OSError, TimeoutError) as exc:
-        detail = f"{config.url} does not speak it: {exc}"
+        detail = explain_tls(exc) if isinstance(exc, ssl.SSLError) else f"{config.url}: {exc}"
         return Finding(name, "failed", detail, "use the broker's TLS port, or mqtt:// without TLS")
     with secured:
         shown = secured.getpeercert() or {}

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cryptography import x509
+
 from broker.config import load_settings
 from broker.mosquitto import CLAIMS_PORT, FLEET_CA, PORT
 from broker.topics import COORDINATOR, check_name
 from coordinator.atomic_files import PRIVATE, make_folder
 from coordinator.errors import IdentityError
-from coordinator.identity.authority import Authority, check_host
+from coordinator.identity.authority import Authority, check_host, common_name
 from coordinator.identity.fleet import (
     SETTINGS,
     Fleet,
@@ -113,6 +115,17 @@ class FleetFolder:
         certificate, key = self.fleet.registration.new_claim(uses, days)
         ca = self.fleet.authority.ca("fleet")
         return to_pem(ca) + to_pem(certificate) + key_to_pem(key)
+
+    def write_token(self, uses: int, days: float, out: Path | None = None) -> Path:
+        """A new join token's file, its owner's alone; in ``tokens/`` under its name by default."""
+        pem = self.token(uses, days)
+        if out is None:
+            claim = common_name(x509.load_pem_x509_certificates(pem)[1])
+            out = self.folder / "tokens" / f"{claim}.pem"
+        with told(out):
+            make_folder(out.parent)
+        write(out, pem, PRIVATE)
+        return out
 
     def revoke(self, name: str) -> None:
         """Shut a device, or with ``claim.ID`` a join token, out for good."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import tarfile
+import tempfile
 from pathlib import Path
 
 from cryptography import x509
@@ -17,9 +19,11 @@ from coordinator.identity.fleet import (
     CAS,
     LISTS,
     SERVERS,
+    SETTINGS,
     Fleet,
     FleetSettings,
     Server,
+    authority_dir,
     state_dir,
     told,
     write,
@@ -32,6 +36,7 @@ from coordinator.identity.keys import (
     new_key,
     to_pem,
 )
+from coordinator.identity.roster import FILE
 from ops.files import to_toml
 
 
@@ -68,6 +73,25 @@ def complete(fleet: Fleet) -> None:
         claims_port=settings.claims_port,
         loopback_port=settings.loopback_port,
     )
+
+
+def save(fleet: Fleet, file: Path) -> None:
+    """Write what cannot be made again, as a tar archive to be unpacked in the fleet's folder.
+
+    The roster in it is whole, whatever happens meanwhile. Raises :class:`IdentityError`.
+    """
+    folder, new = fleet.folder, file.with_name(f".{file.name}.new")
+    own = [path for path in sorted((folder / COORDINATOR).iterdir()) if path.is_file()]
+    parts = [folder / SETTINGS, *own, authority_dir(folder)]
+    with told(file), tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / FILE
+        fleet.roster.copy_to(copy)
+        new.touch(0o600)
+        with tarfile.open(new, "w") as archive:
+            for path in parts:
+                archive.add(path, path.relative_to(folder))
+            archive.add(copy, (state_dir(folder) / FILE).relative_to(folder))
+        new.replace(file)
 
 
 def signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:

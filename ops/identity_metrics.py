@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from coordinator.identity.standing import MEMBERS, OUTCOMES, Standing
+from coordinator.identity.standing import CONDITIONS, OUTCOMES, Standing
 from coordinator.observer import Observer
 
 
@@ -48,5 +48,5 @@ class IdentityMetrics(Observer):
             self._certificates.labels(name).set(ends)
         for name, ends in standing.expiry.lists.items():
             self._lists.labels(name).set(ends)
-        for state in MEMBERS:
+        for state in CONDITIONS:
             self._members.labels(state).set(standing.devices[state])

@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 from broker.messages import CutPolicy
 from broker.telemetry import METRICS, PREFIX
 from broker.telemetry import Metric as Reported
-from coordinator.identity.standing import MEMBERS, Expiry, Standing
+from coordinator.identity.standing import CONDITIONS, Expiry, Standing
 from coordinator.telemetry import Gain
 from coordinator.traffic import BROKER_FIGURES, Traffic
 from ops.metrics import Metrics
@@ -77,7 +77,7 @@ def filled() -> Metrics:
     metrics.serving(1, pinned=False, cuts={"1": policy})
     sides = {"fleet": 0.0, "claims": 0.0}
     ends = dict.fromkeys(("broker", "coordinator", "fleet-ca", "claims-ca"), 0.0)
-    metrics.identity(Standing(Expiry(ends, sides), dict.fromkeys(MEMBERS, 0)))
+    metrics.identity(Standing(Expiry(ends, sides), dict.fromkeys(CONDITIONS, 0)))
     gauges = {
         (metric.name, value): 1.0
         for metric in METRICS.values()

@@ -41,6 +41,7 @@ def serve_coordinator(
     from coordinator.service import build_core, last_will, new_boot, new_vitals, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
+    from coordinator.updates.rollouts import open_rollouts
     from ops.http_status import FleetPages, serve_http
     from ops.metrics import Metrics
     from ops.progress import progress_observer
@@ -57,6 +58,7 @@ def serve_coordinator(
     vitals = new_vitals(settings)
     pages = FleetPages(vitals)
     enrolment = open_enrolment(settings, os.environ, observer)
+    rollouts = open_rollouts(settings)
 
     async def serve() -> bool:
         transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
@@ -70,6 +72,7 @@ def serve_coordinator(
                 vitals=vitals,
                 logs=logs,
                 enrolment=enrolment,
+                rollouts=rollouts,
             )
             return stop.is_set()
 
@@ -106,14 +109,16 @@ def serve_agent(
     from edge_agent.settings import AgentSettings
     from edge_agent.snapshots import DiskSnapshots
     from edge_agent.systemd import supervisor
+    from edge_agent.updates.updater import updater_of
     from ops.http_door import Door
 
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
     settings = with_name(run.settings_of(AgentSettings, "agent", config, flags))
     identity = None if settings.identity_dir is None else IdentityKeeper(settings, broker)
+    updater = None if settings.updates_dir is None else updater_of(settings)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
-    if settings.threads is not None:
+    if settings.engine == "torch" and settings.threads is not None:
         import torch
 
         torch.set_num_threads(settings.threads)
@@ -140,6 +145,7 @@ def serve_agent(
                 stop=stop,
                 edge=edge,
                 identity=identity,
+                updater=updater,
                 reporter=reporter,
                 logs=logs,
                 supervisor=supervisor(),

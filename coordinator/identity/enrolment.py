@@ -21,10 +21,10 @@ from broker.identity_messages import Certificate, Enrol, Renew
 from broker.maps import Buffer
 from coordinator.errors import EnrolmentRefused, IdentityError
 from coordinator.identity.authority import CLAIM, RETURN
-from coordinator.identity.fleet import Fleet, find_passphrase
+from coordinator.identity.fleet import Fleet, count, find_passphrase
 from coordinator.identity.keys import PublicKey, to_pem
 from coordinator.identity.registration import Applicant, Issued
-from coordinator.identity.standing import MEMBERS, Standing
+from coordinator.identity.standing import Standing
 from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
 
@@ -34,9 +34,6 @@ LOOK_S = 1.0
 """How often it is looked whether somebody has changed the roster."""
 REFRESH_S = 60.0
 """How often it is looked what has come near its end."""
-ENDING = 1 / 6
-"""A device's certificate is near its end when so little of its life is left: half of the time in
-which the device should have renewed it has passed."""
 
 
 class Enrolment:
@@ -130,21 +127,7 @@ class Enrolment:
     def _look_around(self) -> None:
         self.retired = self._fleet.roster.retired()
         expiry = self._fleet.refresh()
-        self._observer.identity(Standing(expiry, self._count_devices()))
-
-    def _count_devices(self) -> dict[str, int]:
-        counts = dict.fromkeys(MEMBERS, 0)
-        spans, now = self._fleet.roster.spans("device"), self._wall()
-        for member in self._fleet.roster.devices():
-            if member.state != "active":
-                counts[member.state] += 1
-                continue
-            begins, ends = spans.get(member.name, (now, now))
-            if ends <= now:
-                counts["ended"] += 1
-            else:
-                counts["ending" if ends - now < ENDING * (ends - begins) else "valid"] += 1
-        return counts
+        self._observer.identity(Standing(expiry, count(self._fleet.members())))
 
     # -- answers ----------------------------------------------------------------------------------
 

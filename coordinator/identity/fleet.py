@@ -16,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,8 +41,8 @@ from coordinator.errors import IdentityError
 from coordinator.identity.authority import SIDES, Authority, Side
 from coordinator.identity.keys import PublicKey, certificate_from_pem, certified_key, to_pem
 from coordinator.identity.registration import Lifetimes, Registration, life_left
-from coordinator.identity.roster import FILE, Roster
-from coordinator.identity.standing import Expiry
+from coordinator.identity.roster import FILE, Member, Roster
+from coordinator.identity.standing import CONDITIONS, Condition, Expiry
 
 SETTINGS = "fleet.toml"
 PASSPHRASE = "SPLITFLEET_CA_PASSPHRASE"  # noqa: S105 the name of a variable
@@ -52,6 +53,20 @@ SERVERS: tuple[Server, ...] = ("broker", "coordinator")
 
 _FRESH = 2 / 3
 """Certificates of broker and coordinator are signed anew when less of their life is left."""
+
+
+ENDING = 1 / 6
+"""A device's certificate is near its end when so little of its life is left: half of the time in
+which the device should have renewed it has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A device on the roster, and when its newest certificate ends, if that is not revoked."""
+
+    member: Member
+    condition: Condition
+    ends: float | None
 
 
 class FleetSettings(Lifetimes):
@@ -135,6 +150,11 @@ class Fleet:
         """Where what the broker reads is written."""
         return self.folder / self.settings.broker_dir
 
+    def members(self) -> list[Listed]:
+        """The devices on the roster, by name."""
+        now, spans = self._clock(), self.roster.spans("device")
+        return [_listed(member, spans.get(member.name), now) for member in self.roster.devices()]
+
     def refresh(self) -> Expiry:
         """Write what is due: lists that have changed, and what has to be signed anew.
 
@@ -189,6 +209,26 @@ class Fleet:
         if server == "broker":
             return self.broker_dir / CERTIFICATE
         return self.folder / COORDINATOR / f"{COORDINATOR}.pem"
+
+
+def _listed(member: Member, span: tuple[float, float] | None, now: float) -> Listed:
+    begins, ends = span or (now, now)
+    condition: Condition = "valid"
+    if member.state in ("awaited", "revoked"):
+        condition = member.state
+    elif ends <= now:
+        condition = "ended"
+    elif ends - now < ENDING * (ends - begins):
+        condition = "ending"
+    return Listed(member, condition, None if span is None else ends)
+
+
+def count(devices: Iterable[Listed]) -> dict[Condition, int]:
+    """How many are in each condition."""
+    counts = dict.fromkeys(CONDITIONS, 0)
+    for device in devices:
+        counts[device.condition] += 1
+    return counts
 
 
 def state_dir(folder: Path) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 IDENTITY = "identity"
 """The machine that gives devices their certificates."""
 
-MEMBERS = ("valid", "ending", "ended", "awaited", "revoked")
+Condition = Literal["valid", "ending", "ended", "awaited", "revoked"]
 """What a device on the roster is, by its newest certificate and the roster's word."""
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 
 OUTCOMES = (
     "enrolled",
@@ -42,7 +44,7 @@ class Expiry:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """``devices``: how many are each of ``MEMBERS``."""
+    """``devices``: how many are in each of ``CONDITIONS``."""
 
     expiry: Expiry
-    devices: Mapping[str, int]
+    devices: Mapping[Condition, int]

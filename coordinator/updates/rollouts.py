@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,21 @@ from broker.envelopes import Envelope, down
 from broker.fields import Message
 from broker.messages import Command, Status
 from broker.update_messages import PIECE_BYTES, Fetch, Piece, Software, Update
+from coordinator.errors import IdentityError
+from coordinator.identity.fleet import state_dir
+from coordinator.identity.roster import FILE, Roster
+from coordinator.settings import CoordinatorSettings
 from coordinator.updates.book import Part, Progress, Rollout, RolloutBook
 
 log = logging.getLogger("splitfleet.updates")
 
+UPDATES = "updates"
+"""The machine that brings bundles to devices."""
 LOOK_S = 2.0
 TELL_AGAIN_S = 60.0
+
+
+BUNDLES = "bundles"
 
 
 def bundle_file(folder: Path, sha256: str) -> Path:
@@ -46,6 +56,7 @@ class Rollouts:
         self._online: set[str] = set()
         self._told: dict[tuple[str, str], float] = {}
         self._heard: dict[str, float] = {}
+        self._complaint = ""
         self.next_tick = clock()
 
     def connected(self) -> list[Effect]:
@@ -72,8 +83,7 @@ class Rollouts:
                 self._online.discard(device)
             case Software() as software:
                 self._online.add(device)
-                with self._book.roster.change():
-                    return self._said(device, software)
+                return self._guarded(lambda: self._said(device, software))
             case Fetch() as fetch:
                 return [self._to(device, self._piece(fetch))]
         return []
@@ -81,6 +91,13 @@ class Rollouts:
     def tick(self) -> list[Effect]:
         """Follow the rollout under way, and tell those who have not begun."""
         self.next_tick = self._clock() + LOOK_S
+        return self._guarded(self._look)
+
+    def close(self) -> None:
+        """Let go of the roster."""
+        self._book.roster.close()
+
+    def _look(self) -> list[Effect]:
         running = [rollout for rollout in self._book.rollouts() if rollout.state == "running"]
         if running:
             with self._book.roster.change():
@@ -88,13 +105,27 @@ class Rollouts:
                     self._follow(rollout)
         return self._tell()
 
+    def _guarded(self, step: Callable[[], list[Effect]]) -> list[Effect]:
+        """Run a step; without the roster's file updates wait, and training goes on."""
+        try:
+            effects = step()
+        except IdentityError as exc:
+            if str(exc) != self._complaint:
+                log.error("updates wait: %s", exc)  # noqa: TRY400 the message says it all
+            self._complaint = str(exc)
+            return []
+        self._complaint = ""
+        return effects
+
     # -- devices ----------------------------------------------------------------------------------
 
     def _said(self, device: str, software: Software) -> list[Effect]:
-        self._book.heard(device, software)
-        rollout = self._book.wanted().get(device)
-        if rollout is None:
-            return []
+        with self._book.roster.change():
+            self._book.heard(device, software)
+            rollout = self._book.wanted().get(device)
+            return [] if rollout is None else self._follow_device(device, software, rollout)
+
+    def _follow_device(self, device: str, software: Software, rollout: Rollout) -> list[Effect]:
         part = self._book.part(rollout.id, device)
         assert part is not None
         about_this = software.rollout == rollout.id
@@ -202,6 +233,15 @@ class Rollouts:
             if waits and now - self._told.get((device, rollout.id), -math.inf) >= TELL_AGAIN_S:
                 effects += self._announce(device, rollout)
         return effects
+
+
+def open_rollouts(settings: CoordinatorSettings) -> Rollouts | None:
+    """The machine of the fleet that the settings name; None without one. Raises IdentityError."""
+    if settings.fleet_dir is None:
+        return None
+    state = state_dir(settings.fleet_dir)
+    book = RolloutBook(Roster(state / FILE), clock=time.time)
+    return Rollouts(book, state / BUNDLES, clock=time.monotonic)
 
 
 def chosen(rollout: Rollout, members: dict[str, str]) -> list[str]:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,21 +159,17 @@ class IdentityFolder:
         self.wipe_claim()
 
     def wipe_claim(self) -> None:
-        """Remove the claim, overwritten first: who reads the card later cannot join with it."""
+        """Remove the claim: who reads the card later cannot join with it."""
         for path in (self.claim_key_file, self.claim_file):
-            if not path.exists():
-                continue
             try:
-                with path.open("r+b") as file:
-                    file.write(b"\0" * path.stat().st_size)
-                    file.flush()
-                    os.fsync(file.fileno())
                 path.unlink()
-                sync_folder(self.folder)
+            except FileNotFoundError:
+                continue
             except OSError as exc:
                 raise StateError(
                     f"cannot remove {path}, which is not needed any more: {exc.strerror}"
                 ) from exc
+            sync_folder(self.folder)
 
     def _credentials(self, cert_file: Path, key_file: Path) -> Credentials:
         certificate = self._certificate(cert_file)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated
@@ -61,16 +61,16 @@ class BundleManifest(BaseModel):
         return sum(file.size for file in self.files)
 
 
-def read_manifest(bundle: Path, ca: x509.Certificate) -> BundleManifest:
-    """The manifest of a bundle that the fleet of this CA has signed. Raises BundleError."""
+def read_manifest(bundle: Path, authorities: Sequence[x509.Certificate]) -> BundleManifest:
+    """The manifest of a bundle that one of the fleet's CAs vouches for. Raises BundleError."""
     with _opened(bundle) as tar:
-        return _read_signed(tar, ca)
+        return _read_signed(tar, authorities)
 
 
-def unpack(bundle: Path, ca: x509.Certificate, folder: Path) -> BundleManifest:
+def unpack(bundle: Path, authorities: Sequence[x509.Certificate], folder: Path) -> BundleManifest:
     """Write the files of a bundle into an empty folder, each verified. Raises BundleError."""
     with _opened(bundle) as tar:
-        manifest = _read_signed(tar, ca)
+        manifest = _read_signed(tar, authorities)
         waiting = {file.name: file for file in manifest.files}
         while (member := tar.next()) is not None:
             file = waiting.pop(member.name, None)
@@ -93,9 +93,9 @@ def _opened(bundle: Path) -> Iterator[tarfile.TarFile]:
         raise BundleError(f"{bundle} cannot be read: {exc}") from exc
 
 
-def _read_signed(tar: tarfile.TarFile, ca: x509.Certificate) -> BundleManifest:
+def _read_signed(tar: tarfile.TarFile, authorities: Sequence[x509.Certificate]) -> BundleManifest:
     content, signer, signature = (_small(tar, name) for name in (MANIFEST, SIGNER, SIGNATURE))
-    _check_signer(signer, ca).verify(signature, content)
+    _check_signer(signer, authorities).verify(signature, content)
     try:
         return BundleManifest.model_validate_json(content)
     except ValidationError as exc:
@@ -128,19 +128,28 @@ class _Verifier:
             raise BundleError("the bundle's signature does not fit its manifest") from None
 
 
-def _check_signer(pem: bytes, ca: x509.Certificate) -> _Verifier:
+def _check_signer(pem: bytes, authorities: Sequence[x509.Certificate]) -> _Verifier:
     try:
         signer = x509.load_pem_x509_certificate(pem)
-        signer.verify_directly_issued_by(ca)
         usage = signer.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as exc:
-        raise BundleError(f"the bundle is not signed by this fleet ({type(exc).__name__})") from exc
+    except (ValueError, x509.ExtensionNotFound) as exc:
+        raise BundleError(f"the bundle is not signed by this fleet: {exc}") from exc
+    if not any(_issued(signer, ca) for ca in authorities):
+        raise BundleError("the bundle is not signed by this fleet")
     key = signer.public_key()
     if list(usage) != [ExtendedKeyUsageOID.CODE_SIGNING] or not isinstance(
         key, ec.EllipticCurvePublicKey
     ):
         raise BundleError("the bundle is signed by a certificate that is for something else")
     return _Verifier(key)
+
+
+def _issued(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _copy(stream: IO[bytes], path: Path, file: WheelFile) -> None:

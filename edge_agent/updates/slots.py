@@ -13,12 +13,12 @@ reads them.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.disk import sync_folder, write_file
 from edge_agent.errors import StateError
 
 FLASHED = "-"
@@ -97,7 +97,7 @@ class Slots:
         """The current version is the one to keep."""
         with self._disk():
             (self.folder / "trial").unlink(missing_ok=True)
-            _sync(self.folder)
+            sync_folder(self.folder)
 
     def _remove_but(self, kept: set[str]) -> None:
         for place in self._versions.iterdir():
@@ -111,13 +111,7 @@ class Slots:
             return ""
 
     def _write(self, name: str, text: str) -> None:
-        temporary = self.folder / f".{name}"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / name)
-        _sync(self.folder)
+        write_file(self.folder / name, f"{text}\n".encode())
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -125,11 +119,3 @@ class Slots:
             yield
         except OSError as exc:
             raise StateError(f"cannot keep versions in {self.folder}: {exc.strerror}") from exc
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

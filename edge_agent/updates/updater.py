@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +20,10 @@ from broker.drive import Effect
 from broker.envelopes import Envelope, up
 from broker.messages import Command
 from broker.update_messages import Fetch, Piece, Software, SoftwareState, Update
+from edge_agent.disk import make_folder
 from edge_agent.errors import AgentError, BundleError
+from edge_agent.identity.folder import IdentityFolder
+from edge_agent.settings import AgentSettings
 from edge_agent.updates.bundle import BundleManifest, unpack
 from edge_agent.updates.fetching import HttpDownload, PartialBundle
 from edge_agent.updates.installing import Installation, VenvInstallation
@@ -44,27 +49,28 @@ class Install(Protocol):
 class Updater:
     """Fetches, checks and installs what the coordinator announces, and proves itself afterwards.
 
-    ``version`` is the one that runs, ``ca`` reads the fleet CA that bundles must be signed by.
+    ``running`` is the version that runs, ``authorities`` reads the fleet's CAs, one of which must
+    vouch for a bundle.
     When :attr:`finished` the process is to end: another version is to be started.
     """
 
     def __init__(
         self,
         device: str,
-        version: str,
+        running: str,
         slots: Slots,
         *,
         fleet: str,
-        ca: Callable[[], x509.Certificate],
+        authorities: Callable[[], Sequence[x509.Certificate]],
         clock: Callable[[], float],
         install: Install = VenvInstallation,
         download: Callable[[Update, PartialBundle], HttpDownload] = HttpDownload,
     ) -> None:
         self._device = device
         self._fleet = fleet
-        self._version = version
+        self._version = running
         self._slots = slots
-        self._ca = ca
+        self._authorities = authorities
         self._clock = clock
         self._install = install
         self._download = download
@@ -198,7 +204,7 @@ class Updater:
         wheels = self._slots.folder / "wheels"
         shutil.rmtree(wheels, ignore_errors=True)
         wheels.mkdir()
-        manifest = unpack(self._partial.path, self._ca(), wheels)
+        manifest = unpack(self._partial.path, self._authorities(), wheels)
         if (manifest.fleet, manifest.version) != (self._fleet, self._update.version):
             raise BundleError(
                 f"the bundle is version {manifest.version} for fleet {manifest.fleet}, announced "
@@ -270,3 +276,22 @@ class Updater:
         if failure is not None:
             return "failed", failure.rollout, failure.reason
         return "running", None, ""
+
+
+def updater_of(settings: AgentSettings) -> Updater:
+    """The updater of a device that has an identity and a folder for versions.
+
+    Raises StateError when there can be no such folder.
+    """
+    assert settings.identity_dir is not None
+    assert settings.updates_dir is not None
+    make_folder(settings.updates_dir)
+    identity = IdentityFolder(settings.identity_dir)
+    return Updater(
+        settings.device,
+        version("splitfleet"),
+        Slots(settings.updates_dir),
+        fleet=settings.fleet,
+        authorities=identity.authorities,
+        clock=time.monotonic,
+    )

@@ -416,7 +416,7 @@ async def test_why_a_certificate_was_refused_is_said() -> None:
         async with MqttTransport(config, "d1") as transport:
             # The broker's last words may be lost with the connection, but not every time.
             reasons = [await event(transport) for _ in range(8)]
-    assert any("certificate expired" in str(reason) for reason in reasons)
+    assert any("certificate: it has ended" in str(reason) for reason in reasons)
 
 
 def test_unusable_tls_files_are_named(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_the_parts_of_the_library_we_replace_or_touch_are_there() -> None:
         theirs = inspect.signature(getattr(aiomqtt.Client, name)).parameters
         ours = inspect.signature(getattr(Client, name)).parameters
         assert len(theirs) == len(ours), name
-    for name in ("_create_socket", "_easy_log", "_sock_close", "ack", "manual_ack_set"):
+    for name in ("_create_socket", "_sock_close", "ack", "manual_ack_set"):
         assert callable(getattr(paho.Client, name))
     library = paho.Client(CallbackAPIVersion.VERSION2)
     assert isinstance(library._in_packet, dict)

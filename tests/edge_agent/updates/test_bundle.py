@@ -29,8 +29,8 @@ def bundle(tmp_path: Path, authority: Authority) -> Path:
 def test_what_is_packed_comes_out(bundle: Path, authority: Authority, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    manifest = unpack(bundle, authority.ca("fleet"), out)
-    assert manifest == read_manifest(bundle, authority.ca("fleet"))
+    manifest = unpack(bundle, [authority.ca("fleet")], out)
+    assert manifest == read_manifest(bundle, [authority.ca("fleet")])
     assert (manifest.version, manifest.requirement) == ("1.1.0", "splitfleet[lite]")
     for file in (tmp_path / "wheelhouse").iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
@@ -39,7 +39,7 @@ def test_what_is_packed_comes_out(bundle: Path, authority: Authority, tmp_path: 
 def test_another_fleet_does_not_take_it(bundle: Path, tmp_path: Path) -> None:
     stranger = Authority.create(tmp_path / "stranger", bundles.FLEET)
     with pytest.raises(BundleError, match="not signed by this fleet"):
-        read_manifest(bundle, stranger.ca("fleet"))
+        read_manifest(bundle, [stranger.ca("fleet")])
 
 
 def resigned(
@@ -103,7 +103,7 @@ def test_what_was_changed_is_refused(
     out = tmp_path / "out" / "deep"
     out.mkdir(parents=True)
     with pytest.raises(BundleError, match=says):
-        unpack(bundle, authority.ca("fleet"), out)
+        unpack(bundle, [authority.ca("fleet")], out)
     assert not list(tmp_path.glob("**/evil*"))
 
 
@@ -112,7 +112,7 @@ def test_what_is_no_bundle_is_refused(content: bytes, authority: Authority, tmp_
     file = tmp_path / "bundle.tar"
     file.write_bytes(content)
     with pytest.raises(BundleError):
-        read_manifest(file, authority.ca("fleet"))
+        read_manifest(file, [authority.ca("fleet")])
 
 
 def test_a_bundle_has_one_wheel_of_the_software(tmp_path: Path, authority: Authority) -> None:

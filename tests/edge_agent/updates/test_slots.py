@@ -130,5 +130,5 @@ def test_a_failure_is_one_line_and_forgotten_with_the_next_trial(slots: Slots) -
 
 def test_a_disk_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StateError, match="cannot keep versions"):
+    with pytest.raises(StateError, match="cannot write"):
         Slots(tmp_path / "file").fail("r1", "reason")

@@ -71,7 +71,7 @@ class Lab:
             version,
             self.slots,
             fleet=bundles.FLEET,
-            ca=lambda: self.authority.ca("fleet"),
+            authorities=lambda: [self.authority.ca("fleet")],
             clock=self.clock,
             install=self._install,
             download=lambda update, partial: HttpDownload(update, partial, urlopen=self._urlopen),
