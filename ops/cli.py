@@ -269,21 +269,6 @@ def broker_run(
         serve_broker(port, until_eof=until_eof)
 
 
-@broker_app.command("config")
-def broker_config(
-    folder: Annotated[Path, typer.Argument(help="where the files are written")],
-    device: Annotated[list[str], typer.Option(help="a device's name; may be repeated")],
-    fleet: Annotated[str, typer.Option()] = "fleet",
-    port: Annotated[int, typer.Option()] = 1883,
-    host: Annotated[str, typer.Option(help="the address Mosquitto listens on")] = "127.0.0.1",
-) -> None:
-    """Write a hardened mosquitto.conf with its access rules and passwords."""
-    from ops.services import write_broker_config
-
-    for name, password in write_broker_config(folder, fleet, device, host, port).items():
-        print(f"{name}\t{password}")
-
-
 @app.command()
 def doctor(
     *,
@@ -295,11 +280,12 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Check this machine, the broker and the data, and say what to do about each failure."""
-    from ops.doctor import examine, show
+    from ops.doctor import examine, show, with_identity
 
     config_of_broker = None
     if broker is not None or config is not None:
         config_of_broker = run.settings_of(BrokerConfig, "broker", config, {"url": broker})
+        config_of_broker = with_identity(config_of_broker, config)
     findings = asyncio.run(
         examine(config_of_broker, dataset=dataset, data_root=data_root, state_dir=state_dir)
     )
