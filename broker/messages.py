@@ -18,9 +18,11 @@ from broker.fields import (
     BY_CUT,
     BY_LABEL,
     BY_METRIC,
+    BY_PARAMETER,
     BY_REASON,
     MAX_BATCH,
     MAX_BLOCKS,
+    MAX_PROGRAM_BYTES,
     Amount,
     Blob,
     Count,
@@ -93,6 +95,8 @@ class Hello(Message):
     """Channels, height and width of one image."""
     cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
     measurement: Measurement | None = None
+    frozen: bool = False
+    """It computes its half of the network as a program that it is given, and never trains it."""
 
 
 class Status(Message):
@@ -205,9 +209,9 @@ class Telemetry(Message):
 
 
 class Request(Message):
-    """A device asks for parameters, for its place in the round (join), or probes the link."""
+    """A device asks for parameters, its place in the round, its program, or probes the link."""
 
-    what: Literal["parameters", "join", "probe"]
+    what: Literal["parameters", "join", "program", "probe"]
     version: Count = 0
     run: Name | None = None
     round: Count = 0
@@ -230,6 +234,16 @@ class Network(Message):
     norm: Literal["batch", "group"] = "batch"
 
 
+class Noise(Message):
+    """Every image's features are clipped to the L2 norm ``clip_norm``, then noise is added.
+
+    It is Gaussian, of standard deviation ``noise_std`` on each value.
+    """
+
+    clip_norm: Duration
+    noise_std: Duration
+
+
 class Assignment(Message):
     """Retained: what a device has to do in this run. Without a cut: measure and say hello again."""
 
@@ -248,6 +262,8 @@ class Assignment(Message):
     """Budget of activations, in bytes for each training image; only fewer levels can keep it."""
     follow_link: bool = False
     """Whether activations are sent with as many levels as the uplink carries in time."""
+    noise: Noise | None = None
+    """What is done to features before they are encoded; nothing without it."""
     parameter_codec: Text
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     quota: Annotated[int, Field(ge=1)]
@@ -320,6 +336,21 @@ class Parameters(Message):
     cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
     base: Count | None = None
     state: Blob
+
+
+class Program(Message):
+    """A device's half with its exit, to be run as it is (``tensors.onnx_half``); or why not.
+
+    ``parameters``: those that ``graph`` is to be run with, by name, and their shapes.
+    """
+
+    run: Name
+    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    graph: Annotated[Buffer, blob(MAX_PROGRAM_BYTES)] | None = None
+    parameters: Annotated[dict[Text, Annotated[list[Count], Field(max_length=8)]], BY_PARAMETER] = (
+        Field(default_factory=dict)
+    )
+    refused: Text | None = None
 
 
 class Command(Message):
@@ -427,6 +458,7 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("down", "receipt"): Receipt,
     ("down", "prediction"): Prediction,
     ("down", "parameters"): Parameters,
+    ("down", "program"): Program,
     ("down", "command"): Command,
     ("down", "certificate"): Certificate,
     ("down", "piece"): Piece,

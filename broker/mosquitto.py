@@ -95,7 +95,7 @@ class BrokerLimits:
     queue_messages: int = 10_000
     queue_bytes: int = 256 << 20
     """What is kept for a client that is slow or away; what comes beyond it is dropped."""
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = 512 << 20
     """Of the whole broker; whose packet would go beyond it is disconnected."""
     connections: int = 10_000
     """Of devices and coordinator."""

@@ -49,6 +49,7 @@ DOWN_KINDS = frozenset(
         "prediction",
         "parameters",
         "features",
+        "program",
         "command",
         "certificate",
         "piece",

@@ -227,7 +227,7 @@ class CoordinatorCore:
     def _hello(self, device: Device, hello: Hello) -> list[Envelope]:
         first = device.hello is None or device.cut is None
         try:
-            cut = self._placement.cut_of(device.cut, hello)
+            cut = self._placement.cut_of(device.cut, hello, self._registry.training_cuts)
         except DeviceRefused as exc:
             about = {"device": device.name}
             log.warning("device %s cannot take part: %s", device.name, exc, extra=about)
@@ -253,6 +253,8 @@ class CoordinatorCore:
                 if serving:
                     return serving
             return published.answer(device.name, device.cut)
+        if request.what == "program" and device.cut is not None:
+            return self._placement.programs.answer(device.name, device.cut)
         if request.what == "join" and request.run is not None:
             return self._run.join(device, (request.run, request.round, request.attempt))
         return []

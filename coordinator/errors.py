@@ -3,6 +3,7 @@
 CoordinatorError
 ├── BatchRefused       one batch cannot be trained on (.reason, for receipt and counter)
 ├── DeviceRefused      a device cannot take part in this run
+├── ProgramUnavailable a network cannot be given to a device as a program
 ├── StoreError         a checkpoint cannot be written or read
 ├── ResumeError        the run in the state folder does not fit the configuration
 └── IdentityError      a certificate, key or entry of the roster cannot be had, or is not allowed
@@ -26,6 +27,10 @@ class BatchRefused(CoordinatorError):
 
 class DeviceRefused(CoordinatorError):
     """A device cannot take part in this run; the message is told to the device."""
+
+
+class ProgramUnavailable(CoordinatorError):
+    """A network cannot be made into a program; says why."""
 
 
 class StoreError(CoordinatorError):

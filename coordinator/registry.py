@@ -40,6 +40,11 @@ class Device:
     """Images answered since the coordinator began, by who answered."""
 
     @property
+    def frozen(self) -> bool:
+        """Whether it computes its half of the network, but does not train it."""
+        return self.hello is not None and self.hello.frozen
+
+    @property
     def state(self) -> str:
         """``offline``, or what it is doing."""
         return (self.phase or "online") if self.online else "offline"
@@ -125,6 +130,11 @@ class Registry:
             (d for d in self.devices.values() if d.online and d.cut is not None and d.hello),
             key=lambda d: d.name,
         )
+
+    @property
+    def training_cuts(self) -> set[int]:
+        """Cuts of the devices that train their halves."""
+        return {d.cut for d in self.devices.values() if d.cut is not None and not d.frozen}
 
     def by_state(self) -> dict[str, int]:
         """How many devices are in each state."""

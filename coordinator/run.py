@@ -419,7 +419,8 @@ class Run:
         assert device.cut is not None
         if self._settings.label_skew != "none" and device.labels is None:
             device.labels = LabelCounts([0] * self._settings.network.classes)
-        return Work(device.cut, orders.quota(self._settings, device), device.labels)
+        quota = orders.quota(self._settings, device)
+        return Work(device.cut, quota, device.labels, device.frozen)
 
     # -- the end ----------------------------------------------------------------------------------
 

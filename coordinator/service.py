@@ -38,6 +38,7 @@ from coordinator.identity.standing import IDENTITY
 from coordinator.intake import Intake
 from coordinator.observer import Observer
 from coordinator.placement import Placement
+from coordinator.programs import Making, Programs, make_in_child, make_none
 from coordinator.responder import Responder
 from coordinator.serving import ANSWERING, TRAINING, Answers, Network, route
 from coordinator.serving_version import open_versions
@@ -82,7 +83,7 @@ class Parts:
 
     ``shapes[c-1]`` is the shape of one image's features at cut ``c``. ``first`` makes version 0 of
     a new run, ``new_engine`` the engine of a round, ``network`` answers what devices offload,
-    ``encode`` encodes gradients.
+    ``encode`` encodes gradients, ``make_program`` makes a device's half to be computed as it is.
     """
 
     shapes: list[tuple[int, ...]]
@@ -92,6 +93,7 @@ class Parts:
     evaluator: Evaluator | None = None
     channels_last: bool = False
     encode: Encode = Codec.encode
+    make_program: Making = make_none
 
 
 def torch_parts(settings: CoordinatorSettings) -> Parts:
@@ -134,6 +136,7 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         Responder(network, compute, versions=settings.serving_versions + 2),
         None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
         compute.channels_last,
+        make_program=make_in_child(spec),
     )
 
 
@@ -210,7 +213,12 @@ def build_core(
     parts = parts or torch_parts(settings)
     store = store or Store(settings.state_dir, keep=settings.keep_checkpoints)
     run, checkpoint = open_run(settings, store, parts.first, fresh=fresh, name=name)
-    placement = Placement(settings, parts.shapes, chunk_bytes=chunk_bytes)
+    placement = Placement(
+        settings,
+        parts.shapes,
+        chunk_bytes=chunk_bytes,
+        programs=Programs(run, parts.make_program),
+    )
     gradients = None
     if settings.feedback == "gradient":
         codec = settings.codec_of_gradients

@@ -82,7 +82,7 @@ class Workload:
         before = device.load.share
         device.load, shallower = next_load(device.load, finished=finished, spare=spare)
         if shallower:
-            fixed = device.hello is None or device.hello.cut is not None
+            fixed = device.hello is None or device.hello.cut is not None or device.frozen
             if fixed or device.cut is None or device.cut == 1:
                 device.load = Load(before)
                 return False

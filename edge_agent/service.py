@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,16 +19,18 @@ from broker.envelopes import channel
 from broker.errors import TransportError
 from broker.link import Link, single_frame
 from broker.logs import LogControl, Untouched
-from broker.messages import Assignment, Hello, Measurement, Status
+from broker.messages import Assignment, Hello, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
-from edge_agent.attempt import Learner
-from edge_agent.core import AgentCore, OnVersion
+from edge_agent.core import AgentCore, Learners, OnVersion
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
+from edge_agent.lite import LiteFactory
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
+from edge_agent.privacy import Privacy
+from edge_agent.programs import DiskPrograms
 from edge_agent.readings import LinkMeters, read_process
 from edge_agent.settings import AgentSettings
 from edge_agent.systemd import KeepAlive, Nobody, Supervisor
@@ -38,6 +40,7 @@ from edge_agent.workplace import Data
 if TYPE_CHECKING:
     from edge_agent.edge import EdgeService
     from edge_agent.identity.keeper import IdentityKeeper
+    from edge_agent.learner import LearnerFactory
     from edge_agent.updates.updater import Updater
 
 
@@ -65,12 +68,18 @@ def software() -> str:
         return "splitfleet (not installed)"
 
 
-class Learners(Protocol):
-    """Makes what a device learns with; :class:`LearnerFactory` with torch."""
+def make_learners(settings: AgentSettings) -> LearnerFactory | LiteFactory:
+    """Those of the engine in the settings."""
+    if settings.engine == "onnxruntime":
+        return LiteFactory(DiskPrograms(settings.state_dir), threads=settings.threads)
+    from edge_agent.learner import LearnerFactory
 
-    def build(self, assignment: Assignment) -> Learner: ...
-
-    def measure(self, assignment: Assignment) -> Measurement: ...
+    return LearnerFactory(
+        networks=settings.networks,
+        device=settings.compute,
+        precision=settings.precision,
+        memory_format=settings.memory_format,
+    )
 
 
 def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
@@ -84,6 +93,7 @@ def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
         classes=len(data.train.classes),
         image=data.image,
         cut=None if settings.cut == "auto" else settings.cut,
+        frozen=settings.engine == "onnxruntime",
     )
 
 
@@ -116,31 +126,27 @@ def build_agent(
     clock: Callable[[], float],
     reporter: Reporter | None = None,
     learners: Learners | None = None,
+    privacy: Privacy | None = None,
 ) -> AgentCore:
-    """Put an agent together; ``learners`` are torch's unless others are given."""
-    if learners is None:
-        from edge_agent.learner import LearnerFactory
+    """Put an agent together; ``learners`` are those of :func:`make_learners` unless given.
 
-        learners = LearnerFactory(
-            networks=settings.networks,
-            device=settings.compute,
-            precision=settings.precision,
-            memory_format=settings.memory_format,
-        )
-    return AgentCore(
+    What left of its images is booked in memory alone unless ``privacy`` is given.
+    """
+    core = AgentCore(
         Topics(settings.fleet),
         settings.device,
         hello,
         data,
         uplink=uplink,
-        build=learners.build,
-        measure=learners.measure,
+        learners=learners or make_learners(settings),
         snapshots=snapshots,
         clock=clock,
         stay=not settings.exit_when_finished,
         offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
         reporter=reporter or make_reporter(settings, hello.boot, clock=clock),
     )
+    core.privacy = privacy or Privacy.by(settings, None)
+    return core
 
 
 async def run_agent(
@@ -170,6 +176,7 @@ async def run_agent(
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
         ConnectRefused: the broker will not have this client.
+        StateError: the account of what left of its images is unusable.
     """
     topics = Topics(settings.fleet)
     supervisor = supervisor or Nobody()
@@ -188,6 +195,7 @@ async def run_agent(
             uplink=lambda: link.uplink_bytes_per_s,
             clock=time.monotonic,
             reporter=reporter,
+            privacy=Privacy.by(settings, settings.state_dir),
         )
         reporter.add(counted.meter)
         reporter.add(read_process)

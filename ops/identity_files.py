@@ -104,7 +104,7 @@ def signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
 
 
 def _is_ours(fleet: Fleet, server: Server) -> bool:
-    """Whether broker or coordinator have a key and a certificate for it from this authority."""
+    """Whether it has a key and a certificate for it from this authority, for the right names."""
     try:
         pem = fleet.server_file(server).read_bytes()
         key_pem = _key_file(fleet, server).read_bytes()
@@ -114,8 +114,16 @@ def _is_ours(fleet: Fleet, server: Server) -> bool:
         raise IdentityError(f"cannot read {exc.filename}: {exc.strerror}") from exc
     certificate = certificate_from_pem(pem, str(fleet.server_file(server)))
     key = key_from_pem(key_pem, None, str(_key_file(fleet, server)))
+    if server == "broker" and _hosts(certificate) != set(fleet.settings.broker_names):
+        return False
     ca = fleet.authority.ca("fleet")
     return certified_key(certificate) == key.public_key() and signed_by(certificate, ca)
+
+
+def _hosts(certificate: x509.Certificate) -> set[str]:
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    addresses = names.get_values_for_type(x509.IPAddress)
+    return {*names.get_values_for_type(x509.DNSName), *map(str, addresses)}
 
 
 def _key_file(fleet: Fleet, server: Server) -> Path:

@@ -7,15 +7,13 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
-from broker.topics import COORDINATOR
 from ops import run
-from ops.errors import SettingsWrong
 from ops.logs import Logs
 
 if TYPE_CHECKING:
@@ -120,7 +118,7 @@ def serve_agent(
     updater = None if settings.updates_dir is None else updater_of(settings)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
-    if settings.threads is not None:
+    if settings.engine == "torch" and settings.threads is not None:
         import torch
 
         torch.set_num_threads(settings.threads)
@@ -178,25 +176,6 @@ def serve_broker(port: int, *, until_eof: bool) -> None:
             await stop.wait()
 
     asyncio.run(serve())
-
-
-def write_broker_config(
-    folder: Path, fleet: str, devices: Sequence[str], host: str, port: int
-) -> Mapping[str, str]:
-    """Mosquitto's files; user name → password of coordinator and devices."""
-    from broker.mosquitto_passwords import write_password_config
-
-    known = folder / "passwords"
-    if known.exists():
-        before = {line.partition(":")[0] for line in known.read_text("utf-8").splitlines()}
-        lost = sorted(before - {COORDINATOR, *devices})
-        if lost:
-            raise SettingsWrong(
-                f"{folder} has passwords of {', '.join(lost)}, who would be shut out; name every "
-                "device of the fleet with --device, or write to another folder"
-            )
-    files = write_password_config(folder, fleet, devices=devices, host=host, port=port)
-    return files.credentials
 
 
 def _logs(settings: CoordinatorSettings | AgentSettings, broker: BrokerConfig) -> Logs:

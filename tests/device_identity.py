@@ -10,10 +10,10 @@ from typing import Any
 
 from cryptography import x509
 
-from broker.envelopes import to_claim
+from broker.envelopes import Envelope, to_claim
 from broker.identity_messages import Certificate, Enrol, Renew
 from broker.link import Arrival, Link
-from broker.topics import ClaimTopics
+from broker.topics import Address, ClaimTopics
 from broker.transport import Transport
 from coordinator.identity.authority import Authority
 from coordinator.identity.keys import key_to_pem, new_key, to_pem
@@ -36,14 +36,14 @@ class Issuer:
         return to_pem(ca) + to_pem(claims(claim, key.public_key(), days)) + key_to_pem(key)
 
     def answer(
-        self, question: Enrol | Renew, device: str, *, days: float = 30.0, **changes: Any
+        self, question: Enrol | Renew, name: str, *, days: float = 30.0, **changes: Any
     ) -> Certificate:
         key: Any = x509.load_der_x509_csr(bytes(question.csr)).public_key()
         fields = {
             "nonce": question.nonce,
-            "device": device,
-            "certificate": to_pem(self.authority.issue_device(device, key, days)),
-            "return_certificate": to_pem(self.authority.issue_return(device, key)),
+            "device": name,
+            "certificate": to_pem(self.authority.issue_device(name, key, days)),
+            "return_certificate": to_pem(self.authority.issue_return(name, key)),
             "ca": to_pem(self.authority.ca("fleet")),
             "now": self.wall(),
         }
@@ -83,15 +83,12 @@ class Desk:
             await link.subscribe("+/up/#")
             while True:
                 match await link.receive():
-                    case Arrival(envelope):
-                        assert isinstance(envelope.message, Enrol)
-                        claim = envelope.address.device
-                        assert claim is not None
-                        self.asked.append((claim, envelope.message))
-                        answer = (
-                            self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
-                        )
+                    case Arrival(Envelope(Address(device=str(claim)), Enrol() as question)):
+                        self.asked.append((claim, question))
+                        answer = self._answers[0]
+                        if len(self._answers) > 1:
+                            self._answers.pop(0)
                         if answer is not None:
-                            await link.send(to_claim(claim, answer(envelope.message)))
+                            await link.send(to_claim(claim, answer(question)))
                     case _:
                         ready.set()

@@ -77,19 +77,20 @@ class GuardedBroker(Mosquitto):
         name: str,
         *,
         authority: Authority | None = None,
+        days: float = 1.0,
         days_ago: float = 0.0,
         **settings: Any,
     ) -> BrokerConfig:
-        """How ``name`` connects: by a certificate made ``days_ago``, good for a day."""
+        """How ``name`` connects: by a certificate for ``days``, made ``days_ago``."""
         authority = authority or self.authority
         if days_ago:
             clock = time.time() - days_ago * DAY_S
             authority = Authority.open(self.folder / "authority", clock=lambda: clock)
         key = new_key()
         if name == COORDINATOR:
-            certificate = authority.issue_coordinator(key.public_key(), days=1)
+            certificate = authority.issue_coordinator(key.public_key(), days)
         else:
-            certificate = authority.issue_device(name, key.public_key(), days=1)
+            certificate = authority.issue_device(name, key.public_key(), days)
         return self._config(name, self.url, key_to_pem(key), to_pem(certificate), settings)
 
     def claim(self, claim_id: str, **settings: Any) -> BrokerConfig:

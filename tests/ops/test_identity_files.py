@@ -126,3 +126,15 @@ def test_a_damaged_key_of_the_broker_is_named(folder: Path) -> None:
     (folder / "broker" / "broker-key.pem").write_text("rubbish")
     with pytest.raises(IdentityError, match=r"broker-key\.pem cannot be read"):
         finish(folder)
+
+
+def test_another_name_of_the_broker_is_certified(folder: Path) -> None:
+    settings = folder / "fleet.toml"
+    settings.write_text(settings.read_text().replace('"localhost"', '"broker.example", "::1"'))
+    finish(folder)
+    pem = (folder / "broker" / "broker.pem").read_bytes()
+    names = x509.load_pem_x509_certificate(pem).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert names.value.get_values_for_type(x509.DNSName) == ["broker.example"]
+    assert list(map(str, names.value.get_values_for_type(x509.IPAddress))) == ["::1"]

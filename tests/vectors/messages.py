@@ -24,8 +24,10 @@ from broker.messages import (
     Manifest,
     Measurement,
     Network,
+    Noise,
     Parameters,
     Prediction,
+    Program,
     Receipt,
     Report,
     Request,
@@ -162,7 +164,7 @@ def _up() -> list[tuple[str, Envelope]]:
             ("least", Hello(**hello)),
             (
                 "all fields",
-                Hello(**hello, test_samples=1000, cut=3, measurement=MEASUREMENT),
+                Hello(**hello, test_samples=1000, cut=3, measurement=MEASUREMENT, frozen=True),
             ),
             ("online", Status(state="online", connection="9f8e7d6c5b4a3921", phase="training")),
             ("last will", Status(state="offline", connection="9f8e7d6c5b4a3921")),
@@ -184,6 +186,7 @@ def _up() -> list[tuple[str, Envelope]]:
             ("counts", Telemetry(boot="9f8e7d6c5b4a3921", number=60, **telemetry)),
             ("parameters", Request(what="parameters", version=5)),
             ("join", Request(what="join", run=RUN, round=3, attempt=1)),
+            ("program", Request(what="program")),
             ("probe", Request(what="probe", padding=bytes(40))),
             ("a request", Renew(nonce="5b4a39219f8e7d6c", csr=CSR)),
             ("a piece", Fetch(sha256="0123456789abcdef" * 4, offset=2**18)),
@@ -231,6 +234,10 @@ def _down() -> list[tuple[str, Envelope]]:
             (
                 "with a budget",
                 Assignment(**assignment, cut=3, bytes_per_sample=250.5, follow_link=True),
+            ),
+            (
+                "with noise",
+                Assignment(**assignment, cut=3, noise=Noise(clip_norm=30.0, noise_std=1.5)),
             ),
             (
                 "with exits that are taught",
@@ -281,6 +288,16 @@ def _down() -> list[tuple[str, Envelope]]:
             ("refused", Prediction(request=13, version=6, refused="version")),
             ("a pack", Parameters(run=RUN, version=5, cut=3, state=PACK)),
             ("a delta", Parameters(run=RUN, version=5, cut=3, base=4, state=PACK)),
+            (
+                "a program",
+                Program(
+                    run=RUN,
+                    cut=3,
+                    graph=b"\x08\x0a:\x00",
+                    parameters={"blocks.0.conv.weight": [16, 1, 3, 3], "heads.3.0.fc.bias": [10]},
+                ),
+            ),
+            ("no program", Program(run=RUN, cut=3, refused="ONNX cannot be written here")),
             ("stop", Command(command="stop", reason="its images are too small – größer!")),
             ("another log level", Command(command="log_level", level="debug")),
             ("the log level of its settings", Command(command="log_level")),
