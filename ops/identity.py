@@ -98,7 +98,6 @@ class FleetFolder:
                 "identity_dir": str(folder.absolute()),
                 "claims_port": fleet.settings.claims_port,
                 "state_dir": str(folder.absolute() / "state"),
-                "claims_port": fleet.settings.claims_port,
             },
         }
         with told(folder):
