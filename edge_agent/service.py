@@ -220,6 +220,8 @@ async def run_agent(
             raise AgentError(core.problem)
 
 
+PATIENCE_FOR_UPDATES_S = 60.0
+"""How long a device that was refused waits for the announcement of an update."""
 TRAINING, ANSWERING, IDENTITY, UPDATING = "training", "answering", "identity", "updating"
 _FOR_BOTH = {
     ("down", "assignment"),
@@ -296,6 +298,8 @@ async def _drive_all(
         for task in tasks:
             if task.done():
                 await task  # what went wrong
+        if updater is not None and core.problem is not None:
+            await _let_update(updater, tasks, stop)
         ended.set()
         await asyncio.gather(*beside)
     finally:
@@ -307,6 +311,17 @@ async def _drive_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _let_update(
+    updater: Updater, tasks: Collection[asyncio.Task[None]], stop: asyncio.Event
+) -> None:
+    """Stay for an update although the coordinator will not train with this version: it may help."""
+    until = time.monotonic() + PATIENCE_FOR_UPDATES_S
+    while (updater.busy or time.monotonic() < until) and not (updater.finished or stop.is_set()):
+        if sum(task.done() for task in tasks) > 1:
+            return
+        await asyncio.sleep(0.2)
 
 
 def _hand_over(edge: EdgeService, branch: Branch) -> OnVersion:

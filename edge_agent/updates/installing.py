@@ -56,7 +56,7 @@ class VenvInstallation:
         self._commands = [
             [python, "-m", "venv", str(place)],
             [inside, *pip, "--no-cache-dir", "--find-links", str(wheels), wanted],
-            [inside, "-I", "-c", look],
+            [inside, "-P", "-c", look],
         ]
         self._running: subprocess.Popen[bytes] | None = None
 

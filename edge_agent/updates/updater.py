@@ -138,6 +138,11 @@ class Updater:
             return self._guarded(self._begin)
         return self._guarded(self._read)
 
+    @property
+    def busy(self) -> bool:
+        """Whether an update is under way."""
+        return self._update is not None
+
     def close(self) -> None:
         """End what is under way; what has been fetched stays for the next time."""
         if self._installation is not None:
