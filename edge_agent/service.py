@@ -227,7 +227,6 @@ _FOR_BOTH = {
     ("down", "assignment"),
     ("down", "parameters"),
     ("all", "serving"),
-    ("all", "coordinator"),
     ("cut", "manifest"),
 }
 
@@ -241,6 +240,8 @@ def route(address: Address, *, measuring: bool) -> Collection[str]:
         return (UPDATING,)
     if address.kind == "command":
         return (TRAINING, UPDATING)
+    if what == ("all", "coordinator"):
+        return (TRAINING, ANSWERING, UPDATING)
     if what == ("down", "prediction"):
         return (ANSWERING, TRAINING) if measuring else (ANSWERING,)
     return (TRAINING, ANSWERING) if what in _FOR_BOTH else (TRAINING,)
@@ -257,13 +258,7 @@ async def _drive_all(
 ) -> None:
     """Drive the machines there are, each in its thread, until one of them is over."""
     run = partial(drive, clock=time.monotonic)
-    machines: dict[str, Machine] = {}
-    if edge is not None:
-        machines[ANSWERING] = edge.machine
-    if identity is not None:
-        machines[IDENTITY] = identity.machine
-    if updater is not None:
-        machines[UPDATING] = updater
+    machines = _beside(edge, identity, updater)
     if not machines:
         await run(core, link, stop=stop, turned=keep_alive.of(TRAINING))
         return
@@ -304,13 +299,26 @@ async def _drive_all(
         await asyncio.gather(*beside)
     finally:
         core.on_version = None
-        if edge is not None:
-            edge.close()
-        if updater is not None:
-            updater.close()
+        for closing in (edge, updater):
+            if closing is not None:
+                closing.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _beside(
+    edge: EdgeService | None, identity: IdentityKeeper | None, updater: Updater | None
+) -> dict[str, Machine]:
+    """The machines beside the one that trains."""
+    machines: dict[str, Machine] = {}
+    if edge is not None:
+        machines[ANSWERING] = edge.machine
+    if identity is not None:
+        machines[IDENTITY] = identity.machine
+    if updater is not None:
+        machines[UPDATING] = updater
+    return machines
 
 
 async def _let_update(

@@ -197,6 +197,10 @@ class Lab:
         return None if part is None else part.progress
 
     @property
+    def rollout_state(self) -> str:
+        return self.book.rollouts()[0].state
+
+    @property
     def says(self) -> Reported | None:
         return self.book.reported().get("cam-1")
 
@@ -218,17 +222,19 @@ def test_good_versions_stay_and_bad_ones_are_taken_back(lab: Lab) -> None:
 
     good = lab.roll_out("0.2.0", prove_s=120)
     lab.until(lambda: lab.progress(good) == "done", "0.2.0 to prove itself")
+    lab.until(lambda: lab.rollout_state == "done", "the rollout to be over")
     assert (lab.slots.current, lab.slots.on_trial) == ("0.2.0", False)
 
     crashing = lab.roll_out("0.3.0", prove_s=120, edge_agent__service=CRASHES)
     lab.until(lambda: lab.progress(crashing) == "failed", "0.3.0 to be taken back")
     lab.until(lambda: lab.runs("0.2.0"), "0.2.0 to be back")
+    lab.until(lambda: lab.rollout_state == "stopped", "the rollout to stop")
     assert lab.slots.current == "0.2.0"
-    assert lab.book.rollouts()[0].state == "stopped"
 
     hanging = lab.roll_out("0.4.0", prove_s=5, ops__services=HANGS)
     lab.until(lambda: lab.progress(hanging) == "failed", "0.4.0 to be taken back")
     lab.until(lambda: lab.runs("0.2.0"), "0.2.0 to be back again")
+    lab.until(lambda: lab.rollout_state == "stopped", "the rollout to stop")
     part = lab.part(hanging)
     assert part is not None
     assert "did not prove itself" in part.detail
