@@ -63,7 +63,7 @@ def serve_coordinator(
             await run_coordinator(
                 settings, transport, core, traffic, stop=stop, vitals=vitals, logs=logs
             )
-            return stop.is_set()
+            return stop.interrupted
 
     with contextlib.ExitStack() as stack:
         if settings.metrics_port is not None:
