@@ -264,7 +264,7 @@ def broker_config(
     folder: Annotated[Path, typer.Argument(help="where the files are written")],
     device: Annotated[list[str], typer.Option(help="a device's name; may be repeated")],
     fleet: Annotated[str, typer.Option()] = "fleet",
-    port: Annotated[int, typer.Option()] = 1883,
+    port: Annotated[int, typer.Option(min=1, max=65_535)] = 1883,
     host: Annotated[str, typer.Option(help="the address Mosquitto listens on")] = "127.0.0.1",
 ) -> None:
     """Write a hardened mosquitto.conf with its access rules and passwords."""
@@ -278,21 +278,24 @@ def broker_config(
 def doctor(
     *,
     broker: BrokerUrl = None,
-    dataset: Annotated[str, typer.Option()] = "fashion-mnist-small",
+    dataset: Annotated[str | None, typer.Option()] = None,
     data_root: Annotated[Path | None, typer.Option()] = None,
-    state_dir: Annotated[Path, typer.Option()] = Path(),
+    state_dir: Annotated[Path | None, typer.Option()] = None,
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Check this machine, the broker and the data, and say what to do about each failure."""
-    from ops.doctor import examine, show
+    """Check this machine, the broker and the data, and say what to do about each failure.
+
+    What is not given is taken from the section [coordinator] of --config, or else from [agent].
+    """
+    from ops.doctor import Subject, examine, show
 
     config_of_broker = None
     if broker is not None or config is not None:
         config_of_broker = run.settings_of(BrokerConfig, "broker", config, {"url": broker})
-    findings = asyncio.run(
-        examine(config_of_broker, dataset=dataset, data_root=data_root, state_dir=state_dir)
-    )
+    flags = {"dataset": dataset, "data_root": data_root, "state_dir": state_dir}
+    subject = Subject.resolve(config, flags)
+    findings = asyncio.run(examine(config_of_broker, **dict(subject)))
     show(findings, as_json=as_json)
     if any(finding.state == "failed" for finding in findings):
         raise typer.Exit(1)
