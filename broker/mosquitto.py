@@ -98,6 +98,8 @@ def write_mosquitto_config(
     names = [COORDINATOR, *(check_device(device) for device in devices)]
     if len(set(names)) != len(names):
         raise ConfigError("a device is named twice; give every device its own name")
+    if not host.isprintable() or " " in host:
+        raise ConfigError(f"{host!r} is no address to listen on: give one, like 127.0.0.1")
     files = MosquittoFiles(folder / "mosquitto.conf", folder / "acl", folder / "passwords", {})
     place = (seen_as or folder).absolute()
     try:

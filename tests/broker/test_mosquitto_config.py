@@ -151,6 +151,8 @@ def test_bad_names_and_places_are_refused(tmp_path: Path) -> None:
         write_mosquitto_config(tmp_path, "lab", devices=["d/1"])
     with pytest.raises(ConfigError, match="twice"):
         write_mosquitto_config(tmp_path, "lab", devices=["d1", "d1"])
+    with pytest.raises(ConfigError, match="no address"):
+        write_mosquitto_config(tmp_path, "lab", devices=["d1"], host="0.0.0.0\nlistener 1")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         write_mosquitto_config(tmp_path / "file", "lab", devices=["d1"])
