@@ -34,6 +34,9 @@ class Observer:
     def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
         """A round was ``closed``, ``extended`` or ``abandoned``."""
 
+    def resumed(self, record: Mapping[str, object]) -> None:
+        """A run goes on that was there before; ``record`` is of its last closed round."""
+
     def device_report(self, device: str, cut: int, report: Report) -> None:
         """A device gave its account."""
 
@@ -115,6 +118,10 @@ class Observers(Observer):
     def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
         for observer in self._observers:
             observer.round_ended(number, outcome, record)
+
+    def resumed(self, record: Mapping[str, object]) -> None:
+        for observer in self._observers:
+            observer.resumed(record)
 
     def device_report(self, device: str, cut: int, report: Report) -> None:
         for observer in self._observers:
