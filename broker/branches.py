@@ -70,7 +70,8 @@ class Branches:
 
     ``route`` names the branches of an address, one or several; a message for none is dropped and
     counted, and so is one of QoS 0 that finds a branch full: a machine with too much to do holds up
-    the others only for what must not be lost. Changes of the connection are for all.
+    the others only for what must not be lost. ``patient`` names those whose senders ask again until
+    they are answered: they hold up nobody at all. Changes of the connection are for all.
     """
 
     def __init__(
@@ -78,9 +79,12 @@ class Branches:
         link: Link,
         names: Collection[str],
         route: Callable[[Address], Collection[str]],
+        *,
+        patient: Collection[str] = (),
     ) -> None:
         self._link = link
         self._route = route
+        self._patient = frozenset(patient)
         self._branches = {name: Branch(link) for name in names}
         self.connected = False
         """Whether there is a connection to the broker."""
@@ -98,11 +102,11 @@ class Branches:
                     await branch.put(event)
                 continue
             address = event.envelope.address
-            names = self._route(address)
+            names = [name for name in self._route(address) if name in self._branches]
             if not names:
                 self._link.drop("unexpected_topic", address.device, f"nobody takes {address}")
             for name in names:
-                if channel(address) not in LOSSY:
+                if channel(address) not in LOSSY and name not in self._patient:
                     await self._branches[name].put(event)
                 elif not self._branches[name].offer(event):
                     self._link.drop("too_busy", address.device, f"{name} has too much to do")

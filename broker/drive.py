@@ -105,8 +105,12 @@ async def drive(
     flush_s: float = 30.0,
     farewell_s: float = FAREWELL_S,
     stepped: Callable[[], None] = lambda: None,
+    turned: Callable[[], None] = lambda: None,
 ) -> None:
     """Run ``machine`` until it has finished or ``stop`` is set; ``stepped`` follows each step.
+
+    ``turned`` follows each step, too, and each wait of its thread, for work or for the link, of
+    which none is longer than ``HOUSEKEEPING_S``: a thread that does not turn is stuck in a step.
 
     What is under way then is still sent, for at most ``flush_s`` seconds. If a connection was lost
     with the last words of a machine that has finished, it says them again on the next one, which
@@ -115,7 +119,7 @@ async def drive(
     Raises ``ConnectRefused`` when the broker will not have this client, and whatever the
     machine raises.
     """
-    loop = _Loop(machine, link, clock, stepped, flush_s=flush_s, farewell_s=farewell_s)
+    loop = _Loop(machine, link, clock, stepped, turned, flush_s=flush_s, farewell_s=farewell_s)
     machine_job = loop.start()
     jobs: list[asyncio.Future[Any]] = [
         machine_job,
@@ -151,6 +155,7 @@ class _Loop:
         link: Mail,
         clock: Callable[[], float],
         stepped: Callable[[], None],
+        turned: Callable[[], None],
         *,
         flush_s: float,
         farewell_s: float,
@@ -158,7 +163,7 @@ class _Loop:
         self._machine = machine
         self._link = link
         self._clock = clock
-        self._stepped = stepped
+        self._stepped, self._turned = stepped, turned
         self._flush_s, self._farewell_s = flush_s, farewell_s
         self._given = self._done = 0
         """Effects that the machine wanted, and those of them that are over."""
@@ -184,8 +189,11 @@ class _Loop:
 
     def _compute(self) -> None:
         while not self._machine.finished and not self._ending.is_set():
-            self._give(self._next_step()())
-            self._stepped()
+            step = self._next_step()
+            if step is not None:
+                self._give(step())
+                self._stepped()
+            self._turned()
         self._take_leave()
 
     def _give(self, effects: Sequence[Effect]) -> None:
@@ -193,6 +201,7 @@ class _Loop:
             while not self._slots.acquire(timeout=1.0):
                 if self._ending.is_set():
                     return
+                self._turned()
             self._given += 1
             self._loop.call_soon_threadsafe(self._outbox.put_nowait, effect)
 
@@ -200,29 +209,36 @@ class _Loop:
         """Wait until all is said; what was lost with a connection, again on the next."""
         started = self._clock()
         while not self._ending.is_set() and (self._unsaid or self._done < self._given):
+            self._turned()
             patience = self._farewell_s if self._unsaid else self._flush_s
+            left = max(0.0, started + patience - self._clock())
             try:
-                event = self._inbox.get(timeout=max(0.0, started + patience - self._clock()))
+                event = self._inbox.get(timeout=min(left, HOUSEKEEPING_S))
             except Empty:
-                return
+                if left <= HOUSEKEEPING_S:
+                    return
+                continue
             handle = self._handler(event)
             if isinstance(event, Connected):
                 self._give(handle())
 
-    def _next_step(self) -> Callable[[], Sequence[Effect]]:
+    def _next_step(self) -> Callable[[], Sequence[Effect]] | None:
+        """None if nothing has come up while it waited."""
         machine = self._machine
-        patience = 0.0
-        while True:
-            try:
-                return self._handler(self._inbox.get(timeout=patience))
-            except Empty:
-                pass
-            now, due = self._clock(), machine.next_tick
-            if due is not None and now >= due:
-                return machine.tick
-            if machine.has_work:
-                return machine.work
-            patience = HOUSEKEEPING_S if due is None else min(HOUSEKEEPING_S, due - now)
+        try:
+            return self._handler(self._inbox.get_nowait())
+        except Empty:
+            pass
+        now, due = self._clock(), machine.next_tick
+        if due is not None and now >= due:
+            return machine.tick
+        if machine.has_work:
+            return machine.work
+        patience = HOUSEKEEPING_S if due is None else min(HOUSEKEEPING_S, due - now)
+        try:
+            return self._handler(self._inbox.get(timeout=patience))
+        except Empty:
+            return None
 
     def _handler(self, event: Event | None) -> Callable[[], Sequence[Effect]]:
         if event is None:

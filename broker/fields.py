@@ -22,6 +22,8 @@ MAX_RANGES = 65_536
 MAX_REASONS = 64
 MAX_METRICS = 128
 MAX_LABELS = 64
+MAX_PARAMETERS = 16_384
+MAX_PROGRAM_BYTES = 1 << 24
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Text = Annotated[str, StringConstraints(max_length=256)]
@@ -55,6 +57,7 @@ BY_REASON = at_most(MAX_REASONS)
 BY_CUT = at_most(MAX_BLOCKS)
 BY_METRIC = at_most(MAX_METRICS)
 BY_LABEL = at_most(MAX_LABELS)
+BY_PARAMETER = at_most(MAX_PARAMETERS)
 
 
 def blob(limit: int, *, lazy: bool = False) -> PlainValidator:

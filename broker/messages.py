@@ -18,9 +18,11 @@ from broker.fields import (
     BY_CUT,
     BY_LABEL,
     BY_METRIC,
+    BY_PARAMETER,
     BY_REASON,
     MAX_BATCH,
     MAX_BLOCKS,
+    MAX_PROGRAM_BYTES,
     Amount,
     Blob,
     Count,
@@ -42,6 +44,7 @@ from broker.fields import (
 from broker.identity_messages import Certificate, Enrol, Renew
 from broker.logs import LogLevel
 from broker.maps import Buffer
+from broker.update_messages import Fetch, Piece, Software, Update
 
 PROTOCOL = 1
 
@@ -92,6 +95,8 @@ class Hello(Message):
     """Channels, height and width of one image."""
     cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
     measurement: Measurement | None = None
+    frozen: bool = False
+    """It computes its half of the network as a program that it is given, and never trains it."""
 
 
 class Status(Message):
@@ -204,9 +209,9 @@ class Telemetry(Message):
 
 
 class Request(Message):
-    """A device asks for parameters, for its place in the round (join), or probes the link."""
+    """A device asks for parameters, its place in the round, its program, or probes the link."""
 
-    what: Literal["parameters", "join", "probe"]
+    what: Literal["parameters", "join", "program", "probe"]
     version: Count = 0
     run: Name | None = None
     round: Count = 0
@@ -229,6 +234,16 @@ class Network(Message):
     norm: Literal["batch", "group"] = "batch"
 
 
+class Noise(Message):
+    """Every image's features are clipped to the L2 norm ``clip_norm``, then noise is added.
+
+    It is Gaussian, of standard deviation ``noise_std`` on each value.
+    """
+
+    clip_norm: Duration
+    noise_std: Duration
+
+
 class Assignment(Message):
     """Retained: what a device has to do in this run. Without a cut: measure and say hello again."""
 
@@ -247,6 +262,8 @@ class Assignment(Message):
     """Budget of activations, in bytes for each training image; only fewer levels can keep it."""
     follow_link: bool = False
     """Whether activations are sent with as many levels as the uplink carries in time."""
+    noise: Noise | None = None
+    """What is done to features before they are encoded; nothing without it."""
     parameter_codec: Text
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     quota: Annotated[int, Field(ge=1)]
@@ -321,15 +338,33 @@ class Parameters(Message):
     state: Blob
 
 
+class Program(Message):
+    """A device's half with its exit, to be run as it is (``tensors.onnx_half``); or why not.
+
+    ``parameters``: those that ``graph`` is to be run with, by name, and their shapes.
+    """
+
+    run: Name
+    cut: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    graph: Annotated[Buffer, blob(MAX_PROGRAM_BYTES)] | None = None
+    parameters: Annotated[dict[Text, Annotated[list[Count], Field(max_length=8)]], BY_PARAMETER] = (
+        Field(default_factory=dict)
+    )
+    refused: Text | None = None
+
+
 class Command(Message):
     """An order to one device or to all.
 
     ``log_level``: log with ``level`` from now on; without one with that of the device's settings.
+    ``update``: run another version, which ``update`` says. ``proven``: the version on trial is the
+    one to keep.
     """
 
-    command: Literal["stop", "log_level"]
+    command: Literal["stop", "log_level", "update", "proven"]
     reason: Text = ""
     level: LogLevel | None = None
+    update: Update | None = None
 
 
 # -- all and cut ----------------------------------------------------------------------------------
@@ -416,13 +451,17 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("up", "telemetry"): Telemetry,
     ("up", "renew"): Renew,
     ("up", "enrol"): Enrol,
+    ("up", "fetch"): Fetch,
+    ("up", "software"): Software,
     ("down", "assignment"): Assignment,
     ("down", "gradients"): Gradients,
     ("down", "receipt"): Receipt,
     ("down", "prediction"): Prediction,
     ("down", "parameters"): Parameters,
+    ("down", "program"): Program,
     ("down", "command"): Command,
     ("down", "certificate"): Certificate,
+    ("down", "piece"): Piece,
     ("all", "round"): Round,
     ("all", "serving"): Serving,
     ("all", "coordinator"): Coordinator,

@@ -39,6 +39,7 @@ from broker.errors import (
     SubscribeRefused,
     TransportError,
 )
+from broker.sockets import open_socket, secure
 from broker.tls import why_lost
 from broker.transport import SESSION_TAKEN_OVER, Capabilities, Packet, Will, packet_size
 
@@ -101,7 +102,7 @@ class Client(aiomqtt.Client):
     async def open(self) -> None:
         """Connect. Raises OSError, TimeoutError or aiomqtt.MqttError, and leaves nothing behind."""
         async with asyncio.timeout(self._config.connect_timeout_s):
-            sock = await _open_socket(self._config.host, self._config.port)
+            sock = await open_socket(self._config.host, self._config.port)
         # A second handle on the same connection: shutting it down ends even a TLS handshake that a
         # thread is busy with.
         self._handle = sock.dup()
@@ -124,16 +125,8 @@ class Client(aiomqtt.Client):
         # handshake fails.
         if self._tls is None:
             return sock
-        secured = self._secured = self._tls.wrap_socket(
-            sock, server_hostname=self._config.host, do_handshake_on_connect=False
-        )
-        try:
-            secured.settimeout(self._config.connect_timeout_s)
-            secured.do_handshake()
-        except BaseException:
-            secured.close()
-            raise
-        return secured
+        self._secured = secure(sock, self._tls, self._config.host, self._config.connect_timeout_s)
+        return self._secured
 
     async def close(self) -> None:
         """Say goodbye, so that the will is not published and the session ends."""
@@ -366,28 +359,6 @@ class Client(aiomqtt.Client):
             self._loop.add_writer(sock.fileno(), self._write)
         else:
             self._loop.remove_writer(sock.fileno())
-
-
-async def _open_socket(host: str, port: int) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    error: OSError = OSError(f"{host!r} has no address")
-    for family, kind, protocol, _, address in await loop.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setblocking(False)  # noqa: FBT003 the standard library's signature
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, address)
-        except OSError as exc:
-            sock.close()
-            error = exc
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise error
 
 
 def _library_will(will: Will) -> aiomqtt.Will:

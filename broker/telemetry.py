@@ -95,6 +95,7 @@ class Metric:
 def _metrics() -> Iterable[Metric]:
     yield from _answering()
     yield from _training()
+    yield from _privacy()
     yield from _being()
 
 
@@ -137,7 +138,15 @@ def _answering() -> Iterable[Metric]:
         kind="counter",
         help="Images of unsure exits that the server was not asked about, and why",
         label="reason",
-        values=("offline", "budget", "latency", "busy", "timeout", "refused:not_finite"),
+        values=(
+            "offline",
+            "budget",
+            "latency",
+            "busy",
+            "timeout",
+            "privacy",
+            "refused:not_finite",
+        ),
     )
     yield Metric(
         name="audits_requested",
@@ -220,9 +229,10 @@ def _training() -> Iterable[Metric]:
         name="batches_lost",
         kind="counter",
         help="Batches that came to nothing at the device: no answer in time, activations that were "
-        "not finite, or given up while there was no connection",
+        "not finite, given up while there was no connection, or of images whose privacy budget is "
+        "used up",
         label="reason",
-        values=("timeout", "not_finite", "superseded", "expired_offline"),
+        values=("timeout", "not_finite", "superseded", "expired_offline", "privacy"),
     )
     yield Metric(
         name="gradients_late",
@@ -292,6 +302,25 @@ def _training() -> Iterable[Metric]:
         name="credits",
         kind="gauge",
         help="Batches that devices may have out",
+    )
+
+
+def _privacy() -> Iterable[Metric]:
+    yield Metric(
+        name="privacy_rho",
+        kind="gauge",
+        help="The zCDP of the image that was released most, labels and parameters not covered; of "
+        "several devices the largest",
+        by_device=True,
+        fold="max",
+    )
+    yield Metric(
+        name="privacy_images",
+        kind="gauge",
+        help="Images in devices' accounts of releases: another release is within the budget, or "
+        "would exceed it, or they left without noise since the account was begun",
+        label="account",
+        values=("within_budget", "exhausted", "without_noise"),
     )
 
 

@@ -37,6 +37,8 @@ UP_KINDS = frozenset(
         "telemetry",
         "request",
         "renew",
+        "fetch",
+        "software",
     }
 )
 DOWN_KINDS = frozenset(
@@ -47,8 +49,10 @@ DOWN_KINDS = frozenset(
         "prediction",
         "parameters",
         "features",
+        "program",
         "command",
         "certificate",
+        "piece",
     }
 )
 ALL_KINDS = frozenset({"round", "serving", "command", "coordinator"})

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tensors.averaging import Averager
+from coordinator.defences.robust import RobustAverager, RobustRule
+from tensors.averaging import Arrays, Averager
 from tensors.networks import State
 
 
@@ -53,24 +54,40 @@ class Aggregation:
         start: the model the round began with.
         first_server_block: blocks before it are held by devices only.
         device_copies: whether devices count as holders of blocks that the server trains too.
+        robust: the rule that takes the mean's place; all contributions are kept on disk then.
     """
 
-    def __init__(self, start: Model, *, first_server_block: int, device_copies: bool) -> None:
+    def __init__(
+        self,
+        start: Model,
+        *,
+        first_server_block: int,
+        device_copies: bool,
+        robust: RobustRule | None = None,
+    ) -> None:
         self._first_server_block = first_server_block
         self._device_copies = device_copies
-        self._states = Averager(start.state)
-        self._momentum = Averager(start.momentum)
+        self._states, self._momentum = (
+            _Mean(arrays) if robust is None else RobustAverager(arrays, robust)
+            for arrays in (start.state, start.momentum)
+        )
 
     def add_server(
         self,
         state: Mapping[str, np.ndarray],
         momentum: Mapping[str, np.ndarray],
         weight: float,
+        *,
+        shared: bool = False,
     ) -> None:
-        """One server-side copy (of some blocks) that ``weight`` samples went through."""
+        """One server-side copy (of some blocks) that ``weight`` samples went through.
+
+        ``shared`` says that they were those of several devices. Raises ``AveragingError`` if it
+        cannot be averaged.
+        """
         if weight:
-            self._states.add(state, weight)
-            self._momentum.add(momentum, weight)
+            self._states.add(state, weight, shared=shared)
+            self._momentum.add(momentum, weight, shared=shared)
 
     def add_device(self, state: Mapping[str, np.ndarray], weight: float) -> None:
         """One device's blocks and exit head, trained while ``weight`` samples of it were applied.
@@ -90,3 +107,11 @@ class Aggregation:
     def result(self) -> Model:
         """The merged model; what nobody trained stays as it was."""
         return Model(self._states.result(), self._momentum.result())
+
+
+class _Mean(Averager):
+    """A mean, to which it is all one whose a copy is."""
+
+    def add(self, state: Arrays, weight: float, *, shared: bool = False) -> None:
+        del shared
+        super().add(state, weight)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+PRIVATE, PUBLIC = 0o600, 0o644
 _WRITING, _REMOVING = ".writing-", ".removing-"
 
 
@@ -25,11 +26,11 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Write or replace a file; a private one is its owner's alone."""
+def write_file(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Write or replace a file; its rights are ``mode``, or what the umask leaves."""
     temporary = path.with_name(_WRITING + path.name)
     try:
-        _write_synced(temporary, data, private=private)
+        _write_synced(temporary, data, mode)
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -84,10 +85,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_synced(path: Path, data: bytes, *, private: bool = False) -> None:
+def _write_synced(path: Path, data: bytes, mode: int | None = None) -> None:
     with path.open("wb") as file:
-        if private:
-            os.fchmod(file.fileno(), 0o600)
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -142,7 +142,9 @@ class CoordinatorCore:
         assert device is not None
         known = self._registry.get(device)
         if known is None:
-            self._observer.message_dropped("fleet_full")
+            self._observer.message_dropped(
+                "retired" if self._registry.is_retired(device) else "fleet_full"
+            )
             return []
         if not (isinstance(message, Status) and message.state == "offline"):  # the broker's words
             known.heard = self._clock()
@@ -187,6 +189,14 @@ class CoordinatorCore:
         before, self._log_levels = self._log_levels, levels
         return orders(before, levels)
 
+    def retire(self, names: frozenset[str]) -> list[Envelope]:
+        """Know these devices no more; those that are not among them may come again."""
+        self._registry.retire(names)
+        self._ledger.forget(names)
+        self._observer.retired(names)
+        self._observer.devices(self._registry.by_state())
+        return self._run.advance()
+
     @property
     def place(self) -> dict[str, str | int]:
         """Run and round, for lines of a log; may be asked for in any thread."""
@@ -217,7 +227,7 @@ class CoordinatorCore:
     def _hello(self, device: Device, hello: Hello) -> list[Envelope]:
         first = device.hello is None or device.cut is None
         try:
-            cut = self._placement.cut_of(device.cut, hello)
+            cut = self._placement.cut_of(device.cut, hello, self._registry.training_cuts)
         except DeviceRefused as exc:
             about = {"device": device.name}
             log.warning("device %s cannot take part: %s", device.name, exc, extra=about)
@@ -243,6 +253,8 @@ class CoordinatorCore:
                 if serving:
                     return serving
             return published.answer(device.name, device.cut)
+        if request.what == "program" and device.cut is not None:
+            return self._placement.programs.answer(device.name, device.cut)
         if request.what == "join" and request.run is not None:
             return self._run.join(device, (request.run, request.round, request.attempt))
         return []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from broker.messages import CutPolicy, Report
+from coordinator.identity.standing import Standing
 from coordinator.telemetry import Gain
 
 Codec = Literal["decode", "encode"]
@@ -15,7 +16,7 @@ class Observer:
     """Does nothing; override what is of interest.
 
     Called from the thread of the training machine, what is about answers from that of the answering
-    one, and :meth:`codec_took` from any.
+    one, what is about certificates from that of identity, and :meth:`codec_took` from any.
     """
 
     def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
@@ -41,6 +42,9 @@ class Observer:
 
     def devices(self, by_state: dict[str, int]) -> None:
         """How many devices are in each state."""
+
+    def retired(self, devices: Collection[str]) -> None:
+        """These are devices of the fleet no more."""
 
     def late_work(self, outcome: str, samples: int) -> None:
         """A contribution to an earlier round was ``folded`` in, or dropped and why.
@@ -78,6 +82,12 @@ class Observer:
 
     def phase(self, phase: str) -> None:
         """gathering, training, inference or finished."""
+
+    def certificate_asked(self, outcome: str) -> None:
+        """A device asked for a certificate: it got one, or was refused and why."""
+
+    def identity(self, standing: Standing) -> None:
+        """When certificates and lists end; about once a minute, and when something has changed."""
 
 
 class Observers(Observer):
@@ -117,6 +127,10 @@ class Observers(Observer):
     def devices(self, by_state: dict[str, int]) -> None:
         for observer in self._observers:
             observer.devices(by_state)
+
+    def retired(self, devices: Collection[str]) -> None:
+        for observer in self._observers:
+            observer.retired(devices)
 
     def late_work(self, outcome: str, samples: int) -> None:
         for observer in self._observers:
@@ -161,3 +175,11 @@ class Observers(Observer):
     def phase(self, phase: str) -> None:
         for observer in self._observers:
             observer.phase(phase)
+
+    def certificate_asked(self, outcome: str) -> None:
+        for observer in self._observers:
+            observer.certificate_asked(outcome)
+
+    def identity(self, standing: Standing) -> None:
+        for observer in self._observers:
+            observer.identity(standing)

@@ -6,7 +6,7 @@ import math
 
 from broker.envelopes import Envelope, down, to_all
 from broker.fields import RunPhase
-from broker.messages import Assignment, Round, Serving
+from broker.messages import Assignment, Noise, Round, Serving
 from coordinator.registry import Device
 from coordinator.rounds import (
     MAX_QUOTA,
@@ -33,14 +33,17 @@ def full_quota(settings: CoordinatorSettings, device: Device) -> int:
 
 
 def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: int) -> Envelope:
-    """What a device has to do in this run; ``grant`` are its credits."""
+    """What a device has to do in this run; ``grant`` are its credits.
+
+    Nothing comes back to a frozen one, for it learns nothing.
+    """
     return down(
         device.name,
         Assignment(
             run=run,
             network=settings.network,
             cut=device.cut,
-            feedback=settings.feedback,
+            feedback="none" if device.frozen else settings.feedback,
             feedback_weight=settings.feedback_weight,
             exit_weight=settings.exit_weight,
             distill_weight=settings.distill_weight,
@@ -49,6 +52,7 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             activation_codec=settings.codec,
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,
+            noise=_noise(settings),
             parameter_codec=settings.parameter_codec,
             batch_size=settings.batch_size,
             quota=full_quota(settings, device),
@@ -61,6 +65,12 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             seed=settings.seed,
         ),
     )
+
+
+def _noise(settings: CoordinatorSettings) -> Noise | None:
+    if settings.clip_norm is None or settings.noise_std is None:
+        return None
+    return Noise(clip_norm=settings.clip_norm, noise_std=settings.noise_std)
 
 
 def announcement(

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from broker.frames import OVERHEAD
 from broker.messages import PROTOCOL, Hello
 from coordinator.errors import DeviceRefused
+from coordinator.programs import Programs, make_none
 from coordinator.rounds import choose_cut, credits_of, most_devices
 from coordinator.settings import CoordinatorSettings
 from tensors.codecs import parse_codec
 
 
 class Placement:
-    """Assigns cut layers and credits; ``shapes[c-1]`` is one image's features at cut ``c``."""
+    """Assigns cut layers and credits; ``shapes[c-1]`` is one image's features at cut ``c``.
+
+    ``programs`` are what devices compute before the cut that do not have that as code.
+    """
 
     def __init__(
-        self, settings: CoordinatorSettings, shapes: list[tuple[int, ...]], *, chunk_bytes: int
+        self,
+        settings: CoordinatorSettings,
+        shapes: list[tuple[int, ...]],
+        *,
+        chunk_bytes: int,
+        programs: Programs | None = None,
     ) -> None:
         self._settings = settings
         self._chunk_bytes = chunk_bytes
         self.shapes = shapes
+        self.programs = programs or Programs("", make_none)
 
     def batch_bytes(self, cut: int) -> int:
         """The most bytes one batch of activations, or of gradients, takes at ``cut``."""
@@ -46,10 +56,14 @@ class Placement:
             queue_chunks=self._settings.queue_chunks,
         )
 
-    def cut_of(self, current: int | None, hello: Hello) -> int | None:
+    def cut_of(
+        self, current: int | None, hello: Hello, training: Collection[int] = ()
+    ) -> int | None:
         """The cut of a device; None if it has to be measured first.
 
         The operator's choice counts first, then the cut it has, then what its measurement allows.
+        A frozen device is not measured, but given the shallowest cut that others are ``training``,
+        for only an exit that somebody trains ever answers; else the first.
 
         Raises :class:`DeviceRefused` if the device cannot take part in this run.
         """
@@ -77,6 +91,8 @@ class Placement:
                     f"its cut layer {hello.cut} does not exist: the network has cuts 1 to {deepest}"
                 )
             return hello.cut
+        if current is None and hello.frozen:
+            return min(training, default=1)
         if current is not None or hello.measurement is None:
             return current
         return choose_cut(

@@ -40,6 +40,11 @@ class Device:
     """Images answered since the coordinator began, by who answered."""
 
     @property
+    def frozen(self) -> bool:
+        """Whether it computes its half of the network, but does not train it."""
+        return self.hello is not None and self.hello.frozen
+
+    @property
     def state(self) -> str:
         """``offline``, or what it is doing."""
         return (self.phase or "online") if self.online else "offline"
@@ -51,16 +56,29 @@ class Registry:
 
     limit: int
     devices: dict[str, Device] = field(default_factory=dict)
+    _retired: frozenset[str] = frozenset()
+    _gone: dict[str, Device] = field(default_factory=dict)
+    """Devices that were retired since the coordinator began: a round may still name them."""
     _states: Counter[str] = field(default_factory=Counter)
 
+    def __getitem__(self, name: str) -> Device:
+        """The device of a round, which may have been retired since."""
+        return self.devices[name] if name in self.devices else self._gone[name]
+
     def get(self, name: str) -> Device | None:
-        """The device, added if it is new; None if the fleet is full."""
+        """The device, added if it is new; None if it is retired or the fleet is full."""
+        if name in self._retired:
+            return None
         if name not in self.devices:
             if len(self.devices) >= self.limit:
                 return None
             self.devices[name] = Device(name)
             self._states["offline"] += 1
         return self.devices[name]
+
+    def is_retired(self, name: str) -> bool:
+        """Whether the device of that name is no more."""
+        return name in self._retired
 
     def find(self, name: str) -> Device | None:
         """The device if it is known; may be called from any thread."""
@@ -97,6 +115,14 @@ class Registry:
         device.connection = status.connection
         device.phase = status.phase
 
+    def retire(self, names: frozenset[str]) -> None:
+        """Know these devices no more; those that are not among them may come again."""
+        self._retired = names
+        for name in names & self.devices.keys():
+            device = self._gone[name] = self.devices.pop(name)
+            self._states[device.state] -= 1
+            device.online = False
+
     @property
     def ready(self) -> list[Device]:
         """Devices that are online and have a cut layer, by name."""
@@ -104,6 +130,11 @@ class Registry:
             (d for d in self.devices.values() if d.online and d.cut is not None and d.hello),
             key=lambda d: d.name,
         )
+
+    @property
+    def training_cuts(self) -> set[int]:
+        """Cuts of the devices that train their halves."""
+        return {d.cut for d in self.devices.values() if d.cut is not None and not d.frozen}
 
     def by_state(self) -> dict[str, int]:
         """How many devices are in each state."""

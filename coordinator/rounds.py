@@ -112,12 +112,14 @@ def sample_devices(
 class Work:
     """What a device has to do in a round: its cut layer and its number of batches.
 
-    With ``labels`` its losses are calibrated by them; they count what is trained on here.
+    With ``labels`` its losses are calibrated by them; they count what is trained on here. Of a
+    ``frozen`` device the half is not trained: nothing goes back, and it brings nothing of its own.
     """
 
     cut: int
     quota: int
     labels: LabelCounts | None = None
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,11 +143,10 @@ class Run:
         """Without a barrier: let a device in if the broker's queue has room for its batches."""
         if device.cut is None:
             return False
-        devices = self._registry.devices
         ready = self._registry.ready
         room = self._placement.room(d.cut or 1 for d in ready)
         others = self._rounds.at_work - {device.name}
-        taken = sum(self._rounds.credits(name) for name in others if devices[name].online)
+        taken = sum(self._rounds.credits(name) for name in others if self._registry[name].online)
         if taken >= room:
             return False
         current.admit(device.name, self._work(device), devices=len(ready), most=room - taken)
@@ -158,7 +157,7 @@ class Run:
         current, out = self._rounds.current, list[Envelope]()
         while self._turned_away and current is not None:
             name = next(iter(self._turned_away))
-            device = self._registry.devices[name]
+            device = self._registry[name]
             if device.online and not self._admit(device, current):
                 break
             del self._turned_away[name]
@@ -353,7 +352,7 @@ class Run:
                 round_number=self._number,
                 attempt=self._attempt,
             )
-            work = {name: self._work(self._registry.devices[name]) for name in chosen}
+            work = {name: self._work(self._registry[name]) for name in chosen}
         self._deadline_s = self._workload.deadline(work.values())
         rate = orders.server_rate(settings, self._number, len(work))
         current = self._new_round(self.published.model, rate)
@@ -399,7 +398,7 @@ class Run:
         self._rounds.remember(current, self.published.version)
         record = self._record(current)
         for folded in current.added:
-            device = self._registry.devices[folded.device]
+            device = self._registry[folded.device]
             device.rounds += 1
             device.samples += folded.samples
         policies = self._serving.close(self.published)
@@ -420,7 +419,8 @@ class Run:
         assert device.cut is not None
         if self._settings.label_skew != "none" and device.labels is None:
             device.labels = LabelCounts([0] * self._settings.network.classes)
-        return Work(device.cut, orders.quota(self._settings, device), device.labels)
+        quota = orders.quota(self._settings, device)
+        return Work(device.cut, quota, device.labels, device.frozen)
 
     # -- the end ----------------------------------------------------------------------------------
 

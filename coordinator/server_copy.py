@@ -146,6 +146,7 @@ class ServerCopy:
                     {name: v for name, v in state.items() if block_of(name) in blocks},
                     {name: v for name, v in momentum.items() if block_of(name) in blocks},
                     sum(samples[c] for c in cuts if c <= cut),
+                    shared=True,
                 )
             except AveragingError as exc:
                 log.warning("a server copy is left out of the average: %s", exc)

@@ -8,16 +8,15 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from broker.branches import Branches
-from broker.drive import drive
+from broker.drive import Machine
 from broker.envelopes import Envelope
 from broker.errors import TransportError
 from broker.link import DEFAULT_CHUNK_BYTES, Link, single_frame
@@ -27,14 +26,19 @@ from broker.topics import Topics
 from broker.transport import Transport, Will
 from coordinator.aggregation import Model, block_of
 from coordinator.core import CoordinatorCore
+from coordinator.defences.robust import robust_rule
+from coordinator.driving import drive_all
 from coordinator.engines import Engine, make_engine
 from coordinator.errors import ResumeError, StoreError
 from coordinator.evaluation import Evaluator
 from coordinator.gradients import GradientEncoder
 from coordinator.health import Vitals
+from coordinator.identity.enrolment import Enrolment
+from coordinator.identity.standing import IDENTITY
 from coordinator.intake import Intake
 from coordinator.observer import Observer
 from coordinator.placement import Placement
+from coordinator.programs import Making, Programs, make_in_child, make_none
 from coordinator.responder import Responder
 from coordinator.serving import ANSWERING, TRAINING, Answers, Network, route
 from coordinator.serving_version import open_versions
@@ -42,6 +46,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
+from coordinator.updates.rollouts import UPDATES, Rollouts
 from coordinator.watching import watch
 from tensors.codecs import Codec, Encode
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
@@ -59,7 +64,8 @@ def new_boot() -> str:
 
 def new_vitals(settings: CoordinatorSettings) -> Vitals:
     """For :func:`run_coordinator` to keep current, and for others to ask."""
-    return Vitals((TRAINING, ANSWERING), bound_s=settings.stall_s, clock=time.monotonic)
+    names = (TRAINING, ANSWERING, *([IDENTITY, UPDATES] if settings.fleet_dir else []))
+    return Vitals(names, bound_s=settings.stall_s, clock=time.monotonic)
 
 
 def last_will(settings: CoordinatorSettings, boot: str) -> Will:
@@ -77,7 +83,7 @@ class Parts:
 
     ``shapes[c-1]`` is the shape of one image's features at cut ``c``. ``first`` makes version 0 of
     a new run, ``new_engine`` the engine of a round, ``network`` answers what devices offload,
-    ``encode`` encodes gradients.
+    ``encode`` encodes gradients, ``make_program`` makes a device's half to be computed as it is.
     """
 
     shapes: list[tuple[int, ...]]
@@ -87,6 +93,7 @@ class Parts:
     evaluator: Evaluator | None = None
     channels_last: bool = False
     encode: Encode = Codec.encode
+    make_program: Making = make_none
 
 
 def torch_parts(settings: CoordinatorSettings) -> Parts:
@@ -129,6 +136,7 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         Responder(network, compute, versions=settings.serving_versions + 2),
         None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
         compute.channels_last,
+        make_program=make_in_child(spec),
     )
 
 
@@ -205,7 +213,12 @@ def build_core(
     parts = parts or torch_parts(settings)
     store = store or Store(settings.state_dir, keep=settings.keep_checkpoints)
     run, checkpoint = open_run(settings, store, parts.first, fresh=fresh, name=name)
-    placement = Placement(settings, parts.shapes, chunk_bytes=chunk_bytes)
+    placement = Placement(
+        settings,
+        parts.shapes,
+        chunk_bytes=chunk_bytes,
+        programs=Programs(run, parts.make_program),
+    )
     gradients = None
     if settings.feedback == "gradient":
         codec = settings.codec_of_gradients
@@ -240,6 +253,12 @@ def build_core(
             grant=placement.credits,
             observer=observer,
             clock=clock,
+            robust=robust_rule(
+                settings.aggregation_rule,
+                settings.trim_share,
+                settings.state_dir,
+                settings.contributions_bytes,
+            ),
         )
 
     core = CoordinatorCore(
@@ -270,11 +289,14 @@ async def run_coordinator(
     stop: asyncio.Event,
     vitals: Vitals | None = None,
     logs: LogControl | None = None,
+    enrolment: Enrolment | None = None,
+    rollouts: Rollouts | None = None,
 ) -> None:
     """Serve the fleet until the run has finished or ``stop`` is set, and keep ``vitals`` current.
 
-    ``logs`` says where the run is, and follows ``splitfleet log-level``. ``transport`` must have
-    :func:`last_will` with the core's boot as its will.
+    ``logs`` says where the run is, and follows ``splitfleet log-level``. ``enrolment`` signs for
+    devices and ``rollouts`` brings them updates; the settings must have their ``fleet_dir``.
+    ``transport`` must have :func:`last_will` with the core's boot as its will.
 
     Raises ``ConnectRefused``, and ``StoreError`` when a checkpoint cannot be written.
     """
@@ -285,74 +307,23 @@ async def run_coordinator(
         )
         traffic.overruns = lambda: transport.dropped
         await link.subscribe(*topics.coordinator_filters())
-        branches = Branches(link, (TRAINING, ANSWERING), route)
+        beside: dict[str, Machine] = {ANSWERING: core.answering}
+        if enrolment is not None:
+            await link.subscribe(*topics.claims_filters())
+            beside[IDENTITY] = enrolment
+        if rollouts is not None:
+            beside[UPDATES] = rollouts
+        branches = Branches(link, (TRAINING, *beside), route, patient=(IDENTITY, UPDATES))
         try:
             own = settings.answer_threads or max(1, torch.get_num_threads() // 2)
             for name, threads in ((TRAINING, torch.get_num_threads()), (ANSWERING, own)):
                 branches[name].call(partial(_compute_with, threads))
             vitals = vitals or new_vitals(settings)
-            watching = watch(core, branches, vitals, logs or Untouched(), settings)
-            await _drive_both(core, branches, vitals, watching, stop)
+            watching = watch(core, branches, vitals, logs or Untouched(), settings, enrolment)
+            await drive_all(core, beside, branches, vitals, watching, stop)
         finally:  # an error, too, ends the connection in good order: no last will follows
             with contextlib.suppress(TransportError):
                 await link.send(core.goodbye())
-
-
-async def _drive_both(
-    core: CoordinatorCore,
-    branches: Branches,
-    vitals: Vitals,
-    watching: Coroutine[Any, Any, None],
-    stop: asyncio.Event,
-) -> None:
-    """Train and answer, until the training machine has finished or ``stop`` is set."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-
-    def prepare() -> None:  # if too much waits there, the next question does it
-        branches[ANSWERING].call(core.answering.prepare)
-
-    def changed() -> None:
-        loop.call_soon_threadsafe(prepare)
-
-    core.versions.changed = changed
-    training = asyncio.create_task(
-        drive(
-            core,
-            branches[TRAINING],
-            clock=time.monotonic,
-            stop=stop,
-            stepped=vitals.pulses[TRAINING].stepped,
-        ),
-        name=TRAINING,
-    )
-    answering = asyncio.create_task(
-        drive(
-            core.answering,
-            branches[ANSWERING],
-            clock=time.monotonic,
-            stop=ended,
-            stepped=vitals.pulses[ANSWERING].stepped,
-        ),
-        name=ANSWERING,
-    )
-    aside = [
-        asyncio.create_task(branches.run(), name="branches"),
-        asyncio.create_task(watching, name="watching"),
-    ]
-    tasks = [training, answering, *aside]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                await task  # what went wrong
-        ended.set()
-        await answering
-    finally:
-        core.versions.changed = lambda: None
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _compute_with(threads: int) -> Sequence[Envelope]:

@@ -21,9 +21,11 @@ from broker.messages import Features, Prediction
 from broker.telemetry import RefusalReason
 from broker.topics import Address
 from coordinator.answering import Question, Refusal, Waiting
+from coordinator.identity.standing import IDENTITY
 from coordinator.observer import Observer
 from coordinator.registry import Device
 from coordinator.settings import CoordinatorSettings
+from coordinator.updates.rollouts import UPDATES
 from coordinator.versions import Version, Versions
 from tensors.codecs import parse_codec
 from tensors.decoding import decode_torch
@@ -67,8 +69,16 @@ class Answers:
 
 def route(address: Address) -> Collection[str]:
     """Which machine of a coordinator a message is for."""
-    asked = address.direction == "up" and address.kind == "features"
-    return (ANSWERING,) if asked else (TRAINING,)
+    if address.direction == "up":
+        if address.kind == "features":
+            return (ANSWERING,)
+        if address.kind in ("enrol", "renew"):
+            return (IDENTITY,)
+        if address.kind in ("software", "fetch"):
+            return (UPDATES,)
+        if address.kind == "status":
+            return (TRAINING, UPDATES)
+    return (TRAINING,)
 
 
 class AnsweringMachine:

@@ -6,30 +6,32 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from broker.fields import Name
 from broker.logs import LogFormat, LogLevel
 from broker.messages import Network
+from coordinator.defences.settings import CHANGE_THE_MODEL, DefenceSettings
 from coordinator.exit_policies import parse_exit_policy
 from coordinator.server_momentum import MomentumRule
 from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import ExitRule
+from tensors.privacy import GaussianMechanism
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class CoordinatorSettings(BaseModel):
+class CoordinatorSettings(DefenceSettings):
     """Section ``[coordinator]``; durations in seconds unless the name says otherwise."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     fleet: Name = "fleet"
     """The fleet's name in the topic tree; a broker can carry several fleets."""
     state_dir: Path = Path("coordinator-state")
     """Where runs and their checkpoints live."""
+    fleet_dir: Path | None = None
+    """The folder that ``splitfleet fleet init`` made: devices get their certificates from here."""
 
     # What is trained
     network: Network = Network()
@@ -64,6 +66,11 @@ class CoordinatorSettings(BaseModel):
     """
     follow_link: bool = False
     """Whether devices send fewer levels while sending a batch takes longer than computing it."""
+    clip_norm: Positive | None = None
+    """L2 norm to which devices clip the features of every image; needs noise_std."""
+    noise_std: Positive | None = None
+    """Standard deviation of the noise they add to every value before the codec; needs clip_norm and
+    network.norm = group. A device may demand more (docs/security.md)."""
     parameter_codec: str = "fp32"
     batch_size: int = Field(default=32, ge=1, le=4096)
     window: int = Field(default=2, ge=1, le=1024)
@@ -273,6 +280,27 @@ class CoordinatorSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_noise(self) -> Self:
+        if (self.clip_norm is None) is not (self.noise_std is None):
+            raise ValueError(
+                "clip_norm and noise_std go together: noise hides nothing of known size without a "
+                "clip, nor a clip without noise; set both, or neither"
+            )
+        if self.noise_std is not None and self.network.norm == "batch":
+            raise ValueError(
+                "noise_std needs network.norm = group: BatchNorm lets every image of a batch into "
+                "the features of all others, so noise on one image's features does not hide it"
+            )
+        return self
+
+    @property
+    def mechanism(self) -> GaussianMechanism | None:
+        """What devices do to features before they send them, unless they do more."""
+        if self.clip_norm is None or self.noise_std is None:
+            return None
+        return GaussianMechanism(self.clip_norm, self.noise_std)
+
+    @model_validator(mode="after")
     def _check_aggregation(self) -> Self:
         if self.aggregation == "buffered" and self.strategy != "averaging":
             raise ValueError(
@@ -331,6 +359,8 @@ class CoordinatorSettings(BaseModel):
             "codec",
             "gradient_codec",
             "mask_gradients",
+            "clip_norm",
+            "noise_std",
             "batch_size",
             "server_rate",
             "momentum",
@@ -341,4 +371,4 @@ class CoordinatorSettings(BaseModel):
             "seed",
             "dataset",
         ]
-        return self.model_dump(mode="json", include=set(keys))
+        return self.model_dump(mode="json", include={*keys, *CHANGE_THE_MODEL})

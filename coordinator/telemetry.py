@@ -8,7 +8,7 @@ changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from broker.messages import Telemetry
@@ -66,6 +66,11 @@ class TelemetryLedger:
         self._clock = clock
         self._started = clock()
         self._lives: dict[str, dict[str, _Life]] = {}
+
+    def forget(self, devices: Collection[str]) -> None:
+        """Keep nothing of these devices."""
+        for device in devices:
+            self._lives.pop(device, None)
 
     def enter(self, device: str, report: Telemetry) -> Gain | None:
         """Enter a report; None for one that was entered before, or came later than a newer one."""

@@ -16,6 +16,7 @@ from coordinator import replies
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import TOGETHER
 from coordinator.contribution import Contribution, Folded
+from coordinator.defences.robust import RobustRule
 from coordinator.engines import Engine, Entry, Step
 from coordinator.errors import BatchRefused
 from coordinator.gradients import GradientEncoder
@@ -47,7 +48,8 @@ class RoundInProgress:
     each device may have out; without ``gradients`` none go back. Not opened until :meth:`open`. Its
     :meth:`merge` ends the aggregation; what devices bring afterwards is a late contribution, for a
     later round to :meth:`add`. ``barrier`` says whether the merge also ends the training; ``kept``
-    how many halves of unfinished devices are kept for their upload then.
+    how many halves of unfinished devices are kept for their upload then. ``robust`` merges in the
+    mean's place.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class RoundInProgress:
         grant: Callable[[int, int], int],
         observer: Observer,
         clock: Callable[[], float],
+        robust: RobustRule | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -76,11 +79,13 @@ class RoundInProgress:
         self._grant = grant
         self._observer = observer
         self._clock = clock
+        self._robust = robust
         self._ledgers: dict[str, Ledger] = {}
         self._aggregation: Aggregation | None = None
         self._training = False
         self._halves: dict[str, tuple[State, State]] = {}
         self._labels: dict[str, LabelCounts] = {}
+        self._frozen: set[str] = set()
         self._waiting: list[_Waiting] = []
         self._losses: dict[int, list[float]] = {}
         self._correct: dict[int, int] = {}
@@ -116,6 +121,7 @@ class RoundInProgress:
             self._model,
             first_server_block=first_server_block,
             device_copies=self._device_copies,
+            robust=self._robust,
         )
         self._engine.begin(self._model, self._server_rate)
         self._training = True
@@ -132,6 +138,8 @@ class RoundInProgress:
         if ledger is None:
             if work.labels is not None:
                 self._labels[device] = work.labels
+            if work.frozen:
+                self._frozen.add(device)
             self.participants[device] = work.cut
             self._ledgers[device] = Ledger(work.quota, keep_answers=granted + 2, credits=granted)
         elif ledger.finished or ledger.next_batch >= ledger.quota:
@@ -200,7 +208,8 @@ class RoundInProgress:
                 ledger.wait(batch)
                 self._waiting.append(waiting)
                 return []
-            step = self._engine.step(waiting.entry, want_gradient=self._gradients is not None)
+            wanted = self._encoder_for(device) is not None
+            step = self._engine.step(waiting.entry, want_gradient=wanted)
         except BatchRefused as exc:
             return self._refuse(device, batch, exc)
         return self._applied(waiting, step, self._clock() - started)
@@ -367,23 +376,29 @@ class RoundInProgress:
         self._images[entry.cut] = self._images.get(entry.cut, 0) + step.images
         self._observer.batch_applied(entry.cut, step.images, step.loss, seconds)
         out = []
-        if self._gradients is not None:
-            answer = replies.gradients(self.stamp, entry.device, message, step, self._gradients)
+        gradients = self._encoder_for(entry.device)
+        if gradients is not None:
+            answer = replies.gradients(self.stamp, entry.device, message, step, gradients)
             ledger.remember(message.batch, answer)
             out.append(answer)
-        enough = RECEIPT_BATCHES if self._gradients else max(1, ledger.credits // 2)
+        enough = RECEIPT_BATCHES if gradients else max(1, ledger.credits // 2)
         if ledger.unreported >= enough:
             out.append(self._receipt(entry.device))
         elif self.receipts_due is None:
             self.receipts_due = self._clock() + RECEIPT_WAIT_S
         return out
 
+    def _encoder_for(self, device: str) -> GradientEncoder | None:
+        """What encodes its gradients, if it is sent any."""
+        return None if device in self._frozen else self._gradients
+
     def _brought(self, device: str, message: DeviceParameters, samples: int) -> Contribution:
-        """A device and its server-side copy; an unusable upload is left out."""
+        """A device and its server-side copy; an unusable upload, or a frozen half, is left out."""
         cut = self.participants[device]
         half: State = {}
         try:
-            half = self._intake.half(message, cut, self.version, self._model.state)
+            if device not in self._frozen:
+                half = self._intake.half(message, cut, self.version, self._model.state)
         except (FormatError, AveragingError) as exc:
             self._observer.message_dropped("bad_parameters")
             about = {"device": device}

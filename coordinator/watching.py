@@ -14,6 +14,7 @@ from broker.logs import LogControl
 from coordinator.core import CoordinatorCore
 from coordinator.errors import StoreError
 from coordinator.health import LOOK_S, Vitals
+from coordinator.identity.enrolment import Enrolment
 from coordinator.log_levels import LogLevels, read_log_levels
 from coordinator.serving import TRAINING
 from coordinator.settings import CoordinatorSettings
@@ -24,6 +25,8 @@ log = logging.getLogger("splitfleet.coordinator")
 CHOICE_S = 1.0
 """How often it is looked up what was chosen by hand."""
 
+NOBODY: frozenset[str] = frozenset()
+
 T = TypeVar("T")
 
 
@@ -33,6 +36,7 @@ async def watch(
     vitals: Vitals,
     logs: LogControl,
     settings: CoordinatorSettings,
+    enrolment: Enrolment | None = None,
 ) -> None:
     """Look after all of it until cancelled."""
     training = branches[TRAINING]
@@ -46,12 +50,16 @@ async def watch(
         logs.set_level(levels.coordinator)
         return True
 
+    def without(retired: frozenset[str]) -> bool:
+        return training.call(partial(core.retire, retired))
+
     logs.about(lambda: core.place)
     await asyncio.gather(
         _look_at(vitals, branches),
         _follow(core.versions.chosen, core.versions.pinned, serve),
         _follow(partial(read_log_levels, settings.state_dir), LogLevels(), log_with),
         *([_ask_the_broker(branches)] if settings.broker_figures else []),
+        *([_follow(lambda: enrolment.retired, NOBODY, without)] if enrolment else []),
     )
 
 

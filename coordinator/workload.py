@@ -65,7 +65,7 @@ class Workload:
                 continue  # it was away; that says nothing about how fast it is
             self._paces[name] = cut, seconds / batches
             if self._adapts:
-                device = registry.devices[name]
+                device = registry[name]
                 spare = finished and seconds < deadline_s / 2
                 if self._adapt(device, finished=finished, spare=spare):
                     changed.append(device)
@@ -82,7 +82,7 @@ class Workload:
         before = device.load.share
         device.load, shallower = next_load(device.load, finished=finished, spare=spare)
         if shallower:
-            fixed = device.hello is None or device.hello.cut is not None
+            fixed = device.hello is None or device.hello.cut is not None or device.frozen
             if fixed or device.cut is None or device.cut == 1:
                 device.load = Load(before)
                 return False

@@ -22,7 +22,9 @@ from edge_agent.answer_counts import REFUSED, Counts
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Unanswered
 from edge_agent.exit_policy import ExitPolicy, Policy
 from edge_agent.offloads import Asked, Offloads
-from edge_agent.tickets import By, Ticket, Waiting
+from edge_agent.privacy import Release
+from edge_agent.tickets import By, Ticket, Waiting, wrong_shape
+from tensors.batches import image_key
 from tensors.codecs import Codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import confidence
@@ -86,6 +88,7 @@ class _Model:
     codec: Codec
     shape: tuple[int, ...] | None
     message_images: int
+    release: Release | None
 
 
 class Answers:
@@ -137,21 +140,24 @@ class Answers:
         *,
         shape: tuple[int, ...] | None = None,
         message_images: int | None = None,
+        release: Release | None = None,
     ) -> None:
         """Answer with this version from now on; images have this shape (C, H, W), if it is given.
 
-        The coordinator takes ``message_images`` at once, if that is less than this device sends.
-        What is offloaded with another version of the same run may still be answered.
+        The coordinator takes ``message_images`` at once, if that is less than this device sends;
+        features leave as ``release`` lets them. What is offloaded with another version of the same
+        run may still be answered.
         """
         most = min(self._bounds.message_images, message_images or self._bounds.message_images)
-        before, self._model = self._model, _Model(run, version, predictor, codec, shape, most)
+        before = self._model
+        self._model = _Model(run, version, predictor, codec, shape, most, release)
         self._policy.use(policy, run=run, version=version)
         if before is not None and before.run != run:
             self._offloads.give_up("superseded")
         if shape is not None:
             for ticket in self._waiting.of_other_shape(shape):
                 self.counts.failed += len(ticket.images)
-                self._drop(ticket, _wrong_shape(ticket.images.shape, shape))
+                self._drop(ticket, wrong_shape(ticket.images.shape, shape))
 
     @property
     def version(self) -> tuple[str, int] | None:
@@ -191,7 +197,7 @@ class Answers:
             raise NotReady("this device has no trained parameters yet: wait for its first round")
         shape, most = self._model.shape, self._bounds.waiting_images
         if images.ndim != 4 or (shape is not None and images.shape[1:] != shape):
-            raise _wrong_shape(images.shape, shape)
+            raise wrong_shape(images.shape, shape)
         if not 0 < len(images) <= most:
             raise InputError(f"{len(images)} images at once: 1 to {most} are taken")
         if labels is not None and labels.shape != images.shape[:1]:
@@ -279,13 +285,14 @@ class Answers:
             ticket.seconds |= {"queue": began - ticket.asked, "exit": predicted - began}
             seconds["queue"].observe(ticket.seconds["queue"])
             self._open[ticket.number] = ticket
-        messages = self._decide(tickets, features, sure, finite)
+        messages = self._decide(tickets, images, features, sure, finite)
         self.counts.cpu_s += self._cpu_clock() - cpu
         return messages
 
     def _decide(
         self,
         tickets: list[Ticket],
+        images: NDArray[Any],
         features: Any,
         sure: NDArray[np.float64],
         finite: NDArray[np.bool_],
@@ -295,16 +302,16 @@ class Answers:
         rows = [(ticket, row) for ticket in tickets for row in range(ticket.open)]
         elapsed = np.array([now - ticket.asked for ticket, _ in rows])
         decision = self._policy.decide(np.where(finite, sure, np.nan), elapsed)
-        asking: list[tuple[int, Asked]] = []
+        asking: list[Asked] = []
         for index, (ticket, row) in enumerate(rows):
             exits, audits = bool(decision.exits[index]), bool(decision.audits[index])
             due = self._due(ticket, now)
-            image = Asked(ticket, row, due, not exits, audits, ticket.label(row))
+            image = Asked(ticket, row, index, due, not exits, audits, ticket.label(row))
             if exits:
                 self.counts.exits += 1
                 self._settle(image, "exit", None)
                 if audits and self._online:
-                    asking.append((index, image))
+                    asking.append(image)
             elif not finite[index]:
                 self._offloads.hold(image, REFUSED + "not_finite")
             elif not self._online:
@@ -314,22 +321,26 @@ class Answers:
             elif due <= now:
                 self._offloads.hold(image, "timeout")
             else:
-                asking.append((index, image))
-        messages, step = [], self._model.message_images
-        for first in range(0, len(asking), step):
-            part = dict(asking[first : first + step])
-            wanted = np.isin(np.arange(len(rows)), list(part))
-            messages.append(self._offload(features, wanted, list(part.values())))
+                asking.append(image)
+        step = self._model.message_images
+        parts = [asking[first : first + step] for first in range(0, len(asking), step)]
+        messages = [self._offload(part, images, features) for part in parts]
         return [message for message in messages if message is not None]
 
-    def _offload(
-        self, features: Any, wanted: NDArray[np.bool_], images: list[Asked]
-    ) -> Features | None:
+    def _offload(self, asking: list[Asked], images: NDArray[Any], features: Any) -> Features | None:
         model = self._model
         assert model is not None
-        return self._offloads.ask(
-            model.run, model.version, images, lambda: model.codec.encode(features[wanted])
-        )
+
+        def admit(asked: list[Asked]) -> NDArray[np.bool_]:
+            if model.release is None:
+                return np.ones(len(asked), bool)
+            return model.release.admit([image_key(images[image.index]) for image in asked])
+
+        def encode(asked: list[Asked]) -> Any:
+            found = features[np.isin(np.arange(len(images)), [image.index for image in asked])]
+            return model.codec.encode(found if model.release is None else model.release.of(found))
+
+        return self._offloads.ask(model.run, model.version, asking, admit, encode)
 
     def _due(self, ticket: Ticket, now: float) -> float:
         """When an image that is offloaded now gives up waiting."""
@@ -392,8 +403,3 @@ class Answers:
             seconds=ticket.seconds,
         )
         self._done.append((ticket.number, answer))
-
-
-def _wrong_shape(shape: tuple[int, ...], wanted: tuple[int, ...] | None) -> InputError:
-    each = "(C, H, W)" if wanted is None else str(wanted)
-    return InputError(f"images of shape {shape} are not taken: must be N times {each}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from broker.messages import Activations, Assignment, Gradients, Receipt, Report,
 from edge_agent.answers import Predictor
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
-from edge_agent.figures import Figures, Result
+from edge_agent.figures import Figures, Outcome
 from edge_agent.ledger import Ledger
 from edge_agent.meters import Meters
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
@@ -59,7 +59,7 @@ class Learner(Protocol):
         """Features at the cut, to encode."""
         ...
 
-    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Result: ...
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome: ...
 
     @property
     def encode(self) -> Encode:
@@ -74,7 +74,9 @@ class Learner(Protocol):
         """Forget a batch without learning from it."""
         ...
 
-    def state(self) -> dict[str, np.ndarray]: ...
+    def state(self) -> dict[str, np.ndarray]:
+        """What was learnt: parameters and buffers as they are now; empty if nothing ever is."""
+        ...
 
     def predictor(self) -> Predictor:
         """Answers with the parameters of the last :meth:`load`."""
@@ -86,6 +88,10 @@ class Stream(Protocol):
 
     def batch(self, position: int) -> tuple[Any, Any]:
         """Images and labels, as the learner's :meth:`Learner.forward` takes them."""
+        ...
+
+    def keys(self, position: int) -> Sequence[bytes]:
+        """By what its images are known: see ``tensors.batches.image_key``."""
         ...
 
 
@@ -316,6 +322,9 @@ class Attempt:
         run, number, attempt = self.stamp
         position = stream_position(number, batch, self._assignment.quota)
         images, labels = self._stream.batch(position)
+        if not len(labels):
+            self._lose([batch], "privacy")
+            return None
         features = self._learner.forward(batch, images, labels)
         self._figures.took("forward", started)
         encoding = self._clock()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from broker.messages import (
     Measurement,
     Parameters,
     Prediction,
+    Program,
     Receipt,
     Request,
     Round,
@@ -45,7 +47,9 @@ from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
 from edge_agent.predictor import InferenceRun
+from edge_agent.privacy import Privacy
 from edge_agent.probe import Probe
+from edge_agent.programs import Programs
 from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Data, Workplace
 from tensors.errors import TensorsError
@@ -59,11 +63,27 @@ OnVersion = Callable[[Assignment, int, Mapping[str, np.ndarray]], None]
 _ANSWERING = (Phase.ANSWERING, Phase.REPORTING)
 
 
+class Learners(Protocol):
+    """Makes what a device learns with."""
+
+    @property
+    def programs(self) -> Programs | None:
+        """What learners are built from; None if this device has the network as code."""
+        ...
+
+    def build(self, assignment: Assignment) -> Learner:
+        """The learner for an assignment with a cut. Raises :class:`AssignmentError`."""
+        ...
+
+    def measure(self, assignment: Assignment) -> Measurement:
+        """Time the device, for cut ``auto``. Raises :class:`AssignmentError`."""
+        ...
+
+
 class AgentCore:
     """One device's part in a fleet.
 
-    ``build`` makes the learner an assignment asks for, ``measure`` times the device for cut
-    ``auto``; both may raise :class:`AssignmentError`. ``uplink`` is the speed to the broker in
+    ``uplink`` is the speed to the broker in
     bytes per second, 0 as long as it is unknown. ``clock`` is monotonic, in seconds. ``offline`` is
     how much it keeps to be sent later when the coordinator cannot be reached. ``reporter`` knows
     how often and what it tells of itself.
@@ -77,8 +97,7 @@ class AgentCore:
         data: Data,
         *,
         uplink: Callable[[], float],
-        build: Callable[[Assignment], Learner],
-        measure: Callable[[Assignment], Measurement],
+        learners: Learners,
         snapshots: SnapshotStore,
         clock: Callable[[], float],
         stay: bool = False,
@@ -90,8 +109,7 @@ class AgentCore:
         self._device = device
         self._hello = hello
         self._data = data
-        self._build = build
-        self._measure = measure
+        self._learners = learners
         self._snapshots = snapshots
         self._clock = clock
         self._stay = stay
@@ -112,6 +130,8 @@ class AgentCore:
         self._next_heartbeat = clock() + self.reporter.heartbeat_s
         self.phase = Phase.JOINING
         self.problem: str | None = None
+        self.privacy = Privacy()
+        """What may leave of its images; to be set before the first assignment."""
         self.on_version: OnVersion | None = None
         """Told of every version of the parameters it comes to hold, from then on."""
         self.on_log_level: Callable[[LogLevel | None], None] | None = None
@@ -153,6 +173,8 @@ class AgentCore:
                 return self._receipt(message)
             case Parameters():
                 return self._parameters(message)
+            case Program():
+                return self._program(message)
             case Manifest():
                 self._manifest = message
             case Prediction() if self._inference is not None:
@@ -161,11 +183,8 @@ class AgentCore:
                 return self._served(message)
             case Coordinator():
                 return self._coordinator(message)
-            case Command(command="stop"):
-                self.problem = message.reason or "the coordinator stopped this device"
-                self._become(Phase.FINISHED)
-            case Command(command="log_level") if self.on_log_level is not None:
-                self.on_log_level(message.level)
+            case Command():
+                self._order(message)
         return []
 
     def tick(self) -> list[Effect]:
@@ -281,16 +300,27 @@ class AgentCore:
         self._question.close()
         out += self._become(Phase.JOINING)
         if assignment.cut is None:
-            self._probe = Probe(assignment, self._measure, uplink=self._uplink, clock=self._clock)
+            self._probe = Probe(
+                assignment, self._learners.measure, uplink=self._uplink, clock=self._clock
+            )
             return [*out, up(self._device, self._probe.request())]
         out.append(Subscribe(self._topics.cut_filters(assignment.cut)))
         if before is None or before.run != assignment.run or before.cut != assignment.cut:
             self._manifest = None
+        return out + self._take_up(assignment)
+
+    def _take_up(self, assignment: Assignment) -> list[Effect]:
+        """Begin to work under an assignment; if that takes a program, with this."""
+        programs = self._learners.programs
+        if programs is not None and not programs.has_program(assignment):
+            self._become(Phase.FETCHING)
+            return self._ask(up(self._device, Request(what="program")))
         try:
+            applied = self.privacy.applied_to(assignment)
             self._place = Workplace(
                 self._device,
-                assignment,
-                self._build(assignment),
+                applied,
+                self._learners.build(applied),
                 self._data,
                 uplink=self._uplink,
                 snapshots=self._snapshots,
@@ -298,11 +328,25 @@ class AgentCore:
                 offline=self._offline,
                 meters=self.reporter.own,
                 cpu_clock=self.reporter.cpu_clock,
+                release=self.privacy.release(applied),
             )
         except (AssignmentError, TensorsError) as exc:
             return self._cannot(exc)
         self._hand_over()
-        return out + self._advance()
+        return self._advance()
+
+    def _program(self, message: Program) -> list[Effect]:
+        programs, wanted = self._learners.programs, self._assignment
+        if programs is None or wanted is None or self._place is not None:
+            return []
+        if (message.run, message.cut) != (wanted.run, wanted.cut):
+            return []
+        self._answered(Phase.FETCHING)
+        try:
+            programs.take(message)
+        except AssignmentError as exc:
+            return self._cannot(exc)
+        return self._become(Phase.JOINING) + self._take_up(wanted)
 
     def _measured(self, probe: Probe) -> list[Effect]:
         self._probe = None
@@ -427,6 +471,13 @@ class AgentCore:
 
     # -- small parts ------------------------------------------------------------------------------
 
+    def _order(self, command: Command) -> None:
+        if command.command == "stop":
+            self.problem = command.reason or "the coordinator stopped this device"
+            self._become(Phase.FINISHED)
+        elif self.on_log_level is not None:
+            self.on_log_level(command.level)
+
     def _interrupted(self) -> list[Effect]:
         if self.attempt is not None:
             self.attempt.interrupted()
@@ -442,6 +493,7 @@ class AgentCore:
         return [report] if self._connected else []
 
     def _meter(self, meters: Meters) -> None:
+        self.privacy.meter(meters)
         if self._place is not None:
             self._place.meter(meters)
 

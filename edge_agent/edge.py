@@ -27,8 +27,9 @@ from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Stop
 from edge_agent.exit_policy import ExitPolicy, Limits
 from edge_agent.identity.keeper import IdentityKeeper, with_name
 from edge_agent.pictures import PictureSpec
+from edge_agent.privacy import Privacy
 from edge_agent.served import DiskServed, ServedStore
-from edge_agent.service import last_will, new_boot, run_agent
+from edge_agent.service import last_will, make_learners, new_boot, run_agent
 from edge_agent.serving import Build, ServingMachine, State
 from edge_agent.settings import AgentSettings
 from edge_agent.snapshots import DiskSnapshots
@@ -46,7 +47,7 @@ class EdgeService:
     """Hands requests to the machine that answers, and its answers to who awaits them.
 
     It belongs to one event loop. Give it to ``run_agent``, which opens it while the agent runs.
-    ``pictures`` is what the network takes, ``build`` and ``store`` are torch's and the state
+    ``pictures`` is what the network takes, ``build`` and ``store`` are the engine's and the state
     folder's unless others are given.
     """
 
@@ -88,9 +89,10 @@ class EdgeService:
             settings.device,
             answers,
             policy,
-            build=build or _torch_build(settings),
+            build=build or _build_with_engine(settings),
             store=store or DiskServed(settings.state_dir),
             clock=clock,
+            privacy=Privacy.by(settings, settings.state_dir),
         )
         self._branch: Branch | None = None
         self._awaited: set[asyncio.Future[Any]] = set()
@@ -324,21 +326,13 @@ class Edge:
         return MqttTransport(broker, settings.device, will=last_will(settings, self._boot))
 
 
-def _torch_build(settings: AgentSettings) -> Build:
-    """Torch is imported when the first predictor is made, in the machine's thread."""
+def _build_with_engine(settings: AgentSettings) -> Build:
+    """The engine is imported when the first predictor is made, in the machine's thread."""
     made: list[Build] = []
 
     def build(assignment: Assignment, state: State) -> Predictor:
         if not made:
-            from edge_agent.learner import LearnerFactory
-
-            factory = LearnerFactory(
-                networks=settings.networks,
-                device=settings.compute,
-                precision=settings.precision,
-                memory_format=settings.memory_format,
-            )
-            made.append(factory.predictor)
+            made.append(make_learners(settings).predictor)
         return made[0](assignment, state)
 
     return build

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from broker.messages import Assignment
+from edge_agent.privacy import Release
 from tensors.codecs import Codec, Encode, parse_codec
 from tensors.rate import RateController, Rated
 
@@ -25,6 +26,8 @@ class ActivationEncoder:
     own step, so that sending never takes longer than computing. The smaller one rules; without any
     the codec is used as it is.
 
+    With ``release`` it encodes what that lets out of the features.
+
     Raises CodecError if the codec is unknown, or has no levels to choose from but a budget.
     """
 
@@ -34,7 +37,9 @@ class ActivationEncoder:
         *,
         uplink: Callable[[], float],
         encode: Encode = Codec.encode,
+        release: Release | None = None,
     ) -> None:
+        self._release = release
         self._codec = parse_codec(assignment.activation_codec)
         self._bytes_per_sample = assignment.bytes_per_sample
         self._follow_link = assignment.follow_link
@@ -52,6 +57,8 @@ class ActivationEncoder:
 
     def encode(self, features: Any, *, images: int, seed: int) -> Rated:
         """Encode the features of a batch. Raises CodecError as ``Codec.encode`` does."""
+        if self._release is not None:
+            features = self._release.of(features)
         budget = self._budget(images)
         if self._rate is None or budget is None:
             return Rated(self._encode(self._codec, features, seed=seed), self._codec.levels)

@@ -5,6 +5,7 @@ AgentError
 ├── AssignmentError    the coordinator asks for something this device cannot or may not do
 ├── StateError         the device's own state folder is unreadable or cannot be written
 ├── IdentityError      the device's identity is missing, damaged, or not what it should be
+├── BundleError        an update is not signed by this fleet, damaged, or cannot be installed
 ├── ListenError        the HTTP API cannot listen where it should
 ├── InputError         what is to be answered is no picture, or not one the network takes
 └── Unanswered         a request to answer pictures that got no answer, by its own fault or not
@@ -34,6 +35,10 @@ class StateError(AgentError):
 
 class IdentityError(AgentError):
     """There is no usable identity; says which file or answer is wrong and what to do."""
+
+
+class BundleError(AgentError):
+    """An update cannot be used; says why."""
 
 
 class InputError(AgentError):

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from edge_agent.meters import Meters
 from tensors.rate import Rated
 
 
-class Result(Protocol):
-    """What a batch did at the exit."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one batch at the device's exit: mean loss, correct answers, images."""
 
-    @property
-    def loss(self) -> float: ...
-
-    @property
-    def correct(self) -> int: ...
-
-    @property
-    def images(self) -> int: ...
+    loss: float
+    correct: int
+    images: int
 
 
 class Figures:
@@ -77,7 +74,7 @@ class Figures:
         stale = self.learnt - learnt_before
         self._meters.distribution("gradient_staleness_batches").observe(stale)
 
-    def learnt_from(self, result: Result) -> None:
+    def learnt_from(self, result: Outcome) -> None:
         """The exit learnt from a batch."""
         self.learnt += 1
         self._loss_sum += result.loss * result.images

@@ -71,7 +71,7 @@ class Holding:
             return None
         try:
             if message.base is None:
-                names = self._learner.start.state.keys()
+                names = self._learner.start.state.keys() or None
                 state = unpack_parameters(message.state, names=names)
             elif message.base == self.version:
                 state = apply_delta(self._learner.start.state, message.state)
@@ -111,6 +111,8 @@ class Holding:
     def upload(self) -> tuple[bytes, int | None]:
         """What was learnt since the start of the round, and the version it is the difference to."""
         state, start = self._learner.state(), self._learner.start.state
+        if not state:
+            return b"", None
         try:
             if sends_deltas(self._codec):
                 delta = encode_delta(state, start, self._codec, self._residual)

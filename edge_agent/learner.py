@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from broker.messages import Assignment, Measurement
 from edge_agent.errors import AssignmentError
+from edge_agent.figures import Outcome
 from edge_agent.snapshots import Snapshot
-from edge_agent.trainer import DeviceTrainer, Outcome
+from edge_agent.trainer import DeviceTrainer
 from tensors.codecs import Codec, Encode
 from tensors.decoding import decode_torch
 from tensors.exit_rules import softmax
@@ -123,6 +126,8 @@ class LearnerFactory:
     assignment alone must not make a device import code.
     """
 
+    programs: ClassVar[None] = None
+
     def __init__(
         self,
         *,
@@ -153,6 +158,12 @@ class LearnerFactory:
             memory_format=self._memory_format,
         )
         half = build_network(spec, seed=assignment.seed).device_half(cut)
+        if assignment.noise is not None and mixes_images(half):
+            raise AssignmentError(
+                "BatchNorm lets every image of a batch into the features of all others, so noise "
+                "on one image's features does not hide it: set network.norm = group at the "
+                "coordinator, or do without clip_norm and noise_std"
+            )
         trainer = DeviceTrainer(
             half,
             self.compute,
@@ -162,6 +173,7 @@ class LearnerFactory:
             weight_decay=assignment.weight_decay,
             distill_weight=assignment.distill_weight,
             distill_temperature=assignment.distill_temperature,
+            clip=None if assignment.noise is None else assignment.noise.clip_norm,
         )
         return TorchLearner(half, self.compute, trainer)
 
@@ -209,6 +221,14 @@ class LearnerFactory:
                 f"does not allow; add it to `networks` in its configuration if that is meant"
             )
         return NetworkSpec(**assignment.network.model_dump())
+
+
+def mixes_images(half: CutNetwork) -> bool:
+    """Whether, in training, an image's features depend on the others of its batch: BatchNorm.
+
+    That a user's own blocks do so in another way is not seen.
+    """
+    return any(isinstance(each, _BatchNorm) for each in half.blocks.modules())
 
 
 def _compute_with(threads: int) -> None:

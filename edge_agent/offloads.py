@@ -27,11 +27,13 @@ LONGEST_MS = 600_000
 class Asked:
     """One image in a message. It may be offloaded, audited or both; what is over is neither.
 
+    ``row`` is its place in its request, ``index`` among the images that were computed with it.
     ``due``: when whoever waits for it gives up, on the clock.
     """
 
     ticket: Ticket
     row: int
+    index: int
     due: float
     offloaded: bool
     audited: bool
@@ -74,11 +76,17 @@ class Offloads:
         self._out: dict[int, _Sent] = {}
 
     def ask(
-        self, run: str, version: int, images: list[Asked], encode: Callable[[], Any]
+        self,
+        run: str,
+        version: int,
+        images: list[Asked],
+        admit: Callable[[list[Asked]], NDArray[np.bool_]],
+        encode: Callable[[list[Asked]], Any],
     ) -> Features | None:
-        """The message that asks about these images; ``encode`` makes their features, encoded.
+        """The message that asks about these images, or about those that may leave the device.
 
-        None if it is not sent: then the offloaded among them are settled.
+        ``admit`` says which of some may, (N,), and books that they do; ``encode`` makes the encoded
+        features of some. None if nothing is sent. What is offloaded and not asked about is settled.
         """
         if len(self._out) >= self._most:
             self._hold(images, "busy")
@@ -87,8 +95,13 @@ class Offloads:
             self._hold(images, "budget")
             return None
         began = self._clock()
+        allowed = list(zip(images, admit(images), strict=True))
+        self._hold([image for image, may in allowed if not may], "privacy")
+        images = [image for image, may in allowed if may]
+        if not images:
+            return None
         try:
-            encoded = encode()
+            encoded = encode(images)
         except CodecError:  # not finite: there is nothing to ask with
             self._hold(images, REFUSED + "not_finite")
             return None

@@ -10,6 +10,7 @@ from broker.messages import Features, Inference, Prediction
 from edge_agent.answer_counts import Counts
 from edge_agent.answers import Answers, Bounds, Predictor
 from edge_agent.exit_policy import ExitPolicy, Limits, Policy
+from edge_agent.privacy import Release
 from tensors.codecs import Codec
 
 
@@ -33,6 +34,7 @@ class InferenceRun:
         clock: Callable[[], float],
         cpu_clock: Callable[[], float] | None = None,
         pending: int = 4,
+        release: Release | None = None,
     ) -> None:
         self._batches = batches
         self._threshold = policy.threshold
@@ -49,7 +51,7 @@ class InferenceRun:
             ),
             cpu_clock=cpu_clock,
         )
-        self._answers.use(run, version, predictor, policy, codec)
+        self._answers.use(run, version, predictor, policy, codec, release=release)
 
     @property
     def has_work(self) -> bool:

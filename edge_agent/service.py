@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,24 +19,29 @@ from broker.envelopes import channel
 from broker.errors import TransportError
 from broker.link import Link, single_frame
 from broker.logs import LogControl, Untouched
-from broker.messages import Assignment, Hello, Measurement, Status
+from broker.messages import Assignment, Hello, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
-from edge_agent.attempt import Learner
-from edge_agent.core import AgentCore, OnVersion
+from edge_agent.core import AgentCore, Learners, OnVersion
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
+from edge_agent.lite import LiteFactory
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
+from edge_agent.privacy import Privacy
+from edge_agent.programs import DiskPrograms
 from edge_agent.readings import LinkMeters, read_process
 from edge_agent.settings import AgentSettings
+from edge_agent.systemd import KeepAlive, Nobody, Supervisor
 from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Data
 
 if TYPE_CHECKING:
     from edge_agent.edge import EdgeService
     from edge_agent.identity.keeper import IdentityKeeper
+    from edge_agent.learner import LearnerFactory
+    from edge_agent.updates.updater import Updater
 
 
 def new_boot() -> str:
@@ -63,12 +68,18 @@ def software() -> str:
         return "splitfleet (not installed)"
 
 
-class Learners(Protocol):
-    """Makes what a device learns with; :class:`LearnerFactory` with torch."""
+def make_learners(settings: AgentSettings) -> LearnerFactory | LiteFactory:
+    """Those of the engine in the settings."""
+    if settings.engine == "onnxruntime":
+        return LiteFactory(DiskPrograms(settings.state_dir), threads=settings.threads)
+    from edge_agent.learner import LearnerFactory
 
-    def build(self, assignment: Assignment) -> Learner: ...
-
-    def measure(self, assignment: Assignment) -> Measurement: ...
+    return LearnerFactory(
+        networks=settings.networks,
+        device=settings.compute,
+        precision=settings.precision,
+        memory_format=settings.memory_format,
+    )
 
 
 def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
@@ -82,6 +93,7 @@ def introduce(settings: AgentSettings, data: DeviceData, boot: str) -> Hello:
         classes=len(data.train.classes),
         image=data.image,
         cut=None if settings.cut == "auto" else settings.cut,
+        frozen=settings.engine == "onnxruntime",
     )
 
 
@@ -114,31 +126,27 @@ def build_agent(
     clock: Callable[[], float],
     reporter: Reporter | None = None,
     learners: Learners | None = None,
+    privacy: Privacy | None = None,
 ) -> AgentCore:
-    """Put an agent together; ``learners`` are torch's unless others are given."""
-    if learners is None:
-        from edge_agent.learner import LearnerFactory
+    """Put an agent together; ``learners`` are those of :func:`make_learners` unless given.
 
-        learners = LearnerFactory(
-            networks=settings.networks,
-            device=settings.compute,
-            precision=settings.precision,
-            memory_format=settings.memory_format,
-        )
-    return AgentCore(
+    What left of its images is booked in memory alone unless ``privacy`` is given.
+    """
+    core = AgentCore(
         Topics(settings.fleet),
         settings.device,
         hello,
         data,
         uplink=uplink,
-        build=learners.build,
-        measure=learners.measure,
+        learners=learners or make_learners(settings),
         snapshots=snapshots,
         clock=clock,
         stay=not settings.exit_when_finished,
         offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
         reporter=reporter or make_reporter(settings, hello.boot, clock=clock),
     )
+    core.privacy = privacy or Privacy.by(settings, None)
+    return core
 
 
 async def run_agent(
@@ -153,19 +161,25 @@ async def run_agent(
     identity: IdentityKeeper | None = None,
     logs: LogControl | None = None,
     reporter: Reporter | None = None,
+    supervisor: Supervisor | None = None,
+    updater: Updater | None = None,
 ) -> None:
     """Take part in the fleet until ``stop`` is set, or the run ends if the settings say so.
 
     ``transport`` must have :func:`last_will` of the same ``boot`` as its will. Images are answered
-    through ``edge`` meanwhile, if it is given, and ``identity`` is kept valid. A ``reporter`` that
+    through ``edge`` meanwhile, if it is given, ``identity`` is kept valid, and ``updater`` ends the
+    service when another version is to be started. A ``reporter`` that
     somebody else reads, too, is of the same ``boot``; ``logs`` has the level that the coordinator
-    orders.
+    orders. The ``supervisor`` is told that the agent has started, whether there is a broker or not,
+    and then that it lives.
 
     Raises:
         AgentError: the coordinator refused this device, or asks what it cannot do.
         ConnectRefused: the broker will not have this client.
+        StateError: the account of what left of its images is unusable.
     """
     topics = Topics(settings.fleet)
+    supervisor = supervisor or Nobody()
     async with transport:
         counted = LinkMeters()
         if reporter is None:
@@ -181,6 +195,7 @@ async def run_agent(
             uplink=lambda: link.uplink_bytes_per_s,
             clock=time.monotonic,
             reporter=reporter,
+            privacy=Privacy.by(settings, settings.state_dir),
         )
         reporter.add(counted.meter)
         reporter.add(read_process)
@@ -190,9 +205,14 @@ async def run_agent(
         logs.about(lambda: core.place)
         core.on_log_level = logs.set_level
         await link.subscribe(*topics.device_filters(settings.device))
+        keep_alive = KeepAlive(supervisor)
+        supervisor.ready()
+        living = asyncio.create_task(keep_alive.run(), name="keep-alive")
         try:
-            await _drive_all(core, edge, identity, link, stop)
+            await _drive_all(core, edge, identity, updater, link, stop, keep_alive)
         finally:  # an error, too, ends the connection in good order: no last will follows
+            living.cancel()
+            supervisor.stopping()
             with contextlib.suppress(TransportError):
                 await link.send(core.telemetry())
                 await link.send(core.goodbye())
@@ -200,7 +220,7 @@ async def run_agent(
             raise AgentError(core.problem)
 
 
-TRAINING, ANSWERING, IDENTITY = "training", "answering", "identity"
+TRAINING, ANSWERING, IDENTITY, UPDATING = "training", "answering", "identity", "updating"
 _FOR_BOTH = {
     ("down", "assignment"),
     ("down", "parameters"),
@@ -215,6 +235,10 @@ def route(address: Address, *, measuring: bool) -> Collection[str]:
     what = channel(address)
     if what == ("down", "certificate"):
         return (IDENTITY,)
+    if what == ("down", "piece"):
+        return (UPDATING,)
+    if address.kind == "command":
+        return (TRAINING, UPDATING)
     if what == ("down", "prediction"):
         return (ANSWERING, TRAINING) if measuring else (ANSWERING,)
     return (TRAINING, ANSWERING) if what in _FOR_BOTH else (TRAINING,)
@@ -224,17 +248,22 @@ async def _drive_all(
     core: AgentCore,
     edge: EdgeService | None,
     identity: IdentityKeeper | None,
+    updater: Updater | None,
     link: Link,
     stop: asyncio.Event,
+    keep_alive: KeepAlive,
 ) -> None:
-    """Drive the machines there are, each in its thread, until the training one is over."""
+    """Drive the machines there are, each in its thread, until one of them is over."""
+    run = partial(drive, clock=time.monotonic)
     machines: dict[str, Machine] = {}
     if edge is not None:
         machines[ANSWERING] = edge.machine
     if identity is not None:
         machines[IDENTITY] = identity.machine
+    if updater is not None:
+        machines[UPDATING] = updater
     if not machines:
-        await drive(core, link, clock=time.monotonic, stop=stop)
+        await run(core, link, stop=stop, turned=keep_alive.of(TRAINING))
         return
     branches = Branches(
         link,
@@ -247,11 +276,11 @@ async def _drive_all(
     )
     ended = asyncio.Event()
     training = asyncio.create_task(
-        drive(core, branches[TRAINING], clock=time.monotonic, stop=stop), name=TRAINING
+        run(core, branches[TRAINING], stop=stop, turned=keep_alive.of(TRAINING)), name=TRAINING
     )
     beside = [
         asyncio.create_task(
-            drive(machine, branches[name], clock=time.monotonic, stop=ended), name=name
+            run(machine, branches[name], stop=ended, turned=keep_alive.of(name)), name=name
         )
         for name, machine in machines.items()
     ]
@@ -273,6 +302,8 @@ async def _drive_all(
         core.on_version = None
         if edge is not None:
             edge.close()
+        if updater is not None:
+            updater.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

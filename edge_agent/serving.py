@@ -30,9 +30,10 @@ from edge_agent.answer_meters import enter_counts
 from edge_agent.answers import Answers, Predictor
 from edge_agent.asking import Question
 from edge_agent.enquiries import Enquiry, Health
-from edge_agent.errors import AgentError, StateError
+from edge_agent.errors import AgentError, NotReady, StateError
 from edge_agent.exit_policy import ExitPolicy, policy_of
 from edge_agent.meters import Meters
+from edge_agent.privacy import Privacy
 from edge_agent.served import Served, ServedStore
 from tensors.codecs import parse_codec
 from tensors.deltas import fingerprint
@@ -55,7 +56,10 @@ Build = Callable[[Assignment, State], Predictor]
 
 
 class ServingMachine:
-    """Answers enquiries; ``build`` makes a predictor from parameters, in the machine's thread."""
+    """Answers enquiries; ``build`` makes a predictor from parameters, in the machine's thread.
+
+    ``privacy`` says what may leave of the images it asks about.
+    """
 
     def __init__(
         self,
@@ -66,7 +70,9 @@ class ServingMachine:
         build: Build,
         store: ServedStore,
         clock: Callable[[], float],
+        privacy: Privacy | None = None,
     ) -> None:
+        self._privacy = privacy or Privacy()
         self._device = device
         self._answers = answers
         self._policy = policy
@@ -298,6 +304,9 @@ class ServingMachine:
         self._stop_asking()
         try:
             self._adopt(served)
+        except NotReady as exc:
+            log.info("version %d does not serve yet: %s", served.serving.version, exc)
+            self._asks_for, self._ask_at = served.key, self._clock() + GRACE_S
         except (AgentError, TensorsError) as exc:
             self._refused = served.key
             log.warning("version %d cannot serve: %s", served.serving.version, exc)
@@ -326,6 +335,7 @@ class ServingMachine:
             parse_codec(served.assignment.activation_codec),
             shape=(network.channels, network.size, network.size),
             message_images=served.assignment.batch_size,
+            release=self._privacy.release(served.assignment),
         )
         self._served = served
         if self._save_at is None:

@@ -12,6 +12,7 @@ from broker.fields import Name
 from broker.logs import LogFormat, LogLevel
 from broker.topics import check_device
 from edge_agent.http_server import is_loopback, parse_address
+from tensors.privacy import GaussianMechanism, rho_of
 
 AUTO = "auto"
 
@@ -32,6 +33,9 @@ class AgentSettings(BaseModel):
     settings then have neither files nor a password."""
     claims_port: int = Field(default=8884, ge=1, le=65_535)
     """Where, on the broker's host, devices with a token or an ended certificate are let in."""
+    updates_dir: Path | None = None
+    """Where new versions of its software are installed, for start.sh to start (docs/updates.md);
+    without it, and without an identity, it takes none."""
     state_dir: Path = Path("agent-state")
     """Where the device keeps its own learning between restarts."""
 
@@ -55,10 +59,27 @@ class AgentSettings(BaseModel):
     """Factories ``package.module:function`` this device may import, beside the built-in ones."""
 
     # Where it is computed
+    engine: Literal["torch", "onnxruntime"] = "torch"
+    """onnxruntime: for a device too small for torch; its half of the network is not trained, but
+    computed with what other devices of its cut have learnt (docs/method.md)."""
     compute: str = "cpu"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
+
+    # What leaves it of its images
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """L2 norm to which the features of every image are clipped; needs noise_std."""
+    noise_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Standard deviation of the noise on every value of them; needs clip_norm. Of these and what
+    the coordinator wants, the smaller clip and the larger noise hold (docs/security.md)."""
+    privacy_rho: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Budget of an image in zCDP: what would go beyond it is not released."""
+    privacy_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The same budget as the ε of (ε, δ)-differential privacy at privacy_delta."""
+    privacy_delta: float = Field(default=1e-5, gt=0, lt=1)
+    privacy_images: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
+    """How many images the account has room for, about 50 bytes each; no others are released."""
 
     # How it answers images
     offload_requests_per_h: float | None = Field(default=None, ge=0)
@@ -105,6 +126,20 @@ class AgentSettings(BaseModel):
     log_level: LogLevel = "info"
     log_format: LogFormat = "human"
 
+    @property
+    def mechanism(self) -> GaussianMechanism | None:
+        """What this device itself demands of features that leave it."""
+        if self.clip_norm is None or self.noise_std is None:
+            return None
+        return GaussianMechanism(self.clip_norm, self.noise_std)
+
+    @property
+    def privacy_budget(self) -> float | None:
+        """The most ρ that an image may be released with."""
+        if self.privacy_epsilon is not None:
+            return rho_of(self.privacy_epsilon, self.privacy_delta)
+        return self.privacy_rho
+
     @field_validator("device")
     @classmethod
     def _check_device(cls, device: str) -> str:
@@ -129,6 +164,43 @@ class AgentSettings(BaseModel):
             raise ValueError(
                 f"http = {self.http} can be reached from other machines: give an http_token_file, "
                 "or listen on 127.0.0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> Self:
+        if self.updates_dir is not None and self.identity_dir is None:
+            raise ValueError("updates_dir needs identity_dir: only a fleet's own updates are taken")
+        return self
+
+    @model_validator(mode="after")
+    def _check_privacy(self) -> Self:
+        if (self.clip_norm is None) is not (self.noise_std is None):
+            raise ValueError(
+                "clip_norm and noise_std go together: noise hides nothing of known size without a "
+                "clip, nor a clip without noise; set both, or neither"
+            )
+        if self.privacy_rho is not None and self.privacy_epsilon is not None:
+            raise ValueError("privacy_rho and privacy_epsilon are one budget: give one of them")
+        if self.privacy_budget is None:
+            return self
+        if self.mechanism is None:
+            raise ValueError("a privacy budget needs noise to count: set clip_norm and noise_std")
+        if self.mechanism.rho > self.privacy_budget:
+            raise ValueError(
+                f"one release costs ρ = {self.mechanism.rho:g}, more than the budget, "
+                f"ρ = {self.privacy_budget:g}: nothing would leave; raise noise_std or the budget"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine == "onnxruntime" and not (
+            self.compute == "cpu" and self.precision in ("auto", "fp32")
+        ):
+            raise ValueError(
+                f"compute = {self.compute}, precision = {self.precision}: engine = onnxruntime "
+                "computes in fp32 on the CPU; leave both out, or use engine = torch"
             )
         return self
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.errors import InputError
+
 By = Literal["exit", "server", "fallback"]
 STAGES = ("queue", "exit", "encode", "round_trip", "server_queue", "server_forward", "total")
 
@@ -114,3 +116,9 @@ class Waiting:
         """When the next is overdue."""
         times = [ticket.deadline for ticket in self._tickets if ticket.deadline is not None]
         return min(times, default=None)
+
+
+def wrong_shape(shape: tuple[int, ...], wanted: tuple[int, ...] | None) -> InputError:
+    """What is raised for images (N, …) of this shape where each must have the wanted one."""
+    each = "(C, H, W)" if wanted is None else str(wanted)
+    return InputError(f"images of shape {shape} are not taken: must be N times {each}")

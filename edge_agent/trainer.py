@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from edge_agent.errors import TrainingError
+from edge_agent.figures import Outcome
 from edge_agent.snapshots import Snapshot
 from tensors.losses import cross_entropy, distillation, log_prior
 from tensors.networks import CutNetwork, Exits, State, read_state, write_state
+from tensors.privacy_torch import clip_rows
 from tensors.slots import Slots
 from tensors.training import (
     Compute,
@@ -28,15 +30,6 @@ from tensors.training import (
     set_learning_rate,
     write_momentum,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Of one batch at the device's exit: mean loss, correct answers, images."""
-
-    loss: float
-    correct: int
-    images: int
 
 
 @dataclass(slots=True)
@@ -54,7 +47,8 @@ class DeviceTrainer:
     ``exit_weight`` scales the cross entropy of the exit, ``feedback_weight`` the gradient that the
     coordinator returns for the features, ``distill_weight`` the distance of the exit's answers from
     those of the whole network (``tensors.losses.distillation`` at ``distill_temperature``); all
-    together make one optimizer step.
+    together make one optimizer step. With ``clip`` every image's features are scaled to an L2 norm
+    of at most that before they leave, and the returned gradient goes through that scaling, too.
     """
 
     def __init__(
@@ -68,8 +62,10 @@ class DeviceTrainer:
         weight_decay: float,
         distill_weight: float = 0.0,
         distill_temperature: float = 1.0,
+        clip: float | None = None,
     ) -> None:
         compute.place(half)
+        self._clip = clip
         self._half = half
         self._compute = compute
         self._exits = Exits(half)
@@ -109,6 +105,8 @@ class DeviceTrainer:
         targets = torch.as_tensor(labels).to(self._compute.device, non_blocking=True)
         with self._compute.arithmetic(), slots.filled(parameters, buffers):
             features, logits = self._exits(self._compute.tensor(images))
+        if self._clip is not None:
+            features = clip_rows(features, self._clip)
         loss = cross_entropy(logits.float(), targets, self._log_prior)
         hits = (logits.argmax(1) == targets).sum()
         # One look at the device instead of two.

@@ -27,6 +27,7 @@ from edge_agent.holding import Holding, SnapshotStore
 from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.predictor import InferenceRun
+from edge_agent.privacy import Release, ReleasedStream
 from edge_agent.quota import quota_of
 from tensors.codecs import parse_codec
 
@@ -53,6 +54,7 @@ class Workplace:
     """A device under one assignment: how it enters a round, leaves it or stays, and answers images.
 
     What it counts goes into ``meters``; ``cpu_clock`` is processor time of the thread it runs in.
+    Features leave as ``release`` lets them.
     Raises ``TensorsError`` for an assignment that cannot be followed.
     """
 
@@ -69,6 +71,7 @@ class Workplace:
         offline: OfflineLimits,
         meters: Meters,
         cpu_clock: Callable[[], float],
+        release: Release | None = None,
     ) -> None:
         self.holding = Holding(assignment, learner, snapshots)
         self.attempt: Attempt | None = None
@@ -77,12 +80,16 @@ class Workplace:
         self._data = data
         self._device = device
         self._assignment = assignment
-        self._stream = data.stream(assignment, device)
+        stream = data.stream(assignment, device)
+        self._stream: Stream = stream if release is None else ReleasedStream(stream, release)
+        self._release = release
         self._clock = clock
         self._offline = offline
         self._meters = meters
         self._cpu_clock = cpu_clock
-        self._encoder = ActivationEncoder(assignment, uplink=uplink, encode=learner.encode)
+        self._encoder = ActivationEncoder(
+            assignment, uplink=uplink, encode=learner.encode, release=release
+        )
         self._settled: tuple[str, int, int] | None = None
         if assignment.label_skew == "calibrated":
             learner.calibrate(data.label_counts(assignment.network.classes))
@@ -224,6 +231,7 @@ class Workplace:
             version=announced.version,
             clock=self._clock,
             cpu_clock=self._cpu_clock,
+            release=self._release,
         )
 
     def meter(self, meters: Meters) -> None:

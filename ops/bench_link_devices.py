@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import SecretStr
 
 from broker.config import BrokerConfig
 from edge_agent.answer_counts import Counts
@@ -51,7 +50,8 @@ class Task:
     url: str
     fleet: str
     names: tuple[str, ...]
-    passwords: tuple[str, ...]
+    identities: tuple[str, ...]
+    """The devices' folders of key and certificates."""
     cuts: tuple[int, ...]
     state_dir: str
     dataset: str
@@ -67,7 +67,7 @@ class Task:
     def read(cls, text: str) -> Task:
         """What :func:`json.dumps` has made of its fields."""
         fields = json.loads(text)
-        for name in ("names", "passwords", "cuts", "networks"):
+        for name in ("names", "identities", "cuts", "networks"):
             fields[name] = tuple(fields[name])
         return cls(**fields)
 
@@ -155,18 +155,14 @@ def _edge(task: Task, number: int, test: Dataset, rows: np.ndarray) -> Edge:
     settings = AgentSettings(
         fleet=task.fleet,
         device=name,
+        identity_dir=Path(task.identities[number]),
         cut=task.cuts[number],
         state_dir=Path(task.state_dir) / name,
         networks=task.networks,
         precision="fp32",
         memory_format="contiguous",
     )
-    broker = BrokerConfig(
-        url=task.url,
-        username=name,
-        password=SecretStr(task.passwords[number]),
-        backoff_max_s=1.0,
-    )
+    broker = BrokerConfig(url=task.url, backoff_max_s=1.0)
     return Edge(settings, broker, data=DeviceData(test, rows, None, np.zeros(0, np.int64)))
 
 

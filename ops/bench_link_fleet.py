@@ -15,29 +15,27 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from broker.mosquitto import write_mosquitto_config
-from broker.topics import COORDINATOR
+from broker.mosquitto import PORT, START
 from coordinator.store import Store
 from ops.bench_link_devices import READY_S, Measured, Task
 from ops.errors import DiskTrouble, FleetFailed, OpsError
 from ops.files import to_toml
+from ops.identity import init_fleet
 from ops.network_link import End, NetworkLink
 
-PORT = 1883
 STOP_S = 20.0
 RESULT_S = 600.0
 """How long a coordinator may take to score its run."""
 POLL_S = 0.1
-_BROKER = (
-    'exec 3<&0; "$1" -c "$2" & broker=$!; { cat <&3 >/dev/null; kill $broker; } & wait $broker'
-)
-"""Mosquitto does not end with its standard input, that is with this process; this makes it."""
+_BROKER = 'exec 3<&0; sh "$1" & broker=$!; { cat <&3 >/dev/null; kill $broker; } & wait $broker'
+"""The broker does not end with its standard input, that is with this process; this makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,29 +101,26 @@ class LinkFleet:
         self._data_root = None if data_root is None else str(data_root.absolute())
         self._fleet = str(run.settings["fleet"])
         self._names = tuple(f"cut-{cut}" for cut in run.cuts)
-        self._url = f"mqtt://{link.near.address}:{PORT}"
+        self._url = f"mqtts://{link.near.address}:{PORT}"
         self._stack = contextlib.ExitStack()
-        self._passwords: Mapping[str, str] = {}
+        self._identities: tuple[str, ...] = ()
+        self._connection: Mapping[str, Any] = {}
 
     def __enter__(self) -> Self:
         """Start the broker. Raises :class:`OpsError` without Mosquitto, :class:`DiskTrouble`."""
-        program = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-        if program is None:
+        if shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
             raise OpsError("mosquitto is not installed: apt-get install mosquitto")
         try:
             self._folder.chmod(0o755)  # Mosquitto gives up root's rights before it reads its files
             shutil.copytree(self._run.state_dir, self._folder / "coordinator")
         except (OSError, shutil.Error) as exc:
             raise DiskTrouble(f"cannot copy {self._run.state_dir}: {exc}; free space") from exc
-        files = write_mosquitto_config(
-            self._folder / "broker",
-            self._fleet,
-            devices=self._names,
-            host=self._link.near.address,
-            port=PORT,
-        )
-        self._passwords = files.credentials
-        command = ["sh", "-c", _BROKER, "sh", program, str(files.configuration)]
+        with init_fleet(
+            self._folder / "fleet", self._fleet, broker_names=[self._link.near.address]
+        ) as fleet:
+            self._identities = tuple(str(fleet.add_device(name)) for name in self._names)
+            self._connection = tomllib.loads(fleet.coordinator_config.read_text())["broker"]
+            command = ["sh", "-c", _BROKER, "sh", str(fleet.broker_dir / START)]
         self._broker = self._stack.enter_context(self._process("broker", self._link.near, command))
         return self
 
@@ -143,7 +138,7 @@ class LinkFleet:
             url=self._url,
             fleet=self._fleet,
             names=self._names,
-            passwords=tuple(self._passwords[name] for name in self._names),
+            identities=self._identities,
             cuts=self._run.cuts,
             state_dir=str(self._folder / "devices"),
             dataset=self._run.dataset,
@@ -191,17 +186,13 @@ class LinkFleet:
         if self._data_root is not None:
             settings["data_root"] = self._data_root
         file = self._folder / "coordinator.toml"
-        file.write_text(to_toml({"coordinator": settings}), encoding="utf-8")
+        connection = {**self._connection, "backoff_max_s": 1.0}
+        file.write_text(to_toml({"broker": connection, "coordinator": settings}), encoding="utf-8")
         command = _python("ops.cli", "coordinator", "--config", str(file), "--quiet")
-        command += ["--broker", self._url, "--until-eof"]
-        environment = {
-            "SPLITFLEET_BROKER_USERNAME": COORDINATOR,
-            "SPLITFLEET_BROKER_PASSWORD": self._passwords[COORDINATOR],
-            "SPLITFLEET_BROKER_BACKOFF_MAX_S": "1",
-        }
+        command.append("--until-eof")
         result = self._folder / "coordinator" / self._run.name / "result.json"
         result.unlink(missing_ok=True)
-        with self._process("coordinator", self._link.near, command, environment) as process:
+        with self._process("coordinator", self._link.near, command) as process:
             # It scores the finished run again before it listens, and then writes this.
             end = time.monotonic() + RESULT_S
             while not result.exists():
@@ -213,11 +204,7 @@ class LinkFleet:
 
     @contextlib.contextmanager
     def _process(
-        self,
-        name: str,
-        end: End,
-        command: Sequence[str],
-        environment: Mapping[str, str] | None = None,
+        self, name: str, end: End, command: Sequence[str]
     ) -> Iterator[subprocess.Popen[bytes]]:
         with self._log(name) as log:
             process = subprocess.Popen(
@@ -225,7 +212,6 @@ class LinkFleet:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
         try:

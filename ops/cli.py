@@ -15,10 +15,13 @@ from ops import (
     cli_exits,
     cli_experiment,
     cli_fleet,
+    cli_identity,
     cli_learning,
     cli_model,
     cli_plan,
     cli_predict,
+    cli_privacy,
+    cli_rollout,
     cli_simulator,
     run,
 )
@@ -37,9 +40,12 @@ cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
 cli_fleet.register(app)
+cli_identity.register(app)
 cli_model.register(app)
 cli_plan.register(app)
 cli_predict.register(app)
+cli_rollout.register(app)
+cli_privacy.register(app)
 cli_learning.register(cli_bench.bench)
 
 BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
@@ -205,6 +211,9 @@ def agent(
     ] = None,
     shares: Annotated[int | None, typer.Option(help="into how many parts it is split")] = None,
     state_dir: Annotated[Path | None, typer.Option()] = None,
+    lite: Annotated[
+        bool, typer.Option("--lite", help="without torch: engine = onnxruntime, see docs/method.md")
+    ] = False,
     threads: Annotated[int | None, typer.Option()] = None,
     exit_when_finished: Annotated[bool | None, typer.Option()] = None,
     http: Annotated[
@@ -234,6 +243,7 @@ def agent(
         "share": share,
         "shares": shares,
         "state_dir": state_dir,
+        "engine": "onnxruntime" if lite else None,
         "threads": threads,
         "exit_when_finished": exit_when_finished,
         "http": http,
@@ -259,21 +269,6 @@ def broker_run(
         serve_broker(port, until_eof=until_eof)
 
 
-@broker_app.command("config")
-def broker_config(
-    folder: Annotated[Path, typer.Argument(help="where the files are written")],
-    device: Annotated[list[str], typer.Option(help="a device's name; may be repeated")],
-    fleet: Annotated[str, typer.Option()] = "fleet",
-    port: Annotated[int, typer.Option()] = 1883,
-    host: Annotated[str, typer.Option(help="the address Mosquitto listens on")] = "127.0.0.1",
-) -> None:
-    """Write a hardened mosquitto.conf with its access rules and passwords."""
-    from ops.services import write_broker_config
-
-    for name, password in write_broker_config(folder, fleet, device, host, port).items():
-        print(f"{name}\t{password}")
-
-
 @app.command()
 def doctor(
     *,
@@ -285,11 +280,12 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Check this machine, the broker and the data, and say what to do about each failure."""
-    from ops.doctor import examine, show
+    from ops.doctor import examine, show, with_identity
 
     config_of_broker = None
     if broker is not None or config is not None:
         config_of_broker = run.settings_of(BrokerConfig, "broker", config, {"url": broker})
+        config_of_broker = with_identity(config_of_broker, config)
     findings = asyncio.run(
         examine(config_of_broker, dataset=dataset, data_root=data_root, state_dir=state_dir)
     )

@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
 from broker.errors import EmbeddedBrokerError
+from edge_agent.identity.folder import IdentityFolder
 from ops.doctor_broker import examine_broker
 from ops.finding import Finding, State
 from tensors.datasets import load_dataset
@@ -64,6 +66,18 @@ async def examine(
     except EmbeddedBrokerError as exc:
         advice = "install splitfleet again, or use Mosquitto and give its --broker URL"
         return [*findings, Finding("embedded broker", "failed", str(exc), advice)]
+
+
+def with_identity(broker: BrokerConfig, config: Path | None) -> BrokerConfig:
+    """``broker`` with the files of the agent's identity, if ``config`` names one."""
+    if config is None:
+        return broker
+    folder = tomllib.loads(config.read_text("utf-8")).get("agent", {}).get("identity_dir")
+    if folder is None:
+        return broker
+    own = IdentityFolder(Path(folder))
+    files = {"ca_file": own.ca_file, "cert_file": own.device_file, "key_file": own.key_file}
+    return broker.model_copy(update=files)
 
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> None:

@@ -1,8 +1,7 @@
 """The doctor's checks of a broker: can it be reached, does it speak MQTT 5, does it carry a fleet.
 
-A client with a user name takes that name as its client id on a broker that ties the two together,
-and so would throw out a running client of the same name: give the doctor the name of a client that
-does not run.
+A broker of a fleet ties the client id to the certificate's name (or the user name), and so a doctor
+would throw out a running client of the same name: give it the identity of one that does not run.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import AsyncIterator
 
 from broker.config import BrokerConfig
 from broker.errors import (
-    ConfigError,
     ConnectRefused,
     PacketTooLarge,
     PublishRefused,
@@ -25,6 +23,7 @@ from broker.errors import (
 from broker.mqtt import MqttTransport
 from broker.topics import ROOT
 from broker.transport import Connected, Disconnected, Packet, Transport, packet_size
+from ops.doctor_tls import check_certificate, check_tls
 from ops.finding import Finding
 
 PACKET_BYTES = 131_072
@@ -32,9 +31,14 @@ PACKET_BYTES = 131_072
 WAIT_S = 5.0
 UNSUPPORTED_VERSION = 0x84
 
+_CREDENTIALS = (
+    "show a certificate of this fleet that has not ended and is not revoked (cert_file and "
+    "key_file, or identity_dir of an agent; splitfleet fleet list), or where the broker has "
+    "passwords the right one"
+)
 _REFUSED = (
     "access rules forbid it to this client, as they should to a device's: "
-    "check again with the coordinator's name and password, while it does not run"
+    "check again with the coordinator's settings, while it does not run"
 )
 
 
@@ -53,18 +57,22 @@ async def examine_broker(config: BrokerConfig, *, fleet: str) -> list[Finding]:
     reachable = await _check_reachable(config)
     if reachable.state == "failed":
         return [reachable]
-    try:
-        transport = MqttTransport(config, config.username or f"doctor-{secrets.token_hex(4)}")
-    except ConfigError as exc:
-        return [reachable, Finding("MQTT 5", "failed", str(exc), "correct the TLS settings")]
+    findings = [reachable]
+    if config.tls:
+        findings.append(await check_tls(config))
+        if config.cert_file is not None:
+            findings.append(check_certificate(config.cert_file))
+        if findings[1].state == "failed":
+            return findings
+    transport = MqttTransport(config, config.username or f"doctor-{secrets.token_hex(4)}")
     async with transport:
         connection = await _connect(transport, config)
         if isinstance(connection, Finding):
-            return [reachable, connection]
+            return [*findings, connection]
         announced = connection.capabilities.max_packet_size
         base = f"{ROOT}/{fleet}/doctor/{secrets.token_hex(8)}"
         return [
-            reachable,
+            *findings,
             Finding("MQTT 5", "ok", f"spoken by {config.url}"),
             await _check_packet_size(transport, f"{base}/packet", announced),
             await _check_retained(transport, f"{base}/retained"),
@@ -106,8 +114,10 @@ async def _connect(transport: Transport, config: BrokerConfig) -> Connected | Fi
         pass
     except ConnectRefused as exc:
         if exc.reason_code != UNSUPPORTED_VERSION:
-            return Finding("MQTT 5", "failed", str(exc), "give the right user name and password")
+            return Finding("MQTT 5", "failed", str(exc), _CREDENTIALS)
         reason = str(exc)
+    if config.tls:
+        return Finding("MQTT 5", "failed", reason, _CREDENTIALS)
     return Finding(
         "MQTT 5",
         "failed",

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,18 +28,22 @@ from ops.models import load_version
 from ops.run import settings_of
 from ops.units import byte_size, percent
 from tensors.datasets import Dataset
+from tensors.errors import ProgramError
 from tensors.exit_rules import ExitRule
 from tensors.networks import CutNetwork, Exits, NetworkSpec, build_network, write_state
+from tensors.onnx_half import INPUT, OUTPUTS
+from tensors.programs import (
+    CHECKED_BATCHES,
+    Outputs,
+    compare,
+    need_onnx,
+    onnx_model,
+    quiet,
+    random_images,
+    traced,
+)
 
 Format = Literal["model", "pt2", "onnx"]
-INPUT, OUTPUTS = "images", ("features", "logits")
-CHECKED_BATCHES = (1, 2, 5)
-"""Images at a time with which a program is compared with PyTorch."""
-TOLERANCE = 1e-4
-"""Of the largest value of an output: another runtime adds up in another order."""
-MOST_IMAGES = 65_536
-"""The largest batch a program takes."""
-_Outputs = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +88,17 @@ def export(
 ) -> None:
     """Write ``to``, check it, and say what it holds.
 
-    Raises :class:`SettingsWrong`, ``StoreError``, ``DataError``; :class:`OpsError` if what was
-    written does not answer as PyTorch does. ``to`` is then as it was before.
+    Raises :class:`SettingsWrong`, ``StoreError``, ``DataError``; ``ProgramError`` or
+    :class:`OpsError` if what was written does not answer as PyTorch does. ``to`` is then as it was
+    before.
     """
     if to.is_dir() or not to.name:
         raise SettingsWrong(f"--to {to}: that is a folder; name a file in it")
     if kind == "onnx":
-        _need_onnx()
+        try:
+            need_onnx()
+        except ProgramError as exc:
+            raise SettingsWrong(f"{exc}, or export --format pt2") from exc
     card, network = _load(source, wishes)
     if kind == "model":
         _export_model(to, card, network)
@@ -101,9 +107,9 @@ def export(
     cut, _ = card.cut_card(cut)
     make, load = (_pt2, _load_pt2) if kind == "pt2" else (_onnx, _load_onnx)
     half = Exits(network.device_half(cut)).eval()
-    with _quiet():
+    with quiet():
         data = make(half, card)
-        difference = _compare(half, load(data), card.spec)
+        difference = compare(half, load(data), card.spec)
     write_bytes(to, data)
     print(
         f"{to}: version {card.version} of {card.run} up to cut {cut} with its exit, "
@@ -203,7 +209,7 @@ def _export_model(to: Path, card: ModelCard, network: CutNetwork) -> None:
     try:
         write_model(beside, card, read_state(network))
         again = read_model(beside, factories=(card.network.name,))
-        images = torch.from_numpy(_random_images(card.spec, CHECKED_BATCHES[-1]))
+        images = torch.from_numpy(random_images(card.spec, CHECKED_BATCHES[-1]))
         with torch.inference_mode():
             for cut in sorted(card.cuts):
                 for ours, theirs in zip(
@@ -225,58 +231,16 @@ def _require(equal: bool, what: str) -> None:  # noqa: FBT001 one condition, one
         raise OpsError(f"{what} is not what was written: check the disk, and report this")
 
 
-def _random_images(spec: NetworkSpec, count: int) -> np.ndarray:
-    shape = (count, spec.channels, spec.size, spec.size)
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-
-
-def _compare(half: Exits, run: Callable[[np.ndarray], _Outputs], spec: NetworkSpec) -> float:
-    """The largest difference of any output, as a share of its largest value.
-
-    Raises :class:`OpsError` if it is above :data:`TOLERANCE`.
-    """
-    worst = 0.0
-    for count in CHECKED_BATCHES:
-        images = _random_images(spec, count)
-        with torch.inference_mode():
-            wanted = [output.numpy() for output in half(torch.from_numpy(images))]
-        for name, ours, theirs in zip(OUTPUTS, wanted, run(images), strict=True):
-            if ours.shape != theirs.shape:
-                raise OpsError(f"{name} have shape {theirs.shape}, PyTorch's {ours.shape}")
-            difference = float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-12))
-            if not difference <= TOLERANCE:
-                raise OpsError(
-                    f"{name} of {count} images differ from PyTorch's by {difference:.1e}: this "
-                    "network cannot be exported in this format; nothing was written"
-                )
-            worst = max(worst, difference)
-    return worst
-
-
-def _program(half: Exits, card: ModelCard) -> torch.export.ExportedProgram:
-    example = torch.from_numpy(_random_images(card.spec, 2))
-    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
-    try:
-        return torch.export.export(half, (example,), dynamic_shapes=({0: batch},))
-    except Exception as exc:
-        if not isinstance(exc, RuntimeError | ValueError | TypeError | AssertionError):
-            raise
-        raise OpsError(
-            f"torch.export cannot follow this network ({exc}): its blocks must not decide by the "
-            "values of tensors or by the number of images"
-        ) from exc
-
-
 def _pt2(half: Exits, card: ModelCard) -> bytes:
     buffer = io.BytesIO()
-    torch.export.save(_program(half, card), buffer, extra_files={KEY: card.model_dump_json()})
+    torch.export.save(traced(half, card.spec), buffer, extra_files={KEY: card.model_dump_json()})
     return buffer.getvalue()
 
 
-def _load_pt2(data: bytes) -> Callable[[np.ndarray], _Outputs]:
+def _load_pt2(data: bytes) -> Callable[[np.ndarray], Outputs]:
     module = torch.export.load(io.BytesIO(data)).module()
 
-    def run(images: np.ndarray) -> _Outputs:
+    def run(images: np.ndarray) -> Outputs:
         with torch.inference_mode():
             return tuple(output.numpy() for output in module(torch.from_numpy(images)))
 
@@ -284,58 +248,23 @@ def _load_pt2(data: bytes) -> Callable[[np.ndarray], _Outputs]:
 
 
 def _onnx(half: Exits, card: ModelCard) -> bytes:
-    from tensors.torchvision_compat import torchvision_module
+    from onnx.helper import set_model_props
 
-    with contextlib.suppress(ImportError):
-        torchvision_module()  # the exporter imports it, which fails beside a CPU build of torch
-    made: Any = torch.onnx.export(
-        _program(half, card),
-        dynamo=True,
-        input_names=[INPUT],
-        output_names=list(OUTPUTS),
-        verbose=False,
-    )
-    made.model.metadata_props[KEY] = card.model_dump_json()
-    content: bytes = made.model_proto.SerializeToString()
+    model = onnx_model(half, card.spec)
+    set_model_props(model, {KEY: card.model_dump_json()})
+    content: bytes = model.SerializeToString()
     return content
 
 
-def _load_onnx(data: bytes) -> Callable[[np.ndarray], _Outputs]:
+def _load_onnx(data: bytes) -> Callable[[np.ndarray], Outputs]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
-    def run(images: np.ndarray) -> _Outputs:
+    def run(images: np.ndarray) -> Outputs:
         return tuple(session.run(list(OUTPUTS), {INPUT: images}))
 
     return run
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-    except ImportError as exc:
-        raise SettingsWrong(
-            f"ONNX cannot be written here ({exc}): pip install 'splitfleet[export]', or export "
-            "--format pt2"
-        ) from exc
-    del onnx, onnxruntime, onnxscript
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What torch's exporters say of themselves concerns nobody here."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def _sentence(card: ModelCard) -> str:

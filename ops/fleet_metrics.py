@@ -71,6 +71,12 @@ class DeviceNames:
             del self._others[device]
         return gone
 
+    def forget(self, devices: Collection[str]) -> list[str]:
+        """Forget these; the names that were shown."""
+        for device in devices:
+            self._others.pop(device, None)
+        return [device for device in devices if self._heard.pop(device, None) is not None]
+
 
 class FleetMetrics(Collector):
     """Adds up what devices gain. Told by one thread, read by others.
@@ -136,8 +142,14 @@ class FleetMetrics(Collector):
         joules += 0.0 if radio is None else size * radio.joules_per_byte
         self._joules[place] = self._joules.get(place, 0.0) + joules
 
-    def _retire(self, now: float) -> None:
-        gone = set(self._names.retire(now - RETIRED_S))
+    def forget(self, devices: Collection[str]) -> None:
+        """Show these devices no more; what they have counted stays in the sums."""
+        with self._lock:
+            self._end_series(set(self._names.forget(devices)))
+            for device in devices:
+                self._gauges.pop(device, None)
+
+    def _end_series(self, gone: Collection[str]) -> None:
         if gone:
             self._shares = {name: share for name, share in self._shares.items() if name not in gone}
             self._named = {place for place in self._named if place[-1] not in gone}
@@ -146,6 +158,9 @@ class FleetMetrics(Collector):
                 for key, amount in self._counters.items()
                 if not (METRICS[key[0]].by_device and key[2][-1] in gone)
             }
+
+    def _retire(self, now: float) -> None:
+        self._end_series(set(self._names.retire(now - RETIRED_S)))
         self._gauges = {
             device: told for device, told in self._gauges.items() if told[0] >= now - FRESH_S
         }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import (
@@ -37,6 +37,7 @@ from edge_agent.phases import Phase
 from ops.answer_metrics import AnswerMetrics
 from ops.energy import load_energy_table
 from ops.fleet_metrics import FleetMetrics
+from ops.identity_metrics import IdentityMetrics
 from ops.traffic_metrics import TrafficMetrics
 
 STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -70,6 +71,7 @@ DROPPED = (
     "reassembly_full",
     "reassembly_timeout",
     "redelivered",
+    "retired",
     "stale_attempt",
     "stale_join",
     "too_busy",
@@ -81,7 +83,7 @@ LATE = ("folded", "not_brought", "not_kept", "run_over", "too_late")
 OTHER = "other"
 
 
-class Metrics(AnswerMetrics, Collector):
+class Metrics(AnswerMetrics, IdentityMetrics, Collector):
     """What a coordinator is doing, in ``registry``, and what its devices report.
 
     Safe to read from any thread.
@@ -97,7 +99,8 @@ class Metrics(AnswerMetrics, Collector):
         disable_created_metrics()  # type: ignore[no-untyped-call]
         settings = settings or CoordinatorSettings()
         self.registry = CollectorRegistry()
-        super().__init__(self.registry)
+        AnswerMetrics.__init__(self, self.registry)
+        IdentityMetrics.__init__(self, self.registry)
         self._lock = threading.Lock()
         self._now = (0, 0)
         self._losses: dict[int, tuple[tuple[int, int], float, int]] = {}
@@ -269,6 +272,9 @@ class Metrics(AnswerMetrics, Collector):
 
     def late_work(self, outcome: str, samples: int) -> None:
         self._late.labels(outcome).inc(samples)
+
+    def retired(self, devices: Collection[str]) -> None:
+        self._fleet.forget(devices)
 
     def work_changed(self, device: str, cut: int, share: float) -> None:
         self._fleet.work_share(device, share)

@@ -9,6 +9,7 @@ from prometheus_client.core import Metric
 from broker.messages import CutPolicy
 from broker.telemetry import METRICS, PREFIX
 from broker.telemetry import Metric as Reported
+from coordinator.identity.standing import CONDITIONS, Expiry, Standing
 from coordinator.telemetry import Gain
 from coordinator.traffic import BROKER_FIGURES, Traffic
 from ops.metrics import Metrics
@@ -74,6 +75,9 @@ def filled() -> Metrics:
     metrics.round_ended(1, "closed", {"version": 1, "seconds": 1.0, **scores})
     policy = CutPolicy(threshold=0.5, agreement=0.5, accuracy=0.5, offload_rate=0.5)
     metrics.serving(1, pinned=False, cuts={"1": policy})
+    sides = {"fleet": 0.0, "claims": 0.0}
+    ends = dict.fromkeys(("broker", "coordinator", "fleet-ca", "claims-ca"), 0.0)
+    metrics.identity(Standing(Expiry(ends, sides), dict.fromkeys(CONDITIONS, 0)))
     gauges = {
         (metric.name, value): 1.0
         for metric in METRICS.values()

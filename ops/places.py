@@ -1,14 +1,13 @@
 """Places for devices that are containers of one service, and so all alike.
 
-`lay_out` runs once before the others: it writes the broker's configuration, and gives coordinator
-and devices their folders, each device's with a password, a name, a cut layer and a share of the
-data. `take` is how a container becomes a device: it holds a place that nobody else holds for as
-long as its process lives, the same after a restart. The devices' folders are in one volume, so
-these are the passwords of a fleet on one machine; on a real device there is only its own.
+`lay_out` runs once before the others: it makes the folder of a fleet (``ops.identity``), and gives
+devices their folders, each device's with an identity, a name, a cut layer and a share of the data.
+`take` is how a container becomes a device: it holds a place that nobody else holds for as long as
+its process lives, the same after a restart. The devices' folders are in one volume, so these are
+the keys of a fleet on one machine; on a real device there is only its own.
 
-    FOLDER/broker/             mosquitto.conf, acl, passwords (hashes), data/
-    FOLDER/coordinator/        coordinator.toml, state/
-    FOLDER/agents/agent-N/     agent.toml, state/, lock
+    FOLDER/fleet.toml, broker/, coordinator/
+    FOLDER/devices/agent-N/     agent.toml, its identity, state/, lock
 """
 
 from __future__ import annotations
@@ -17,66 +16,116 @@ import fcntl
 import os
 import socket
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from cryptography import x509
 
-from broker.config import BrokerConfig, load_settings
-from broker.mosquitto import new_password, write_mosquitto_config
-from broker.topics import COORDINATOR
+from broker.mosquitto import CLAIMS_PORT, PORT
+from coordinator.identity.fleet import SETTINGS
 from ops import run
 from ops.errors import DiskTrouble, FleetFailed, OpsError, SettingsWrong
 from ops.files import to_toml, write_whole
+from ops.identity import FleetFolder, init_fleet
+from ops.identity_files import complete, signed_by
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
 
 def lay_out(
-    folder: Path, *, fleet: str, url: str, places: int, cuts: Sequence[int], shares: int
+    folder: Path,
+    *,
+    fleet: str,
+    broker_names: Sequence[str],
+    port: int = PORT,
+    claims_port: int = CLAIMS_PORT,
+    loopback_port: int | None = None,
+    places: int,
+    cuts: Sequence[int],
+    shares: int,
 ) -> None:
-    """Write what broker, coordinator and ``places`` devices need; who has a password keeps it.
+    """Write what broker, coordinator and ``places`` devices need; who has an identity keeps it.
 
     Place N has cut layer ``cuts[(N - 1) % len(cuts)]`` and share ``(N - 1) % shares`` of the data.
-    ``url`` is the broker's as the others see it, ``folder`` the same path for all of them.
+    The broker is reached under the first of ``broker_names``; ``folder`` is the same path for all.
 
-    Raises ConfigError or TopicError for a bad ``url`` or ``fleet``, DiskTrouble for files that
-    cannot be read or written.
+    Raises :class:`SettingsWrong` where there is another fleet, ConfigError, TopicError or
+    ``IdentityError`` for what cannot be made, DiskTrouble for files that cannot be read or written.
     """
-    port = load_settings(BrokerConfig, section="broker", flags={"url": url}).port
-    names = [COORDINATOR, *(f"agent-{number}" for number in range(1, places + 1))]
-    files = {name: folder / "agents" / name / "agent.toml" for name in names[1:]}
-    files[COORDINATOR] = folder / "coordinator" / "coordinator.toml"
-    known = {name: _password(file) for name, file in files.items() if file.exists()}
-    passwords = {name: known.get(name) or new_password() for name in names}
+    about: dict[str, Any] = {"name": fleet, "broker_names": tuple(broker_names)}
+    about |= {"port": port, "claims_port": claims_port, "loopback_port": loopback_port}
+    with _opened(folder, about) as opened:
+        names = [f"agent-{number}" for number in range(1, places + 1)]
+        for index, name in enumerate(names):
+            _give_identity(opened, name)
+            own = opened.device_dir(name)
+            agent: dict[str, Any] = {"fleet": fleet, "device": name, "identity_dir": str(own)}
+            agent |= {"state_dir": str(own / "state"), "claims_port": claims_port, "threads": 1}
+            agent |= {"cut": cuts[index % len(cuts)], "share": index % shares, "shares": shares}
+            broker = {"url": opened.fleet.settings.broker_url}
+            write_whole(own / "agent.toml", to_toml({"broker": broker, "agent": agent}))
+        for own in (folder / "devices").glob("agent-*"):
+            if own.name not in names:
+                _shut_out(opened, own)
+
+
+def _opened(folder: Path, about: dict[str, Any]) -> FleetFolder:
+    """The fleet's folder, with all that belongs to it but the devices."""
+    if not (folder / SETTINGS).exists():
+        return init_fleet(folder, about.pop("name"), **about)
+    opened = FleetFolder.open(folder)
+    settings = opened.fleet.settings
+    changed = {k: getattr(settings, k) for k, v in about.items() if getattr(settings, k) != v}
+    if changed:
+        opened.close()
+        raise SettingsWrong(
+            f"{folder} is of a fleet with {changed}: ask for the same, "
+            f"or change {folder / SETTINGS}"
+        )
+    complete(opened.fleet)
+    return opened
+
+
+def _give_identity(opened: FleetFolder, name: str) -> None:
+    """A key and certificates, unless it has them from this authority and is on the roster."""
+    certificate = opened.device_dir(name) / "device.pem"
+    member = opened.fleet.roster.device(name)
+    if member is not None and member.state == "revoked":
+        return
+    if member is not None and member.state == "active":
+        if certificate.exists() and _is_of(opened, certificate):
+            return
+        opened.reset(name)
     try:
-        (folder / "broker" / "data").mkdir(parents=True, exist_ok=True)
-        for file in files.values():
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for file in (folder / "agents").glob("*/agent.toml"):
-            if file.parent.name not in files:
-                file.unlink()  # a place that is no more: the broker will not know its password
+        certificate.unlink(missing_ok=True)
+        opened.add_device(name)
     except OSError as exc:
-        raise DiskTrouble(f"cannot lay out places in {folder}: {exc}") from exc
-    for index, name in enumerate(names, start=-1):
-        about: dict[str, Any] = {"fleet": fleet, "state_dir": str(files[name].parent / "state")}
-        if name != COORDINATOR:
-            about |= {"device": name, "cut": cuts[index % len(cuts)], "threads": 1}
-            about |= {"share": index % shares, "shares": shares}
-        else:
-            about["broker_figures"] = True
-        login = {"url": url, "username": name, "password": passwords[name]}
-        write_whole(files[name], to_toml({"broker": login, files[name].stem: about}))
-    write_mosquitto_config(
-        folder / "broker",
-        fleet,
-        devices=names[1:],
-        passwords=passwords,
-        port=port,
-        persistence=folder / "broker" / "data",
-    )
+        raise DiskTrouble(f"cannot write {certificate}: {exc.strerror}") from exc
+
+
+def _is_of(opened: FleetFolder, certificate: Path) -> bool:
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError) as exc:
+        raise DiskTrouble(
+            f"{certificate} is not as it was written ({exc}); remove it for a new identity"
+        ) from exc
+    return signed_by(found, opened.fleet.authority.ca("fleet"))
+
+
+def _shut_out(opened: FleetFolder, own: Path) -> None:
+    """A place that is no more: who comes with its certificate is not let in."""
+    member = opened.fleet.roster.device(own.name)
+    if member is not None and member.state != "retired":
+        opened.retire(own.name)
+    try:
+        for file in own.glob("*.pem"):
+            file.unlink()
+        (own / "agent.toml").unlink(missing_ok=True)
+    except OSError as exc:
+        raise DiskTrouble(f"cannot remove the files in {own}: {exc.strerror}") from exc
 
 
 def take(agents: Path, holder: str) -> tuple[Path, int]:
@@ -112,21 +161,18 @@ def _last_holder(place: Path) -> str:
     return lock.read_text("utf-8", "replace") if lock.exists() else ""
 
 
-def _password(file: Path) -> str:
-    try:
-        password = tomllib.loads(file.read_text("utf-8"))["broker"]["password"]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise DiskTrouble(
-            f"{file} is not as it was written ({exc!r}); remove it for a new password"
-        ) from exc
-    return str(password)
-
-
 @app.command("lay-out")
 def lay_out_command(
     folder: Annotated[Path, typer.Argument()],
     *,
-    broker: Annotated[str, typer.Option(help="mqtt://HOST:PORT as the others see it")],
+    broker_name: Annotated[
+        list[str], typer.Option(help="the broker's, as the others see it; more may follow")
+    ],
+    port: Annotated[int, typer.Option(min=1, max=65_535)] = PORT,
+    claims_port: Annotated[int, typer.Option(min=1, max=65_535)] = CLAIMS_PORT,
+    loopback_port: Annotated[
+        int | None, typer.Option(help="where the broker's own machine needs no certificate")
+    ] = None,
     fleet: Annotated[str, typer.Option()] = "fleet",
     places: Annotated[int, typer.Option(min=1, max=10_000)] = 64,
     cuts: Annotated[str, typer.Option(help="cut layers of the places in turn")] = "2,3,4,5",
@@ -137,7 +183,17 @@ def lay_out_command(
         layers = [int(cut) for cut in cuts.split(",")]
     except ValueError:
         raise SettingsWrong(f"--cuts {cuts!r}: give cut layers like 2,3,5") from None
-    lay_out(folder, fleet=fleet, url=broker, places=places, cuts=layers, shares=shares)
+    lay_out(
+        folder,
+        fleet=fleet,
+        broker_names=broker_name,
+        port=port,
+        claims_port=claims_port,
+        loopback_port=loopback_port,
+        places=places,
+        cuts=layers,
+        shares=shares,
+    )
 
 
 @app.command("take", context_settings={"ignore_unknown_options": True})

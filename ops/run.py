@@ -20,9 +20,10 @@ from broker.errors import (
     ConnectRefused,
     EmbeddedBrokerError,
     PortTaken,
+    TopicError,
 )
 from broker.transport import Transport, Will
-from coordinator.errors import CoordinatorError, ResumeError, StoreError
+from coordinator.errors import CoordinatorError, IdentityError, ResumeError, StoreError
 from edge_agent.errors import AgentError, ListenError, StateError
 from ops.errors import (
     BrokerUnreachable,
@@ -103,7 +104,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except OpsError:
         raise
-    except (ConfigError, NetworkError, CodecError, ResumeError) as exc:
+    except (ConfigError, TopicError, NetworkError, CodecError, ResumeError, IdentityError) as exc:
         raise SettingsWrong(str(exc)) from exc
     except DataError as exc:
         raise DataMissing(str(exc)) from exc

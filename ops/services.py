@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
-from broker.topics import COORDINATOR
 from ops import run
-from ops.errors import SettingsWrong
 from ops.logs import Logs
 
 if TYPE_CHECKING:
@@ -37,10 +36,12 @@ def serve_coordinator(
     What ``network`` and the configuration leave open of the input's shape and the number of classes
     is taken from the data set.
     """
+    from coordinator.identity.enrolment import open_enrolment
     from coordinator.observer import Observers
     from coordinator.service import build_core, last_will, new_boot, new_vitals, run_coordinator
     from coordinator.settings import CoordinatorSettings
     from coordinator.traffic import Traffic
+    from coordinator.updates.rollouts import open_rollouts
     from ops.http_status import FleetPages, serve_http
     from ops.metrics import Metrics
     from ops.progress import progress_observer
@@ -56,12 +57,22 @@ def serve_coordinator(
     observer = Observers(metrics, progress)
     vitals = new_vitals(settings)
     pages = FleetPages(vitals)
+    enrolment = open_enrolment(settings, os.environ, observer)
+    rollouts = open_rollouts(settings)
 
     async def serve() -> bool:
         transport = run.transport_for(broker, "coordinator", last_will(settings, boot))
         with run.stop_signals(until_eof=until_eof) as stop:
             await run_coordinator(
-                settings, transport, core, traffic, stop=stop, vitals=vitals, logs=logs
+                settings,
+                transport,
+                core,
+                traffic,
+                stop=stop,
+                vitals=vitals,
+                logs=logs,
+                enrolment=enrolment,
+                rollouts=rollouts,
             )
             return stop.is_set()
 
@@ -97,14 +108,17 @@ def serve_agent(
     from edge_agent.service import last_will, make_reporter, new_boot, run_agent
     from edge_agent.settings import AgentSettings
     from edge_agent.snapshots import DiskSnapshots
+    from edge_agent.systemd import supervisor
+    from edge_agent.updates.updater import updater_of
     from ops.http_door import Door
 
     broker = run.settings_of(BrokerConfig, "broker", config, broker_flags)
     settings = with_name(run.settings_of(AgentSettings, "agent", config, flags))
     identity = None if settings.identity_dir is None else IdentityKeeper(settings, broker)
+    updater = None if settings.updates_dir is None else updater_of(settings)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
-    if settings.threads is not None:
+    if settings.engine == "torch" and settings.threads is not None:
         import torch
 
         torch.set_num_threads(settings.threads)
@@ -131,8 +145,10 @@ def serve_agent(
                 stop=stop,
                 edge=edge,
                 identity=identity,
+                updater=updater,
                 reporter=reporter,
                 logs=logs,
+                supervisor=supervisor(),
             )
 
     with contextlib.ExitStack() as stack:
@@ -160,25 +176,6 @@ def serve_broker(port: int, *, until_eof: bool) -> None:
             await stop.wait()
 
     asyncio.run(serve())
-
-
-def write_broker_config(
-    folder: Path, fleet: str, devices: Sequence[str], host: str, port: int
-) -> Mapping[str, str]:
-    """Mosquitto's files; user name → password of coordinator and devices."""
-    from broker.mosquitto import write_mosquitto_config
-
-    known = folder / "passwords"
-    if known.exists():
-        before = {line.partition(":")[0] for line in known.read_text("utf-8").splitlines()}
-        lost = sorted(before - {COORDINATOR, *devices})
-        if lost:
-            raise SettingsWrong(
-                f"{folder} has passwords of {', '.join(lost)}, who would be shut out; name every "
-                "device of the fleet with --device, or write to another folder"
-            )
-    files = write_mosquitto_config(folder, fleet, devices=devices, host=host, port=port)
-    return files.credentials
 
 
 def _logs(settings: CoordinatorSettings | AgentSettings, broker: BrokerConfig) -> Logs:

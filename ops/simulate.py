@@ -32,7 +32,7 @@ from tensors.partition import partition
 DATASET = "fashion-mnist-small"
 DEFAULTS: dict[str, Any] = {
     "rounds": 10,
-    "queue_chunks": 10_000,  # as in the mosquitto.conf that `splitfleet broker config` writes
+    "queue_chunks": 10_000,  # as in the mosquitto.conf that `splitfleet fleet init` writes
     "inference": False,
     "device": "cpu",
     "precision": "fp32",

@@ -17,6 +17,7 @@ from tensors.errors import (
     ExitRuleError,
     FormatError,
     NetworkError,
+    ProgramError,
     TensorsError,
 )
 from tensors.exit_rules import ExitRule, confidence, exits, softmax
@@ -47,6 +48,7 @@ __all__ = [
     "Limits",
     "NetworkError",
     "NetworkSpec",
+    "ProgramError",
     "RateController",
     "TensorsError",
     "apply_delta",

@@ -39,12 +39,7 @@ class Averager:
         self._weights = dict.fromkeys(self._start, 0.0)
         self._means: dict[str, npt.NDArray[np.float64]] = {}
         self._counters: dict[str, npt.NDArray[Any]] = {}
-        self._variance_of = {
-            name: variance
-            for name in self._start
-            if _last(name) == _MEAN
-            and (variance := name.removesuffix(_MEAN) + _VARIANCE) in self._start
-        }
+        self._variance_of = variance_of(self._start)
 
     def add(self, state: Arrays, weight: float) -> None:
         """Fold in one holder's state, which may hold some of the names only.
@@ -53,10 +48,10 @@ class Averager:
         have, values or a weight not finite, a weight not above zero, or a BatchNorm's mean without
         its variance or the reverse.
         """
-        self._check(state, weight)
+        check_holder(self._start, state, weight)
         variances = set(self._variance_of.values())
         for name, value in state.items():
-            if _last(name) == _COUNTER:
+            if last_part(name) == _COUNTER:
                 increment = value - self._start[name]
                 self._counters[name] = self._counters.get(name, self._start[name]) + increment
             elif name not in variances:
@@ -103,22 +98,32 @@ class Averager:
         mean = self._means[name]
         return (np.rint(mean) if start.dtype.kind in "iub" else mean).astype(start.dtype)
 
-    def _check(self, state: Arrays, weight: float) -> None:
-        if not (math.isfinite(weight) and weight > 0):
-            raise AveragingError(f"weight {weight}: must be finite and above zero")
-        for name, value in state.items():
-            if name not in self._start:
-                raise AveragingError(f"{name}: not among the tensors being averaged")
-            if value.shape != self._start[name].shape:
-                raise AveragingError(
-                    f"{name}: shape {value.shape}, must be {self._start[name].shape}"
-                )
-            if not np.isfinite(value).all():
-                raise AveragingError(f"{name}: not finite; leave this holder out of the average")
-        for mean, variance in self._variance_of.items():
-            if (mean in state) != (variance in state):
-                raise AveragingError(f"{mean} and {variance} must come together")
+
+def check_holder(start: Arrays, state: Arrays, weight: float) -> None:
+    """Raise AveragingError for a holder that cannot be averaged; see :meth:`Averager.add`."""
+    if not (math.isfinite(weight) and weight > 0):
+        raise AveragingError(f"weight {weight}: must be finite and above zero")
+    for name, value in state.items():
+        if name not in start:
+            raise AveragingError(f"{name}: not among the tensors being averaged")
+        if value.shape != start[name].shape:
+            raise AveragingError(f"{name}: shape {value.shape}, must be {start[name].shape}")
+        if not np.isfinite(value).all():
+            raise AveragingError(f"{name}: not finite; leave this holder out of the average")
+    for mean, variance in variance_of(start).items():
+        if (mean in state) != (variance in state):
+            raise AveragingError(f"{mean} and {variance} must come together")
 
 
-def _last(name: str) -> str:
+def variance_of(start: Arrays) -> dict[str, str]:
+    """The names of BatchNorm's means, and those of the variances that belong to them."""
+    return {
+        name: variance
+        for name in start
+        if last_part(name) == _MEAN and (variance := name.removesuffix(_MEAN) + _VARIANCE) in start
+    }
+
+
+def last_part(name: str) -> str:
+    """What a tensor is called in its layer."""
     return name.rpartition(".")[2]

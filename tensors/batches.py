@@ -70,6 +70,12 @@ class BatchStream:
         pixels = normalise(images, self._dataset.mean, self._dataset.std)
         return pixels, self._dataset.labels[rows]
 
+    def keys(self, position: int) -> list[bytes]:
+        """By what the images of a batch are known, (B,): see :func:`image_key`."""
+        data = self._dataset
+        images = normalise(data.images[self.rows(position)], data.mean, data.std)
+        return [image_key(each) for each in images]
+
     def crops(
         self, position: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]] | None:
@@ -110,6 +116,17 @@ class BatchStream:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         return np.argsort(self._raw(_ORDER, epoch, len(self._indices)), kind="stable")
+
+
+def image_key(image: NDArray[np.float32]) -> bytes:
+    """By what an image is known: 16 bytes of its normalised pixels (C, H, W), not augmented.
+
+    The same pixels are the same image, whether they are trained on or asked about; pictures that
+    only look alike are different ones.
+    """
+    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+    digest.update(image.astype(np.float32).tobytes())
+    return digest.digest()
 
 
 def _crop_flip(

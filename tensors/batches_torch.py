@@ -89,6 +89,10 @@ class TorchBatchStream:
         """Samples in an epoch."""
         return len(self._stream)
 
+    def keys(self, position: int) -> list[bytes]:
+        """See :meth:`BatchStream.keys`."""
+        return self._stream.keys(position)
+
     def batch(self, position: int) -> tuple[Tensor, Tensor]:
         """Images float32 (B, C, H, W) on the compute device, labels int64 (B,) on the CPU."""
         rows = self._stream.rows(position)

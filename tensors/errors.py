@@ -6,6 +6,7 @@ TensorsError
 ├── NetworkError    a network that cannot be built or cut
 ├── DataError       a data set or a split that cannot be had
 ├── AveragingError  a contribution that does not fit what is averaged
+├── ProgramError    a network that cannot be written as a program for another runtime, or be run
 └── ExitRuleError   an exit rule that does not exist, or input that it cannot be used on
 """
 
@@ -41,6 +42,10 @@ class DataError(TensorsError):
 
 class AveragingError(TensorsError):
     """A contribution whose names, shapes, values or weight do not fit."""
+
+
+class ProgramError(TensorsError):
+    """A network that cannot be written as a program for another runtime, or be run as one."""
 
 
 class ExitRuleError(TensorsError):

@@ -31,9 +31,10 @@ from edge_agent.answers import Predictor
 from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore
 from edge_agent.errors import StateError, TrainingError
+from edge_agent.figures import Outcome
 from edge_agent.offline import OfflineLimits
+from edge_agent.programs import Programs
 from edge_agent.snapshots import Snapshot
-from edge_agent.trainer import Outcome
 from tensors.codecs import Codec, Encode, parse_codec
 from tensors.decoding import decode
 from tensors.errors import NetworkError
@@ -130,12 +131,17 @@ class PositionStream:
 
     def __init__(self, size: int = 8) -> None:
         self._size = size
+        self.epoch = 2**60
+        """Batches until the same images come again."""
         self.asked: list[int] = []
 
     def batch(self, position: int) -> tuple[Array, Array]:
         self.asked.append(position)
         images = np.full((self._size, 1, SIZE, SIZE), position, np.float32)
         return images, np.arange(self._size) % CLASSES
+
+    def keys(self, position: int) -> list[bytes]:
+        return [f"{position % self.epoch}/{row}".encode() for row in range(self._size)]
 
 
 class FakeData:
@@ -180,6 +186,13 @@ def probabilities_of(*answers: int) -> bytes:
     return parse_codec("fp32").encode(np.eye(CLASSES, dtype=np.float32)[list(answers)])
 
 
+@dataclass
+class FakeLearners:
+    build: Callable[[Assignment], Learner]
+    measure: Callable[[Assignment], Measurement]
+    programs: Programs | None
+
+
 class Harness:
     """An agent's state machine driven by hand; everything it says is in ``said``."""
 
@@ -192,6 +205,7 @@ class Harness:
         stay: bool = False,
         build: Callable[[Assignment], Learner] | None = None,
         measure: Callable[[Assignment], Measurement] | None = None,
+        programs: Programs | None = None,
         offline: OfflineLimits | None = None,
     ) -> None:
         self.clock = Clock()
@@ -208,8 +222,11 @@ class Harness:
             hello or make_hello(),
             data or FakeData(),
             uplink=lambda: self.uplink,
-            build=build or (lambda _: self.learner),
-            measure=measure or (lambda _: make_measurement()),
+            learners=FakeLearners(
+                build or (lambda _: self.learner),
+                measure or (lambda _: make_measurement()),
+                programs,
+            ),
             snapshots=self.snapshots,
             clock=self.clock,
             stay=stay,

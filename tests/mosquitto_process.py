@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 START_TIMEOUT_S = 10.0
+END_TIMEOUT_S = 30.0
 
 
 def find_mosquitto() -> str:
@@ -58,15 +59,24 @@ class Mosquitto:
     def url(self) -> str:
         return f"mqtt://{self.host}:{self.port}"
 
+    def command(self) -> list[str]:
+        """What starts it."""
+        return [find_mosquitto(), "-c", str(self.file)]
+
     def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [find_mosquitto(), "-c", str(self.file)], stdout=log, stderr=log
+                self.command(), stdout=log, stderr=log, start_new_session=True
             )
+        self.wait_for(self.port)
+
+    def wait_for(self, port: int) -> None:
+        """Until it listens there."""
+        assert self._process is not None
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError):
-                socket.create_connection((self.host, self.port), timeout=1).close()
+                socket.create_connection((self.host, port), timeout=1).close()
                 return
             time.sleep(0.01)
         self.stop()
@@ -77,17 +87,28 @@ class Mosquitto:
         assert self._process is not None
         self._process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def end(self) -> None:
         """Ask it to end, and wait: what it keeps on disk is written."""
         self.signal(signal.SIGTERM)
+        self.wait_ended()
+
+    def wait_ended(self) -> int:
+        """Until it has ended; its status."""
         assert self._process is not None
-        self._process.wait(START_TIMEOUT_S)
+        status = self._process.wait(END_TIMEOUT_S)
         self._process = None
+        return status
 
     def stop(self) -> None:
-        """Kill it."""
+        """Kill it, and what it started."""
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(START_TIMEOUT_S)
             self._process = None
 

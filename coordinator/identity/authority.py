@@ -22,8 +22,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from broker.errors import TopicError
 from broker.topics import COORDINATOR, check_device, check_name
-from coordinator.atomic_files import make_folder, write_file
+from coordinator.atomic_files import PRIVATE, make_folder, write_file
 from coordinator.errors import IdentityError
 from coordinator.identity.keys import (
     Key,
@@ -51,7 +52,7 @@ MAX_DEVICE_NAME = 64 - len(RETURN)
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 _SKEW = timedelta(hours=1)
-"""Certificates begin this much earlier, for clocks that are a little slow."""
+"""What is signed begins up to so much earlier, for clocks that are a little slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +89,17 @@ class Authority:
         """
         check_name(fleet, "fleet name")
         if any(_ca_file(folder, side).exists() for side in SIDES):
-            raise IdentityError(f"{folder} has the authorities of a fleet; take another folder")
+            raise IdentityError(
+                f"{folder} has the authorities of a fleet; take another folder, or "
+                "remove this one if making it was interrupted"
+            )
         now = datetime.fromtimestamp(clock(), UTC)
         fleet_ca, claims_ca = (_new_ca(fleet, side, now) for side in SIDES)
         try:
             make_folder(folder)
             folder.chmod(0o700)
             for side, ca in zip(SIDES, (fleet_ca, claims_ca), strict=True):
-                write_file(_key_file(folder, side), key_to_pem(ca.key, passphrase), private=True)
+                write_file(_key_file(folder, side), key_to_pem(ca.key, passphrase), mode=PRIVATE)
                 write_file(_ca_file(folder, side), to_pem(ca.certificate))
         except OSError as exc:
             raise IdentityError(f"cannot write {folder}: {exc.strerror}") from exc
@@ -124,7 +128,7 @@ class Authority:
         return self._cas[side].certificate
 
     def issue_device(self, name: str, public_key: PublicKey, days: float) -> x509.Certificate:
-        """For a device, as a client of the fleet. Raises TopicError or :class:`IdentityError`."""
+        """For a device, as a client of the fleet. Raises TopicError."""
         return self._issue("fleet", check_identity(name), public_key, days)
 
     def issue_return(
@@ -153,7 +157,19 @@ class Authority:
         alternatives = [_host(name) for name in names]
         if not alternatives:
             raise IdentityError("give at least one name or address of the broker")
-        return self._issue("fleet", "broker", public_key, days, hosts=alternatives)
+        return self._issue(
+            "fleet",
+            "broker",
+            public_key,
+            days,
+            usage=ExtendedKeyUsageOID.SERVER_AUTH,
+            hosts=alternatives,
+        )
+
+    def issue_signer(self, public_key: PublicKey, days: float) -> x509.Certificate:
+        """For whoever signs updates: it is for code, and nobody at the broker."""
+        usage = ExtendedKeyUsageOID.CODE_SIGNING
+        return self._issue("fleet", "updates", public_key, days, usage=usage)
 
     def revocation_list(
         self, side: Side, revoked: Mapping[int, float], days: float = LIST_DAYS
@@ -184,18 +200,19 @@ class Authority:
         common_name: str,
         public_key: PublicKey,
         days: float,
-        hosts: list[x509.GeneralName] | None = None,
+        *,
+        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
+        hosts: Iterable[x509.GeneralName] = (),
     ) -> x509.Certificate:
-        ca, now = self._cas[side], self._now()
-        usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+        ca, now, life = self._cas[side], self._now(), timedelta(days=days)
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
             .issuer_name(ca.certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _SKEW)
-            .not_valid_after(min(now + timedelta(days=days), ca.certificate.not_valid_after_utc))
+            .not_valid_before(now - min(_SKEW, life / 10))
+            .not_valid_after(min(now + life, ca.certificate.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -211,13 +228,19 @@ class Authority:
 
 
 def check_identity(device: str) -> str:
-    """Return ``device``, or raise TopicError or :class:`IdentityError` if it can have none."""
+    """Return ``device``, or raise TopicError if no device of that name can have an identity."""
     if len(check_device(device)) > MAX_DEVICE_NAME:
-        raise IdentityError(
+        raise TopicError(
             f"device name {device!r} has more than {MAX_DEVICE_NAME} characters, which a "
             "certificate has no room for; choose a shorter one"
         )
     return device
+
+
+def check_host(name: str) -> str:
+    """Return ``name``, or raise :class:`IdentityError` if it is no host name and no address."""
+    _host(name)
+    return name
 
 
 def common_name(certificate: x509.Certificate) -> str:
@@ -297,5 +320,7 @@ def _host(name: str) -> x509.GeneralName:
     except ValueError:
         pass
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
-        raise IdentityError(f"{name!r} is neither a host name nor an address")
+        raise IdentityError(
+            f"{name!r} is neither a host name nor an address; give the broker's, without port"
+        )
     return x509.DNSName(name)

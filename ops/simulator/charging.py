@@ -10,9 +10,9 @@ import numpy as np
 
 from coordinator.aggregation import Aggregation, Model
 from coordinator.engines import Engine, Entry, Outcome, Step
+from edge_agent import figures
 from edge_agent.answers import Predictor
 from edge_agent.attempt import Learner
-from edge_agent.figures import Result
 from edge_agent.snapshots import Snapshot
 from ops.simulator.program import Meter
 from tensors.codecs import Encode
@@ -109,7 +109,9 @@ class ChargedLearner:
         self._meter.spend(self._forward_s)
         return self._learner.forward(batch, images, labels)
 
-    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Result:
+    def backward(
+        self, batch: int, gradient: Any | None, teacher: Any | None = None
+    ) -> figures.Outcome:
         """Takes the backward part of a step."""
         self._meter.spend(self._backward_s)
         return self._learner.backward(batch, gradient, teacher)

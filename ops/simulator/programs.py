@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from broker.drive import Machine
 from broker.envelopes import Envelope
@@ -253,7 +253,9 @@ class AgentProgram:
 
 
 class _Learners:
-    """``edge_agent.service.Learners`` that charge their time."""
+    """``edge_agent.core.Learners`` that charge their time."""
+
+    programs: ClassVar[None] = None
 
     def __init__(self, program: AgentProgram, meter: Meter) -> None:
         self._program = program

@@ -17,6 +17,7 @@ import numpy as np
 from broker.messages import Assignment, Hello, Measurement
 from coordinator.aggregation import half_of
 from edge_agent.errors import StateError
+from edge_agent.figures import Outcome
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import Codec, Encode
 from tensors.decoding import decode
@@ -76,6 +77,11 @@ class StubStream:
         """Images nobody looks at, and labels."""
         return self._images, labels_of(self._device, position, self._size)
 
+    def keys(self, position: int) -> list[bytes]:
+        """Every image is one of its own."""
+        first = position * self._size
+        return [f"{self._device}/{first + row}".encode() for row in range(self._size)]
+
 
 @dataclass(frozen=True, slots=True)
 class StubData:
@@ -120,15 +126,6 @@ class StubData:
             image=image,
             cut=cut,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class StubResult:
-    """What a batch did at the exit: nothing, but it was there."""
-
-    loss: float
-    correct: int
-    images: int
 
 
 class StubPredictor:
@@ -191,13 +188,13 @@ class StubLearner:
         features[0, 0] = np.nan if self._poisoned(batch) else 2.0
         return features
 
-    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> StubResult:
+    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome:
         """Count the batch."""
         del gradient, teacher
         images = self._in_flight.pop(batch)
         for name, value in self._state.items():
             self._state[name] = value + value.dtype.type(1)
-        return StubResult(1.0, 0, images)
+        return Outcome(1.0, 0, images)
 
     @property
     def encode(self) -> Encode:

@@ -163,6 +163,7 @@ async def driven(
     flush_s: float = LIMIT_S,
     is_open: bool = True,
     housekeeping_s: float = 3600.0,
+    turned: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Stage]:
     """Drive ``machine``; nothing of it may be left afterwards."""
     hub, stop, witness = hub or MemoryBroker(), asyncio.Event(), Witness()
@@ -178,7 +179,7 @@ async def driven(
         tasks, threads = asyncio.all_tasks(), set(threading.enumerate())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("broker.drive.HOUSEKEEPING_S", housekeeping_s)
-            drives = drive(machine, link, clock=clock, stop=stop, flush_s=flush_s)
+            drives = drive(machine, link, clock=clock, stop=stop, flush_s=flush_s, turned=turned)
             driving = asyncio.create_task(drives)
             try:
                 yield Stage(hub, wire, link, witness, device_link, stop, driving)
@@ -396,3 +397,36 @@ async def test_now_and_then_it_looks_for_work_and_for_what_stays_incomplete() ->
         assert await stage.witness.news.get() == "reassembly_timeout"
         machine.has_work = True
         assert await machine.heard(2) == ["connected", "work"]
+
+
+async def test_a_thread_with_nothing_to_do_turns() -> None:
+    turns = threading.Semaphore(0)
+    async with driven(Puppet(), housekeeping_s=0.001, turned=turns.release):
+        for _ in range(10):
+            assert await asyncio.to_thread(turns.acquire, timeout=LIMIT_S)
+
+
+async def test_a_thread_that_waits_for_the_link_turns() -> None:
+    turns = threading.Semaphore(0)
+    machine = Puppet({"connected": lambda: say(*range(SENDING + 1))})
+    async with driven(machine, is_open=False, turned=turns.release) as stage:
+        assert await asyncio.to_thread(turns.acquire, timeout=LIMIT_S)
+        stage.wire.open.set()
+
+
+async def test_a_thread_that_is_stuck_in_a_step_does_not_turn() -> None:
+    turns, stuck, released = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        stuck.set()
+        pause(released)
+
+    machine = Puppet({"work": hang})
+    machine.has_work = True
+    async with driven(machine, housekeeping_s=0.001, turned=turns.release):
+        assert await asyncio.to_thread(stuck.wait, LIMIT_S)
+        while turns.acquire(blocking=False):
+            pass
+        assert not await asyncio.to_thread(turns.acquire, timeout=0.05)
+        released.set()
+        assert await asyncio.to_thread(turns.acquire, timeout=LIMIT_S)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Self
 
@@ -26,11 +25,10 @@ from broker.errors import (
     SubscribeRefused,
     TransportError,
 )
-from broker.mosquitto import MosquittoFiles, ServerCertificate, write_mosquitto_config
 from broker.mqtt import MqttTransport
 from broker.mqtt_client import Client
 from broker.transport import Connected, Disconnected, Event, Packet
-from tests.mosquitto_process import Mosquitto
+from tests.guarded_broker import GuardedBroker
 
 ACCEPTED = bytes([0x20, 3, 0, 0, 0])
 CONNECT, PUBLISH, PUBACK, SUBSCRIBE, DISCONNECT = 1, 3, 4, 8, 14
@@ -387,50 +385,9 @@ async def test_an_unknown_host_is_said() -> None:
         assert "nowhere.invalid" in happened.reason
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> ServerCertificate:
-    folder = tmp_path_factory.mktemp("certificate")
-    files = ServerCertificate(folder / "cert.pem", folder / "key.pem")
-    subprocess.run(
-        [
-            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-            "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-            "-keyout", files.key_file, "-out", files.cert_file,
-        ],
-        check=True,
-        capture_output=True,
-    )  # fmt: skip
-    return files
-
-
-@contextmanager
-def over_tls(certificate: ServerCertificate) -> Iterator[tuple[Mosquitto, MosquittoFiles]]:
-    running = Mosquitto()
-    copies = ServerCertificate(running.folder / "cert.pem", running.folder / "key.pem")
-    copies.cert_file.write_bytes(certificate.cert_file.read_bytes())
-    copies.key_file.write_bytes(certificate.key_file.read_bytes())
-    running.file = running.folder / "tls" / "mosquitto.conf"
-    files = write_mosquitto_config(
-        running.file.parent,
-        "lab",
-        devices=["d1"],
-        host=running.host,
-        port=running.port,
-        certificate=copies,
-    )
-    with running:
-        yield running, files
-
-
-async def test_packets_pass_over_tls(certificate: ServerCertificate) -> None:
-    with over_tls(certificate) as (running, files):
-        config = BrokerConfig(
-            url=running.url.replace("mqtt:", "mqtts:"),
-            ca_file=certificate.cert_file,
-            username="coordinator",
-            password=files.credentials["coordinator"],
-        )
-        async with MqttTransport(config, "coordinator") as transport:
+async def test_packets_pass_over_tls() -> None:
+    with GuardedBroker() as broker:
+        async with MqttTransport(broker.client("coordinator"), "coordinator") as transport:
             await transport.subscribe("splitfleet/lab/#")
             assert isinstance(await event(transport), Connected)
             payloads = [i.to_bytes(2, "big") + bytes(98_000) for i in range(50)]
@@ -445,15 +402,21 @@ async def test_packets_pass_over_tls(certificate: ServerCertificate) -> None:
             await sending
 
 
-async def test_an_untrusted_certificate_is_said_and_tried_again(
-    certificate: ServerCertificate,
-) -> None:
-    with over_tls(certificate) as (running, _):
-        url = running.url.replace("mqtt:", "mqtts:")
-        async with MqttTransport(BrokerConfig(url=url), "d1") as transport:
+async def test_an_untrusted_certificate_is_said_and_tried_again() -> None:
+    with GuardedBroker() as broker:
+        async with MqttTransport(BrokerConfig(url=broker.url), "d1") as transport:
             happened = await event(transport)
             assert isinstance(happened, Disconnected)
             assert "certificate verify failed" in happened.reason
+
+
+async def test_why_a_certificate_was_refused_is_said() -> None:
+    with GuardedBroker() as broker:
+        config = broker.client("d1", days_ago=3, backoff_initial_s=0.1)
+        async with MqttTransport(config, "d1") as transport:
+            # The broker's last words may be lost with the connection, but not every time.
+            reasons = [await event(transport) for _ in range(8)]
+    assert any("certificate: it has ended" in str(reason) for reason in reasons)
 
 
 def test_unusable_tls_files_are_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from coordinator import exit_policies, service
 from coordinator.serving import ANSWERING, STARVED_S, TRAINING, route
 from coordinator.serving_choice import ServingChoice, write_choice
 from coordinator.store import Store
+from coordinator.updates.rollouts import UPDATES
 from tensors.decoding import decode
 from tensors.networks import build_network, write_state
 from tensors.parameters import unpack_parameters
@@ -194,8 +195,10 @@ def test_nothing_but_questions_is_for_this_machine() -> None:
     assert made.core.answering.receive(up("a", Status(state="online", connection="c"))) == []
     assert made.observer.dropped["unexpected_topic"] == 1
     assert route(up("a", features()).address) == (ANSWERING,)
-    for message in (make_hello(), Status(state="online", connection="c"), REQUEST.message):
+    for message in (make_hello(), REQUEST.message):
         assert route(up("a", message).address) == (TRAINING,)
+    online = up("a", Status(state="online", connection="c"))
+    assert route(online.address) == (TRAINING, UPDATES)
 
 
 def test_connections_come_and_go() -> None:

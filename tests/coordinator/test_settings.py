@@ -21,6 +21,8 @@ def load(**flags: Any) -> CoordinatorSettings:
     ("flags", "words"),
     [
         ({"bytes_per_sample": 100, "codec": "fp16"}, ["bytes_per_sample", "codec = fp16", "int8"]),
+        ({"noise_std": 1.0}, ["clip_norm", "go together"]),
+        ({"noise_std": 1.0, "clip_norm": 1.0}, ["network.norm = group", "BatchNorm"]),
         ({"follow_link": True, "codec": "fp32+zstd"}, ["follow_link", "codec = fp32+zstd"]),
         (
             {"follow_link": True, "codec": "int8", "gradient_codec": "bf16"},

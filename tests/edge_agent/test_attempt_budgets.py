@@ -10,7 +10,7 @@ import pytest
 from broker.envelopes import encode_message
 from broker.messages import Activations
 from edge_agent.encoding import LINK_SHARE
-from edge_agent.trainer import Outcome
+from edge_agent.figures import Outcome
 from tensors.format import read_header
 from tensors.rate import TOLERANCE
 from tests.attempt_desk import Desk

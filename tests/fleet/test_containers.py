@@ -36,6 +36,7 @@ class Containers:
             **os.environ,
             "COMPOSE_PROJECT_NAME": "splitfleet-test",
             "MQTT_PORT": str(free_port()),
+            "MQTT_CLAIMS_PORT": str(free_port()),
             "PROMETHEUS_PORT": str(self.prometheus),
             "ALERTMANAGER_PORT": str(free_port()),
             "SPLITFLEET_COORDINATOR_BATCHES_PER_ROUND": str(BATCHES),
@@ -156,7 +157,7 @@ def test_agents_that_start_again_are_who_they_were(containers: Containers) -> No
 
     def places() -> str:
         return containers.compose(
-            "podman", "exec", agents[0], "sh", "-c", "grep . /fleet/agents/*/lock"
+            "podman", "exec", agents[0], "sh", "-c", "grep . /fleet/devices/*/lock"
         )
 
     before = places()

@@ -118,10 +118,10 @@ def test_pictures_are_weighed_as_files(channels: int) -> None:
 
 def test_what_the_devices_are_told_and_say_goes_through_json() -> None:
     task = Task(
-        url="mqtt://192.0.2.1:1883",
+        url="mqtts://192.0.2.1:8883",
         fleet="fleet",
         names=("cut-2", "cut-3"),
-        passwords=("a", "b"),
+        identities=("fleet/cut-2", "fleet/cut-3"),
         cuts=(2, 3),
         state_dir="/tmp/x",  # noqa: S108 not used
         dataset=BUNDLED,

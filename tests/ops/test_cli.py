@@ -101,18 +101,6 @@ def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None
     assert "coordinator.rounds" not in from_flag.stderr
 
 
-def test_broker_config_writes_files_and_prints_each_password_once(tmp_path: Path) -> None:
-    folder = tmp_path / "mosquitto"
-    done = splitfleet("broker", "config", str(folder), "--device", "cam-1", "--device", "cam-2")
-    assert done.returncode == 0, done.stderr
-    passwords = dict(line.split("\t") for line in done.stdout.splitlines())
-    assert sorted(passwords) == ["cam-1", "cam-2", "coordinator"]
-    text = "".join(path.read_text() for path in folder.iterdir())
-    assert not any(password in text for password in passwords.values()), "only hashes are kept"
-    again = splitfleet("broker", "config", str(folder), "--device", "cam-1", "--device", "cam-2")
-    assert again.stdout == "", "existing passwords are kept and not known any more"
-
-
 def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
     done = splitfleet("doctor", "--broker", "mqtt://127.0.0.1:1", "--json")
     assert done.returncode == 1
@@ -120,14 +108,6 @@ def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
     failed = [check for check in findings.values() if check["state"] == "failed"]
     assert failed
     assert all(check["advice"] for check in failed)
-
-
-def test_broker_config_shuts_no_device_out_by_accident(tmp_path: Path) -> None:
-    folder = str(tmp_path / "mosquitto")
-    assert splitfleet("broker", "config", folder, "--device", "a", "--device", "b").returncode == 0
-    done = splitfleet("broker", "config", folder, "--device", "a")
-    assert done.returncode == 2
-    assert "passwords of b" in done.stderr
 
 
 def test_a_run_is_not_resumed_with_other_settings_nor_spoilt_by_the_attempt(tmp_path: Path) -> None:

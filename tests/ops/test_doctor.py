@@ -5,7 +5,7 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
-from broker.mosquitto import write_mosquitto_config
 from broker.mqtt import MqttTransport
 from broker.transport import Connected, Packet
 from ops import doctor
@@ -26,9 +25,11 @@ from ops.doctor import (
     check_torchvision,
     examine,
     show,
+    with_identity,
 )
 from ops.doctor_broker import examine_broker
 from ops.finding import Finding
+from tests.guarded_broker import FLEET, GuardedBroker
 from tests.mosquitto_process import Mosquitto, free_port
 
 
@@ -104,32 +105,29 @@ async def test_a_broker_that_keeps_no_messages_fails() -> None:
     assert states(findings)["packet size"] == "ok"
 
 
-@contextlib.contextmanager
-def guarded() -> Iterator[tuple[Mosquitto, dict[str, str]]]:
-    """A Mosquitto with the access rules of fleet `lab`, and the passwords."""
-    running = Mosquitto()
-    files = write_mosquitto_config(
-        running.file.parent, "lab", devices=["d1"], host=running.host, port=running.port
-    )
-    with running:
-        yield running, files.credentials
-
-
 async def test_the_coordinator_may_check_everything() -> None:
-    with guarded() as (running, passwords):
-        config = BrokerConfig(
-            url=running.url, username="coordinator", password=passwords["coordinator"]
-        )
-        findings = await examine_broker(config, fleet="lab")
-    assert set(states(findings).values()) == {"ok"}
+    with GuardedBroker() as broker:
+        findings = await examine_broker(broker.client("coordinator", days=30), fleet=FLEET)
+    assert states(findings) == {
+        "broker": "ok",
+        "TLS": "warning",
+        "certificate": "ok",
+        "MQTT 5": "ok",
+        "packet size": "ok",
+        "retained message": "ok",
+    }
+    assert "TLSv1.3" in found(findings, "TLS").detail
+    assert "coordinator" in found(findings, "TLS").advice, "it is the test's for a day only"
+    assert "CN=coordinator, for 30 days" in found(findings, "certificate").detail
 
 
 async def test_what_a_device_may_not_do_is_a_warning() -> None:
-    with guarded() as (running, passwords):
-        config = BrokerConfig(url=running.url, username="d1", password=passwords["d1"])
-        findings = await examine_broker(config, fleet="lab")
+    with GuardedBroker() as broker:
+        findings = await examine_broker(broker.client("d1", days=30), fleet=FLEET)
     assert states(findings) == {
         "broker": "ok",
+        "TLS": "warning",
+        "certificate": "ok",
         "MQTT 5": "ok",
         "packet size": "warning",
         "retained message": "warning",
@@ -137,12 +135,40 @@ async def test_what_a_device_may_not_do_is_a_warning() -> None:
     assert "131072" in found(findings, "packet size").detail
 
 
-async def test_a_wrong_password_is_named_as_that() -> None:
-    with guarded() as (running, _):
-        config = BrokerConfig(url=running.url, username="d1", password="wrong")
-        findings = await examine_broker(config, fleet="lab")
-    assert states(findings) == {"broker": "ok", "MQTT 5": "failed"}
-    assert "password" in found(findings, "MQTT 5").advice
+async def test_a_certificate_that_has_ended_is_named_as_that() -> None:
+    with GuardedBroker() as broker:
+        findings = await examine_broker(broker.client("d1", days_ago=5), fleet=FLEET)
+    assert states(findings) == {
+        "broker": "ok",
+        "TLS": "warning",
+        "certificate": "failed",
+        "MQTT 5": "failed",
+    }
+    assert "CN=d1, ended 4 days ago" in found(findings, "certificate").detail
+    assert "not ended" in found(findings, "MQTT 5").advice
+
+
+async def test_a_broker_whose_certificate_is_not_trusted_is_named_as_that() -> None:
+    with GuardedBroker() as broker:
+        stranger = BrokerConfig(url=broker.url)
+        findings = await examine_broker(stranger, fleet=FLEET)
+    assert states(findings) == {"broker": "ok", "TLS": "failed"}
+    assert "ca_file" in found(findings, "TLS").advice
+
+
+async def test_a_port_without_tls_is_named_as_that(mosquitto: Mosquitto) -> None:
+    config = BrokerConfig(url=mosquitto.url.replace("mqtt:", "mqtts:"))
+    findings = await examine_broker(config, fleet="lab")
+    assert states(findings) == {"broker": "ok", "TLS": "failed"}
+    assert "TLS port" in found(findings, "TLS").advice
+
+
+def test_an_agent_s_settings_name_its_identity(tmp_path: Path) -> None:
+    broker = BrokerConfig(url="mqtts://broker.example")
+    settings = tmp_path / "agent.toml"
+    settings.write_text('[agent]\nidentity_dir = "/var/lib/x"\n')
+    assert with_identity(broker, settings).cert_file == Path("/var/lib/x/device.pem")
+    assert with_identity(broker, None) is broker
 
 
 @contextlib.asynccontextmanager

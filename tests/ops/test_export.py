@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 from broker.messages import Network
 from ops import export as exporting
 from ops.cli import main
-from ops.errors import OpsError, SettingsWrong
+from ops.errors import SettingsWrong
 from ops.model_file import KEY, ModelCard, read_model
+from tensors.errors import ProgramError
 from tensors.networks import CutNetwork, Exits, NetworkSpec, build_network, write_state
+from tensors.programs import compare
 from tests.serving_state import make_state, make_version
 
 SPEC = NetworkSpec(width=4, channels=1, size=28, classes=10, head="linear")
@@ -200,10 +202,10 @@ class TestPrograms:
             with torch.inference_mode():
                 return tuple(output.numpy() for output in other(torch.from_numpy(x)))
 
-        with pytest.raises(OpsError, match="differ from PyTorch"):
-            exporting._compare(half, run, SPEC)
-        with pytest.raises(OpsError, match="have shape"):
-            exporting._compare(half, lambda x: run(x[:1].repeat(9, 0)), SPEC)
+        with pytest.raises(ProgramError, match="differ from PyTorch"):
+            compare(half, run, SPEC)
+        with pytest.raises(ProgramError, match="have shape"):
+            compare(half, lambda x: run(x[:1].repeat(9, 0)), SPEC)
         monkeypatch.setattr(exporting, "_pt2", lambda *_: b"")
         monkeypatch.setattr(exporting, "_load_pt2", lambda _: run)
         to = tmp_path / "half.pt2"

@@ -1,49 +1,51 @@
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from broker.config import BrokerConfig, load_settings
-from broker.errors import ConfigError, TopicError
-from broker.mosquitto import hash_password
+from broker.errors import TopicError
 from coordinator.settings import CoordinatorSettings
+from edge_agent.identity.keeper import with_name
 from edge_agent.settings import AgentSettings
-from ops.errors import DiskTrouble, FleetFailed
+from ops.errors import DiskTrouble, FleetFailed, SettingsWrong
+from ops.identity import FleetFolder
+from ops.identity_files import signed_by
 from ops.places import lay_out, take
 
-URL = "mqtt://mosquitto:1884"
 
-
-def laid_out(folder: Path, places: int) -> Path:
-    lay_out(folder, fleet="lab", url=URL, places=places, cuts=(2, 3, 5), shares=4)
+def laid_out(folder: Path, places: int, broker_name: str = "mosquitto") -> Path:
+    lay_out(
+        folder,
+        fleet="lab",
+        broker_names=[broker_name, "localhost"],
+        port=1884,
+        places=places,
+        cuts=(2, 3, 5),
+        shares=4,
+    )
     return folder
 
 
-def login(file: Path) -> BrokerConfig:
-    return load_settings(BrokerConfig, section="broker", file=file)
+def identity(folder: Path, number: int) -> bytes:
+    return (folder / "devices" / f"agent-{number}" / "device.pem").read_bytes()
 
 
-def password_of(file: Path) -> str:
-    password = login(file).password
-    assert password is not None
-    return password.get_secret_value()
-
-
-def known_to_the_broker(folder: Path, file: Path) -> bool:
-    lines = (folder / "broker" / "passwords").read_text().splitlines()
-    hashes = dict(line.split(":", 1) for line in lines)
-    known = hashes.get(login(file).username or "")
-    if known is None:
-        return False
-    salt = known.split("$")[3]
-    return hash_password(password_of(file), base64.b64decode(salt)) == known
+def good(folder: Path, number: int) -> bool:
+    """Whether the fleet has signed it, and it is on no list."""
+    certificate = x509.load_pem_x509_certificate(identity(folder, number))
+    ca = x509.load_pem_x509_certificate((folder / "broker" / "fleet-ca.pem").read_bytes())
+    revoked = x509.load_pem_x509_crl((folder / "broker" / "fleet-crl.pem").read_bytes())
+    listed = revoked.get_revoked_certificate_by_serial_number(certificate.serial_number)
+    return signed_by(certificate, ca) and listed is None
 
 
 @contextlib.contextmanager
@@ -56,49 +58,76 @@ def container(agents: Path, name: str) -> Iterator[str]:
         os.close(lock)
 
 
-def test_every_place_has_a_name_a_cut_layer_a_share_and_a_password(tmp_path: Path) -> None:
+def test_every_place_has_a_name_a_cut_layer_a_share_and_an_identity(tmp_path: Path) -> None:
     laid_out(tmp_path, 5)
-    places = [tmp_path / "agents" / f"agent-{n}" / "agent.toml" for n in range(1, 6)]
+    places = [tmp_path / "devices" / f"agent-{n}" / "agent.toml" for n in range(1, 6)]
     agents = [load_settings(AgentSettings, section="agent", file=file) for file in places]
     assert [a.device for a in agents] == [f"agent-{n}" for n in range(1, 6)]
     assert [a.cut for a in agents] == [2, 3, 5, 2, 3]
     assert [(a.share, a.shares) for a in agents] == [(0, 4), (1, 4), (2, 4), (3, 4), (0, 4)]
     assert [a.state_dir for a in agents] == [file.parent / "state" for file in places]
+    assert [a.identity_dir for a in agents] == [file.parent for file in places]
+    assert [with_name(agent) for agent in agents] == agents, "the certificates say the same"
     own = tmp_path / "coordinator" / "coordinator.toml"
     coordinator = load_settings(CoordinatorSettings, section="coordinator", file=own)
     assert (coordinator.fleet, coordinator.state_dir) == ("lab", own.parent / "state")
     for file in (own, *places):
-        assert login(file).url == URL
-        assert known_to_the_broker(tmp_path, file)
+        url = load_settings(BrokerConfig, section="broker", file=file).url
+        assert url == "mqtts://mosquitto:1884"
         assert file.parent.stat().st_mode & 0o077 == 0, "for its owner only"
-    assert len({password_of(file) for file in (own, *places)}) == 6
-    configuration = (tmp_path / "broker" / "mosquitto.conf").read_text()
-    assert "listener 1884 0.0.0.0\n" in configuration
-    assert f"persistence_location {tmp_path}/broker/data/\n" in configuration
+    assert "listener 1884\n" in (tmp_path / "broker" / "mosquitto.conf").read_text()
 
 
-def test_passwords_stay_when_places_are_laid_out_again(tmp_path: Path) -> None:
-    files = [laid_out(tmp_path, 3) / "coordinator" / "coordinator.toml"]
-    files += [tmp_path / "agents" / f"agent-{n}" / "agent.toml" for n in (1, 2)]
-    before = [password_of(file) for file in files]
+def test_identities_stay_when_places_are_laid_out_again(tmp_path: Path) -> None:
+    laid_out(tmp_path, 3)
+    before = [identity(tmp_path, n) for n in (1, 2, 3)]
     laid_out(tmp_path, 6)
+    assert [identity(tmp_path, n) for n in (1, 2, 3)] == before
+    (tmp_path / "kept").write_bytes(before[2])
     laid_out(tmp_path, 2)
-    assert [password_of(file) for file in files] == before
-    assert all(known_to_the_broker(tmp_path, file) for file in files)
-    assert not list((tmp_path / "agents" / "agent-3").iterdir()), "shut out, its password gone"
+    assert [identity(tmp_path, n) for n in (1, 2)] == before[:2]
+    assert all(good(tmp_path, n) for n in (1, 2))
+    assert not list((tmp_path / "devices" / "agent-3").iterdir())
+    (tmp_path / "devices" / "agent-3" / "device.pem").write_bytes(before[2])
+    assert not good(tmp_path, 3), "who has kept a copy is not let in"
+    laid_out(tmp_path, 3)
+    assert good(tmp_path, 3)
 
 
-@pytest.mark.parametrize("lost", ["coordinator/coordinator.toml", "broker/passwords"])
+def test_a_revoked_place_stays_shut_out(tmp_path: Path) -> None:
+    laid_out(tmp_path, 2)
+    with FleetFolder.open(tmp_path) as fleet:
+        fleet.revoke("agent-1")
+    laid_out(tmp_path, 2)
+    assert not good(tmp_path, 1)
+    assert good(tmp_path, 2)
+
+
+@pytest.mark.parametrize("lost", ["coordinator/coordinator.toml", "devices", "broker"])
 def test_what_is_lost_is_made_again(tmp_path: Path, lost: str) -> None:
     laid_out(tmp_path, 2)
-    (tmp_path / lost).unlink()
+    path = tmp_path / lost
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
     laid_out(tmp_path, 2)
-    for file in ("coordinator/coordinator.toml", "agents/agent-2/agent.toml"):
-        assert known_to_the_broker(tmp_path, tmp_path / file)
+    assert path.exists()
+    assert good(tmp_path, 2)
+
+
+def test_a_coordinator_from_a_backup_has_its_fleet_again(tmp_path: Path) -> None:
+    backup = laid_out(tmp_path / "backup", 1) / "coordinator"
+    folder = laid_out(tmp_path / "fleet", 2)
+    shutil.rmtree(folder / "coordinator")
+    shutil.copytree(backup, folder / "coordinator")
+    laid_out(folder, 2)
+    assert good(folder, 1)
+    assert good(folder, 2)
 
 
 def test_no_place_is_held_twice_and_a_free_one_is_taken_again(tmp_path: Path) -> None:
-    agents = laid_out(tmp_path, 3) / "agents"
+    agents = laid_out(tmp_path, 3) / "devices"
     with container(agents, "a") as first:
         with container(agents, "b") as second:
             assert (first, second) == ("agent-1", "agent-2")
@@ -107,7 +136,7 @@ def test_no_place_is_held_twice_and_a_free_one_is_taken_again(tmp_path: Path) ->
 
 
 def test_a_container_that_starts_again_finds_its_place_whoever_comes_first(tmp_path: Path) -> None:
-    agents = laid_out(tmp_path, 12) / "agents"
+    agents = laid_out(tmp_path, 12) / "devices"
     with contextlib.ExitStack() as stack:
         names = [stack.enter_context(container(agents, f"c{n}")) for n in range(11)]
     assert names == [f"agent-{n}" for n in range(1, 12)], "in the order of their numbers"
@@ -116,7 +145,7 @@ def test_a_container_that_starts_again_finds_its_place_whoever_comes_first(tmp_p
 
 
 def test_a_place_is_held_by_the_program_that_the_container_becomes(tmp_path: Path) -> None:
-    agents = laid_out(tmp_path, 2) / "agents"
+    agents = laid_out(tmp_path, 2) / "devices"
     code = (
         "import os, sys; from pathlib import Path; from ops.places import take\n"
         "take(Path(sys.argv[1]), 'a'); os.execvp('sh', ['sh', '-c', 'echo; exec sleep 60'])"
@@ -133,17 +162,17 @@ def test_a_place_is_held_by_the_program_that_the_container_becomes(tmp_path: Pat
 
 
 def test_more_containers_than_places(tmp_path: Path) -> None:
-    agents = laid_out(tmp_path, 1) / "agents"
+    agents = laid_out(tmp_path, 1) / "devices"
     with container(agents, "a"), pytest.raises(FleetFailed, match="all 1 places"):
         take(agents, "b")
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="mqtt://HOST"):
-        lay_out(tmp_path, fleet="lab", url="http://x", places=1, cuts=(2,), shares=1)
     with pytest.raises(TopicError, match="la/b"):
-        lay_out(tmp_path, fleet="la/b", url=URL, places=1, cuts=(2,), shares=1)
-    file = laid_out(tmp_path, 1) / "agents" / "agent-1" / "agent.toml"
-    file.write_text("[broker]\n")
-    with pytest.raises(DiskTrouble, match=r"agent\.toml is not as it was written"):
-        laid_out(tmp_path, 1)
+        lay_out(tmp_path, fleet="la/b", broker_names=["x"], places=1, cuts=(2,), shares=1)
+    folder = laid_out(tmp_path / "fleet", 1)
+    with pytest.raises(SettingsWrong, match=r"broker_names.*fleet\.toml"):
+        laid_out(folder, 1, broker_name="another")
+    (folder / "devices" / "agent-1" / "device.pem").write_text("rubbish")
+    with pytest.raises(DiskTrouble, match=r"device\.pem is not as it was written"):
+        laid_out(folder, 1)

@@ -24,8 +24,10 @@ from broker.messages import (
     Manifest,
     Measurement,
     Network,
+    Noise,
     Parameters,
     Prediction,
+    Program,
     Receipt,
     Report,
     Request,
@@ -35,6 +37,7 @@ from broker.messages import (
     Telemetry,
 )
 from broker.topics import Address, Topics
+from broker.update_messages import Fetch, Piece, Software, Update
 from tensors.codecs import parse_codec
 from tensors.parameters import pack_parameters
 
@@ -56,6 +59,14 @@ MEASUREMENT = Measurement(
     cores=4,
     uplink_bytes_per_s=1.25e6,
 )
+UPDATE: dict[str, Any] = {
+    "rollout": "r-7",
+    "version": "1.1.0",
+    "sha256": "0123456789abcdef" * 4,
+    "size": 70_000_000,
+    "prove_s": 600.0,
+}
+BUNDLE_URL = "https://files.example/bundle.tar"
 CSR = bytes.fromhex("3082010a")
 CERTIFICATES: dict[str, Any] = {
     "certificate": b"-----BEGIN CERTIFICATE-----\n",
@@ -153,7 +164,7 @@ def _up() -> list[tuple[str, Envelope]]:
             ("least", Hello(**hello)),
             (
                 "all fields",
-                Hello(**hello, test_samples=1000, cut=3, measurement=MEASUREMENT),
+                Hello(**hello, test_samples=1000, cut=3, measurement=MEASUREMENT, frozen=True),
             ),
             ("online", Status(state="online", connection="9f8e7d6c5b4a3921", phase="training")),
             ("last will", Status(state="offline", connection="9f8e7d6c5b4a3921")),
@@ -175,8 +186,15 @@ def _up() -> list[tuple[str, Envelope]]:
             ("counts", Telemetry(boot="9f8e7d6c5b4a3921", number=60, **telemetry)),
             ("parameters", Request(what="parameters", version=5)),
             ("join", Request(what="join", run=RUN, round=3, attempt=1)),
+            ("program", Request(what="program")),
             ("probe", Request(what="probe", padding=bytes(40))),
             ("a request", Renew(nonce="5b4a39219f8e7d6c", csr=CSR)),
+            ("a piece", Fetch(sha256="0123456789abcdef" * 4, offset=2**18)),
+            ("least", Software(version="1.0.0", state="running")),
+            (
+                "failed",
+                Software(version="1.0.0", state="failed", rollout="r-7", detail="it did not start"),
+            ),
         ]
     ]
 
@@ -216,6 +234,10 @@ def _down() -> list[tuple[str, Envelope]]:
             (
                 "with a budget",
                 Assignment(**assignment, cut=3, bytes_per_sample=250.5, follow_link=True),
+            ),
+            (
+                "with noise",
+                Assignment(**assignment, cut=3, noise=Noise(clip_norm=30.0, noise_std=1.5)),
             ),
             (
                 "with exits that are taught",
@@ -266,9 +288,29 @@ def _down() -> list[tuple[str, Envelope]]:
             ("refused", Prediction(request=13, version=6, refused="version")),
             ("a pack", Parameters(run=RUN, version=5, cut=3, state=PACK)),
             ("a delta", Parameters(run=RUN, version=5, cut=3, base=4, state=PACK)),
+            (
+                "a program",
+                Program(
+                    run=RUN,
+                    cut=3,
+                    graph=b"\x08\x0a:\x00",
+                    parameters={"blocks.0.conv.weight": [16, 1, 3, 3], "heads.3.0.fc.bias": [10]},
+                ),
+            ),
+            ("no program", Program(run=RUN, cut=3, refused="ONNX cannot be written here")),
             ("stop", Command(command="stop", reason="its images are too small – größer!")),
             ("another log level", Command(command="log_level", level="debug")),
             ("the log level of its settings", Command(command="log_level")),
+            (
+                "a version to run",
+                Command(command="update", update=Update(**UPDATE)),
+            ),
+            (
+                "a version to run, at a place",
+                Command(command="update", update=Update(**UPDATE, url=BUNDLE_URL)),
+            ),
+            ("the version on trial is kept", Command(command="proven")),
+            ("a piece", Piece(sha256="0123456789abcdef" * 4, offset=2**18, data=b"\x00\xff")),
             ("renewed", Certificate(nonce="5b4a39219f8e7d6c", device="cam-1", **CERTIFICATES)),
         ]
     ]
@@ -325,6 +367,10 @@ def _to_many() -> list[tuple[str, Envelope]]:
         ("all fields", to_all(Serving(**serving, audit_share=0.05, cuts=policies))),
         ("stop", to_all(Command(command="stop"))),
         ("another log level", to_all(Command(command="log_level", level="warning"))),
+        (
+            "a version to run",
+            to_all(Command(command="update", update=Update(**UPDATE, url=BUNDLE_URL))),
+        ),
         ("online", to_all(Coordinator(state="online", boot="0011223344556677"))),
         ("last will", to_all(Coordinator(state="offline", boot="0011223344556677"))),
         ("least", to_cut(3, Manifest(**manifest, version=5, size=1_000_000))),

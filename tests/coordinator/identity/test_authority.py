@@ -143,7 +143,7 @@ def test_what_is_no_name_of_a_device_is_refused(authority: Authority, name: str)
 def test_a_name_that_a_return_certificate_has_no_room_for_is_refused(authority: Authority) -> None:
     key = new_key().public_key()
     assert len(common_name(authority.issue_return("x" * 59, key))) == 64
-    with pytest.raises(IdentityError, match="59"):
+    with pytest.raises(TopicError, match="59"):
         authority.issue_device("x" * 60, key, 30)
     with pytest.raises(IdentityError, match="58"):
         authority.issue_claim("x" * 59, key, 30)

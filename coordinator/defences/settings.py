@@ -1,0 +1,25 @@
+"""What is done about devices that are broken or mean ill: a part of the coordinator's settings."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from coordinator.defences.robust import AggregationRule
+
+CHANGE_THE_MODEL = ("aggregation_rule", "trim_share")
+"""Those that belong to a run's identity."""
+
+
+class DefenceSettings(BaseModel):
+    """See docs/security.md; durations in seconds unless the name says otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    aggregation_rule: AggregationRule = "mean"
+    """How blocks are merged at a round's end. trimmed-mean and median bear liars among the holders
+    of a block, and take disk and time; see docs/security.md."""
+    trim_share: float = Field(default=0.25, gt=0, lt=0.5)
+    """With aggregation_rule = trimmed-mean: how much of the holders' weight is cut off at the
+    lower and at the upper end of every coordinate."""
+    contributions_bytes: int = Field(default=16 << 30, ge=1 << 20)
+    """How much of the disk a round's contributions may take, where the rule is not the mean."""

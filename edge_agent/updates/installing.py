@@ -1,0 +1,94 @@
+"""Making a virtual environment of a bundle's wheels, without the network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from edge_agent.errors import BundleError
+from edge_agent.updates.bundle import BundleManifest
+
+LONGEST_S = 3600.0
+"""An installation that takes longer is given up; an SD card may need many minutes."""
+_TAIL = 300
+
+
+class Installation(Protocol):
+    """An installation under way."""
+
+    def poll(self) -> bool:
+        """Whether it is done. Raises BundleError when it has failed."""
+        ...
+
+    def cancel(self) -> None: ...
+
+
+class VenvInstallation:
+    """Installs ``wheels`` into ``place``, one command after the other, and looks whether it starts.
+
+    ``python`` makes the environment. ``clock`` is monotonic, in seconds. What the commands say is
+    in ``install.log`` beside the versions.
+    """
+
+    def __init__(
+        self,
+        manifest: BundleManifest,
+        wheels: Path,
+        place: Path,
+        *,
+        clock: Callable[[], float],
+        python: str = sys.executable,
+    ) -> None:
+        self._clock = clock
+        self._deadline = clock() + LONGEST_S
+        self._log = place.parent.parent / "install.log"
+        self._log.unlink(missing_ok=True)
+        inside = str(place / "bin" / "python")
+        wanted = f"{manifest.requirement}=={manifest.version}"
+        pip = ("-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--no-index")
+        look = (
+            "import ops.cli, importlib.metadata as m; "
+            f"assert m.version('splitfleet') == {manifest.version!r}"
+        )
+        self._commands = [
+            [python, "-m", "venv", str(place)],
+            [inside, *pip, "--no-cache-dir", "--find-links", str(wheels), wanted],
+            [inside, "-I", "-c", look],
+        ]
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def poll(self) -> bool:
+        """See :class:`Installation`."""
+        if self._running is not None:
+            if self._clock() >= self._deadline:
+                self.cancel()
+                raise BundleError(f"the installation took longer than {LONGEST_S:g} s")
+            code = self._running.poll()
+            if code is None:
+                return False
+            self._running = None
+            if code:
+                raise BundleError(f"the installation failed: {self._tail()}")
+        if not self._commands:
+            return True
+        with self._log.open("ab") as log:
+            self._running = subprocess.Popen(
+                self._commands.pop(0),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return False
+
+    def cancel(self) -> None:
+        """End it."""
+        if self._running is not None:
+            self._running.kill()
+            self._running.wait()
+        self._commands.clear()
+
+    def _tail(self) -> str:
+        return " ".join(self._log.read_text("utf-8", "replace").split())[-_TAIL:]

@@ -1,0 +1,134 @@
+"""Which version is started: the real start.sh, with scripts for agents."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from edge_agent.errors import StateError
+from edge_agent.updates.slots import FLASHED, STARTS, Failure, Slots
+from edge_agent.updates.start import START
+
+AGENT = '#!/bin/sh\necho {name} "$@"\n{then}\n'
+
+
+def install(place: Path, name: str, then: str = "") -> None:
+    (place / "bin").mkdir(parents=True)
+    agent = place / "bin" / "splitfleet"
+    agent.write_text(AGENT.format(name=name, then=then))
+    agent.chmod(0o755)
+
+
+@pytest.fixture
+def slots(tmp_path: Path) -> Slots:
+    install(tmp_path / "flashed", "flashed")
+    (tmp_path / "updates").mkdir()
+    return Slots(tmp_path / "updates")
+
+
+def start(slots: Slots) -> str:
+    """What the agent that is started says; a process group, as a service manager would have it."""
+    flashed = slots.folder.parent / "flashed"
+    process = subprocess.Popen(
+        ["/bin/sh", START, slots.folder, flashed, "agent", "--config", "a b"],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return out.strip()
+
+
+def test_the_flashed_version_until_there_is_another(slots: Slots) -> None:
+    assert start(slots) == "flashed agent --config a b"
+    assert slots.current == FLASHED
+    assert not slots.on_trial
+
+
+def test_a_version_that_proves_itself_stays(slots: Slots) -> None:
+    install(slots.prepare("1.1"), "new")
+    slots.try_out("1.1", "r1", prove_s=600)
+    assert start(slots).startswith("new")
+    assert (slots.on_trial, slots.rollout) == (True, "r1")
+    slots.prove()
+    for _ in range(STARTS + 1):
+        assert start(slots).startswith("new")
+    assert (slots.on_trial, slots.failure) == (False, None)
+
+
+def test_a_version_that_is_never_proven_is_taken_back(slots: Slots) -> None:
+    install(slots.prepare("1.1"), "new", then="exit 1")
+    slots.try_out("1.1", "r1", prove_s=600)
+    assert [start(slots).split()[0] for _ in range(STARTS + 2)] == [
+        *["new"] * STARTS,
+        *["flashed"] * 2,
+    ]
+    assert not slots.on_trial
+    assert slots.current == FLASHED
+    assert slots.failure is not None
+    assert slots.failure.rollout == "r1"
+    assert "1.1" in slots.failure.reason
+
+
+def test_one_that_hangs_is_ended(slots: Slots) -> None:
+    install(slots.prepare("1.1"), "new", then="exec sleep 600")
+    slots.try_out("1.1", "r1", prove_s=1)
+    assert [start(slots).split()[0] for _ in range(STARTS + 1)] == ["new"] * STARTS + ["flashed"]
+
+
+def test_the_version_before_comes_back_not_the_flashed_one(slots: Slots) -> None:
+    install(slots.prepare("1.1"), "good")
+    slots.try_out("1.1", "r1", prove_s=600)
+    slots.prove()
+    install(slots.prepare("1.2"), "bad")
+    slots.try_out("1.2", "r2", prove_s=600)
+    for _ in range(STARTS):
+        start(slots)
+    assert start(slots).startswith("good")
+    assert slots.current == "1.1"
+
+
+def test_a_version_that_is_gone_is_replaced_by_the_flashed_one(slots: Slots) -> None:
+    slots.prepare("1.1")
+    slots.try_out("1.1", "r1", prove_s=600)
+    slots.prove()
+    assert start(slots).startswith("flashed")
+
+
+@pytest.mark.parametrize("trial", ["", "- x y z", "-", "- 99999999999999999999 1 r", "rubbish"])
+def test_a_damaged_trial_ends_somehow(slots: Slots, trial: str) -> None:
+    install(slots.prepare("1.1"), "new")
+    slots.try_out("1.1", "r1", prove_s=600)
+    (slots.folder / "trial").write_text(trial)
+    assert start(slots).split()[0] in ("new", "flashed")
+
+
+def test_only_the_last_two_versions_stay(slots: Slots) -> None:
+    for version in ("1.1", "1.2", "1.3"):
+        install(slots.prepare(version), version)
+        slots.try_out(version, version, prove_s=1)
+        slots.prove()
+    assert {place.name for place in (slots.folder / "versions").iterdir()} == {"1.2", "1.3"}
+
+
+def test_a_failure_is_one_line_and_forgotten_with_the_next_trial(slots: Slots) -> None:
+    slots.fail("r1", "a reason\nof two  lines")
+    assert slots.failure == Failure("r1", "a reason of two lines")
+    install(slots.prepare("1.1"), "new")
+    slots.try_out("1.1", "r2", prove_s=1)
+    assert slots.failure is None
+
+
+def test_a_disk_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="cannot write"):
+        Slots(tmp_path / "file").fail("r1", "reason")

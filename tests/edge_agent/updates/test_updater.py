@@ -1,0 +1,310 @@
+"""A device's updates, message by message, with a coordinator of dictionaries."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import pytest
+
+from broker.drive import Effect
+from broker.envelopes import Envelope, down
+from broker.messages import Command
+from broker.update_messages import Fetch, Piece, Software, Update
+from coordinator.identity.authority import Authority
+from edge_agent.errors import BundleError
+from edge_agent.updates.bundle import BundleManifest
+from edge_agent.updates.fetching import HttpDownload, PartialBundle
+from edge_agent.updates.slots import Slots
+from edge_agent.updates.updater import ASK_AGAIN_S, GIVE_UP_S, RETRY_HTTP_S, Updater
+from tests import bundles
+from tests.tiny import Clock
+
+PIECE = 40_000
+
+M = TypeVar("M")
+
+
+class Installed:
+    """An installation that is done at the third look, or fails."""
+
+    def __init__(self, place: Path, problem: str | None) -> None:
+        self.place, self.problem = place, problem
+        self.looks = 0
+        self.cancelled = False
+
+    def poll(self) -> bool:
+        self.looks += 1
+        if self.looks < 3:
+            return False
+        if self.problem is not None:
+            raise BundleError(self.problem)
+        return True
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Lab:
+    """A device, the bundle that is announced to it, and what it has said."""
+
+    def __init__(self, folder: Path, authority: Authority) -> None:
+        self.bundle = bundles.make(folder, authority).read_bytes()
+        self.authority = authority
+        self.slots = Slots(folder / "updates")
+        self.slots.folder.mkdir()
+        self.clock = Clock()
+        self.problem: str | None = None
+        self.installations: list[Installed] = []
+        self.wheels: list[str] = []
+        self.responses: list[Any] = []
+        self.requested: list[str | None] = []
+        self.updater = self.boot("1.0.0")
+
+    def boot(self, version: str) -> Updater:
+        """The agent starts, with this version of its software."""
+        self.updater = Updater(
+            "cam-1",
+            version,
+            self.slots,
+            fleet=bundles.FLEET,
+            authorities=lambda: [self.authority.ca("fleet")],
+            clock=self.clock,
+            install=self._install,
+            download=lambda update, partial: HttpDownload(update, partial, urlopen=self._urlopen),
+        )
+        return self.updater
+
+    def update(self, **changes: Any) -> Update:
+        about: dict[str, Any] = {
+            "rollout": "r1",
+            "version": "1.1.0",
+            "sha256": hashlib.sha256(self.bundle).hexdigest(),
+            "size": len(self.bundle),
+            "prove_s": 600.0,
+        }
+        return Update(**about | changes)
+
+    def announce(self, **changes: Any) -> list[Effect]:
+        return self.hear(Command(command="update", update=self.update(**changes)))
+
+    def hear(self, message: Command | Piece) -> list[Effect]:
+        return self.updater.receive(down("cam-1", message))
+
+    def answer(self, fetch: Fetch) -> list[Effect]:
+        data = self.bundle[fetch.offset : fetch.offset + PIECE]
+        return self.hear(Piece(sha256=fetch.sha256, offset=fetch.offset, data=data))
+
+    def fetch_all(self, effects: Sequence[Effect]) -> list[Effect]:
+        while fetches := said(effects, Fetch):
+            (fetch,) = fetches
+            effects = self.answer(fetch)
+        return list(effects)
+
+    def run(self) -> list[Effect]:
+        """Work and time, until nothing more happens by itself or the process ends."""
+        effects: list[Effect] = []
+        for _ in range(1000):
+            if self.updater.finished:
+                break
+            if self.updater.has_work:
+                effects += self.updater.work()
+            elif self.updater.next_tick is not None and not self.slots.on_trial:
+                self.clock.now = self.updater.next_tick
+                effects += self.updater.tick()
+            else:
+                break
+        return effects
+
+    def _install(
+        self, manifest: BundleManifest, wheels: Path, place: Path, *, clock: Callable[[], float]
+    ) -> Installed:
+        self.wheels = sorted(file.name for file in wheels.iterdir())
+        self.installations.append(Installed(place, self.problem))
+        return self.installations[-1]
+
+    def _urlopen(self, request: Any, *, timeout: float) -> IO[bytes]:
+        self.requested.append(request.get_header("Range"))
+        response = self.responses.pop(0)
+        if isinstance(response, Exception):
+            raise response
+        assert isinstance(response, io.BytesIO)
+        return response
+
+
+def said(effects: Sequence[Effect], kind: type[M]) -> list[M]:
+    found = [effect.message for effect in effects if isinstance(effect, Envelope)]
+    return [message for message in found if isinstance(message, kind)]
+
+
+def states(effects: Sequence[Effect]) -> list[str]:
+    return [message.state for message in said(effects, Software)]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.create(tmp_path_factory.mktemp("authority"), bundles.FLEET)
+
+
+@pytest.fixture
+def lab(tmp_path: Path, authority: Authority) -> Lab:
+    return Lab(tmp_path, authority)
+
+
+def test_from_the_announcement_to_the_proof(lab: Lab) -> None:
+    assert states(lab.updater.connected()) == ["running"]
+    effects = lab.announce()
+    assert states(effects) == ["fetching"]
+    assert lab.fetch_all(effects) == []
+    assert states(lab.run()) == ["installing"]
+    assert lab.updater.finished
+    assert len(lab.wheels) == 2
+    assert lab.slots.current == "1.1.0"
+
+    effects = lab.boot("1.1.0").connected()
+    assert said(effects, Software) == [Software(version="1.1.0", state="proving", rollout="r1")]
+    lab.clock.now += ASK_AGAIN_S
+    assert states(lab.updater.tick()) == ["proving"]
+    assert states(lab.hear(Command(command="proven"))) == ["running"]
+    assert not lab.slots.on_trial
+    assert lab.updater.next_tick is None
+    assert states(lab.announce()) == ["running"]
+
+
+def test_a_piece_that_is_lost_is_asked_for_again(lab: Lab) -> None:
+    (first,) = said(lab.announce(), Fetch)
+    (second,) = said(lab.answer(first), Fetch)
+    assert second.offset == PIECE
+    assert lab.answer(first) == []
+    lab.clock.now += ASK_AGAIN_S
+    assert said(lab.updater.tick(), Fetch) == [second]
+    assert said(lab.updater.connected(), Fetch) == [second]
+
+
+def test_a_fetch_goes_on_after_a_restart(lab: Lab) -> None:
+    (first,) = said(lab.announce(), Fetch)
+    lab.answer(first)
+    lab.boot("1.0.0").connected()
+    (again,) = said(lab.announce(), Fetch)
+    assert again.offset == PIECE
+
+
+def test_the_same_announcement_again_changes_nothing(lab: Lab) -> None:
+    lab.announce()
+    assert lab.announce() == []
+
+
+def test_another_announcement_replaces_the_one_before(lab: Lab) -> None:
+    lab.fetch_all(lab.announce())
+    lab.updater.work()
+    effects = lab.announce(rollout="r2", sha256="0" * 64)
+    assert lab.installations[0].cancelled
+    assert [fetch.offset for fetch in said(effects, Fetch)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"version": "1.2.0"}, "announced was 1.2.0"),
+        ({"sha256": "0" * 64}, "checksum"),
+        ({"size": 1000}, "longer than was announced"),
+    ],
+)
+def test_what_is_not_as_announced_fails(lab: Lab, changes: dict[str, Any], says: str) -> None:
+    effects = lab.fetch_all(lab.announce(**changes)) + lab.run()
+    (last,) = said(effects, Software)
+    assert (last.state, last.rollout) == ("failed", "r1")
+    assert says in last.detail
+    assert lab.installations == []
+    assert not lab.updater.finished
+    assert lab.slots.current == "-"
+
+
+def test_a_bundle_of_another_fleet_fails(lab: Lab, tmp_path: Path) -> None:
+    lab.authority = Authority.create(tmp_path / "stranger", bundles.FLEET)
+    lab.fetch_all(lab.announce())
+    (last,) = said(lab.run(), Software)
+    assert "not signed by this fleet" in last.detail
+
+
+def test_what_failed_is_tried_again_only_for_another_rollout(lab: Lab) -> None:
+    lab.problem = "no matching distribution"
+    lab.fetch_all(lab.announce())
+    assert states(lab.run()) == ["installing", "failed"]
+    assert lab.updater.next_tick is None
+    assert states(lab.announce()) == ["failed"]
+    assert states(lab.boot("1.0.0").connected()) == ["failed"]
+    assert states(lab.announce(rollout="r2")) == ["fetching"]
+
+
+def test_a_coordinator_without_the_bundle_says_so(lab: Lab) -> None:
+    (fetch,) = said(lab.announce(), Fetch)
+    effects = lab.hear(Piece(sha256=fetch.sha256, offset=0, data=b""))
+    assert "any more" in said(effects, Software)[0].detail
+
+
+def test_a_fetch_that_gets_nothing_is_given_up(lab: Lab) -> None:
+    lab.announce()
+    lab.clock.now += GIVE_UP_S + 1
+    assert states(lab.updater.tick()) == ["failed"]
+
+
+def test_a_full_disk_fails_the_update_not_the_agent(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    (fetch,) = said(lab.announce(), Fetch)
+    monkeypatch.setattr(PartialBundle, "add", full)
+    assert "No space left" in said(lab.answer(fetch), Software)[0].detail
+
+
+def test_nothing_new_is_begun_on_trial(lab: Lab) -> None:
+    lab.fetch_all(lab.announce())
+    lab.run()
+    lab.boot("1.1.0")
+    assert lab.announce(version="1.2.0", rollout="r2") == []
+
+
+def test_rubbish_is_ignored(lab: Lab) -> None:
+    assert lab.hear(Piece(sha256="0" * 64, offset=0, data=b"x")) == []
+    assert lab.hear(Command(command="proven")) == []
+    assert lab.hear(Command(command="update")) == []
+    lab.announce()
+    assert lab.hear(Piece(sha256="0" * 64, offset=0, data=b"x")) == []
+    assert lab.hear(Piece(sha256=lab.update().sha256, offset=5, data=b"x")) == []
+
+
+URL = "https://files.example/bundle.tar"
+
+
+def test_by_http_with_a_break(lab: Lab) -> None:
+    half = len(lab.bundle) // 2
+    resumed = io.BytesIO(lab.bundle[half:])
+    resumed.status = 206  # type: ignore[attr-defined]
+    lab.responses = [io.BytesIO(lab.bundle[:half]), ConnectionResetError("reset"), resumed]
+    effects = lab.announce(url=URL)
+    assert said(effects, Fetch) == []
+    began = lab.clock.now
+    assert states(lab.run()) == ["installing"]
+    assert lab.updater.finished
+    assert lab.clock.now >= began + 2 * RETRY_HTTP_S
+    assert lab.requested == ["bytes=0-", f"bytes={half}-", f"bytes={half}-"]
+
+
+def test_by_http_from_a_server_that_cannot_resume(lab: Lab) -> None:
+    whole = io.BytesIO(lab.bundle)
+    whole.status = 200  # type: ignore[attr-defined]
+    lab.responses = [io.BytesIO(lab.bundle[:1000]), whole]
+    lab.announce(url=URL)
+    assert states(lab.run()) == ["installing"]
+
+
+def test_by_http_what_is_longer_than_announced_fails(lab: Lab) -> None:
+    lab.responses = [io.BytesIO(lab.bundle + b"x")]
+    lab.announce(url=URL)
+    assert "longer" in said(lab.run(), Software)[0].detail
