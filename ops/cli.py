@@ -12,6 +12,7 @@ import typer
 from broker.config import BrokerConfig
 from ops import (
     cli_bench,
+    cli_device,
     cli_exits,
     cli_experiment,
     cli_fleet,
@@ -37,6 +38,7 @@ broker_app = typer.Typer(help="The MQTT broker: run the embedded one, configure 
 app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
+cli_device.register(app)
 cli_experiment.register(app)
 cli_exits.register(app)
 cli_fleet.register(app)
