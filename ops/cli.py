@@ -21,6 +21,7 @@ from ops import (
     cli_plan,
     cli_predict,
     cli_privacy,
+    cli_rollout,
     cli_simulator,
     run,
 )
@@ -43,6 +44,7 @@ cli_identity.register(app)
 cli_model.register(app)
 cli_plan.register(app)
 cli_predict.register(app)
+cli_rollout.register(app)
 cli_privacy.register(app)
 cli_learning.register(cli_bench.bench)
 

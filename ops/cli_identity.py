@@ -77,7 +77,7 @@ def init(
 @fleet.command()
 def add(device: Device, *, folder: Folder = HERE) -> None:
     """Make a device's key and certificates here; prints the folder that goes to the device."""
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         print(opened.add_device(device))
 
 
@@ -99,7 +99,7 @@ def token(
         days = parse_days(expires)
     except ValueError as exc:
         raise SettingsWrong(f"--expires {exc}") from None
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         print(opened.write_token(uses, days, out))
 
 
@@ -108,7 +108,7 @@ def list_(*, folder: Folder = HERE, as_json: AsJson = False) -> None:
     """The devices on the roster, and how long their certificates are good for."""
     from ops.identity_table import show_devices
 
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         show_devices(opened.fleet, as_json=as_json)
 
 
@@ -117,7 +117,7 @@ def status(*, folder: Folder = HERE, as_json: AsJson = False) -> None:
     """What ends when: certificates, lists and tokens; and what happened last."""
     from ops.identity_table import show_status
 
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         show_status(opened.fleet, opened.refresh(), as_json=as_json)
 
 
@@ -128,21 +128,21 @@ def revoke(
     folder: Folder = HERE,
 ) -> None:
     """Shut a device or a token out for good; who is connected is cut off within seconds."""
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         opened.revoke(name)
 
 
 @fleet.command()
 def reset(device: Device, *, folder: Folder = HERE) -> None:
     """Let a device enrol again with a new key, as after its card has been replaced."""
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         opened.reset(device)
 
 
 @fleet.command()
 def retire(device: Device, *, folder: Folder = HERE) -> None:
     """Take a device off the roster: its certificates end, the coordinator forgets it."""
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         opened.retire(device)
 
 
@@ -151,7 +151,7 @@ def repair(*, folder: Folder = HERE) -> None:
     """Write what broker and coordinator have lost, and mosquitto.conf as this version has it."""
     from ops.identity_files import complete
 
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         complete(opened.fleet)
 
 
@@ -167,11 +167,12 @@ def backup(
     """
     from ops.identity_files import save
 
-    with _open(folder) as opened:
+    with open_fleet(folder) as opened:
         save(opened.fleet, file)
 
 
-def _open(folder: Path) -> FleetFolder:
+def open_fleet(folder: Path) -> FleetFolder:
+    """The folder of a fleet; its authorities' passphrase is looked for in the environment."""
     from ops.identity import FleetFolder
 
     return FleetFolder.open(folder, _passphrase())

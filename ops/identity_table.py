@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from coordinator.identity.fleet import Fleet, Listed, count
 from coordinator.identity.roster import Claim
 from coordinator.identity.standing import Expiry
+from coordinator.updates.book import RolloutBook
 from ops.units import MISSING
 
 EVENTS = 10
@@ -23,15 +24,16 @@ _STYLES = {"ending": "yellow", "ended": "red", "awaited": "yellow", "revoked": "
 
 def show_devices(fleet: Fleet, *, as_json: bool) -> None:
     """Print the devices."""
-    devices = fleet.members()
+    devices, software = fleet.members(), _Software(fleet)
     if as_json:
-        print(json.dumps([_device(device) for device in devices], indent=2))
+        found = [_device(device) | software.of(device.member.name) for device in devices]
+        print(json.dumps(found, indent=2))
         return
-    table = _table("device", "certificate", "ends", "class", "serial", "came with")
+    table = _table("device", "certificate", "ends", "class", "serial", "came with", "software")
     for device in devices:
         member = device.member
         came = f"claim.{member.claim}" if member.claim else "fleet add"
-        cells = (member.device_class, member.serial or MISSING, came)
+        cells = (member.device_class, member.serial or MISSING, came, software.told(member.name))
         ends = _when(device.ends)
         style = _STYLES.get(device.condition, "")
         table.add_row(member.name, device.condition, ends, *cells, style=style)
@@ -69,6 +71,32 @@ def show_status(fleet: Fleet, expiry: Expiry, *, as_json: bool) -> None:
     for event in events:
         happened.add_row(_when(event.time), f"{event.subject} {event.kind}", event.detail)
     console.print(happened)
+
+
+class _Software:
+    """What devices run, and what they should."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        book = RolloutBook(fleet.roster, clock=time.time)
+        self._reported, self._wanted = book.reported(), book.wanted()
+
+    def of(self, device: str) -> dict[str, str | None]:
+        """For JSON."""
+        reported, wanted = self._reported.get(device), self._wanted.get(device)
+        return {
+            "version": None if reported is None else reported.version,
+            "wanted_version": None if wanted is None else wanted.version,
+            "update": None if reported is None else reported.state,
+            "update_detail": None if reported is None else reported.detail,
+        }
+
+    def told(self, device: str) -> str:
+        """For a table: a version, and where another one is wanted which, and how that goes."""
+        about = self.of(device)
+        version, wanted = about["version"] or MISSING, about["wanted_version"]
+        if wanted in (None, version):
+            return version
+        return f"{version}, wanted {wanted} ({about['update'] or 'not heard of'})"
 
 
 def _device(device: Listed) -> dict[str, Any]:
