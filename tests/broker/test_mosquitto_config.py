@@ -58,7 +58,10 @@ async def test_devices_and_coordinator_reach_each_other_and_nobody_else() -> Non
             assert (await packet(d1)).payload == b"3"
             # The first thing d2 was given is public: neither d1's mail nor d1's up/ was delivered.
             assert (await packet(d2)).topic == TOPICS.cut(2, "manifest")
+            own = TOPICS.up("d1", "hello")
             for topic in (
+                f"{own}/more",
+                own.replace("hello", "unheard-of"),
                 TOPICS.up("d2", "hello"),
                 TOPICS.down("d1", "assignment"),
                 TOPICS.all("round"),
@@ -93,6 +96,7 @@ async def test_a_claim_reaches_the_coordinator_and_sees_nothing_else_of_the_flee
             for topic in (
                 "claim.t2/up/enrol",
                 "claim.t1/down/certificate",
+                "claim.t1/up/enrol/more",
                 "splitfleet/lab/all/round",
                 TOPICS.up("d1", "hello"),
                 "../device/d1/up/hello",
