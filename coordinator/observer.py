@@ -56,6 +56,9 @@ class Observer:
         ``not_brought``: the device never came back for it.
         """
 
+    def upload_clipped(self, cut: int) -> None:
+        """A device had moved further than it may; what it brought was shortened."""
+
     def work_changed(self, device: str, cut: int, share: float) -> None:
         """A device that is late, or early again, has another share of its work or another cut."""
 
@@ -142,6 +145,10 @@ class Observers(Observer):
     def late_work(self, outcome: str, samples: int) -> None:
         for observer in self._observers:
             observer.late_work(outcome, samples)
+
+    def upload_clipped(self, cut: int) -> None:
+        for observer in self._observers:
+            observer.upload_clipped(cut)
 
     def work_changed(self, device: str, cut: int, share: float) -> None:
         for observer in self._observers:

@@ -54,6 +54,7 @@ DISCARDED = (
     "not_a_participant",
     "not_computable",
     "not_finite",
+    "outlier_loss",
     "stale_attempt",
     "wrong_shape",
     "wrong_version",
@@ -141,6 +142,12 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
         )
         self._discarded = _counter(
             registry, "splitfleet_batches_discarded", "Batches refused", "reason", DISCARDED
+        )
+        self._clipped = _counter(
+            registry,
+            "splitfleet_uploads_clipped",
+            "Uploads of parameters that were shortened, for they had moved too far",
+            "cut",
         )
         self._loss = Gauge(
             "splitfleet_server_loss",
@@ -285,6 +292,9 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
 
     def retired(self, devices: Collection[str]) -> None:
         self._fleet.forget(devices)
+
+    def upload_clipped(self, cut: int) -> None:
+        self._clipped.labels(cut).inc()
 
     def work_changed(self, device: str, cut: int, share: float) -> None:
         self._fleet.work_share(device, share)
