@@ -14,6 +14,7 @@ from ops import (
     cli_bench,
     cli_exits,
     cli_experiment,
+    cli_flash,
     cli_fleet,
     cli_identity,
     cli_learning,
@@ -39,6 +40,7 @@ app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
 cli_experiment.register(app)
 cli_exits.register(app)
+cli_flash.register(app)
 cli_fleet.register(app)
 cli_identity.register(app)
 cli_model.register(app)
