@@ -15,6 +15,7 @@ from ops import (
     cli_device,
     cli_exits,
     cli_experiment,
+    cli_flash,
     cli_fleet,
     cli_identity,
     cli_learning,
@@ -41,6 +42,7 @@ cli_simulator.register(app, cli_bench.bench)
 cli_device.register(app)
 cli_experiment.register(app)
 cli_exits.register(app)
+cli_flash.register(app)
 cli_fleet.register(app)
 cli_identity.register(app)
 cli_model.register(app)
