@@ -74,7 +74,7 @@ def serve_coordinator(
                 enrolment=enrolment,
                 rollouts=rollouts,
             )
-            return stop.is_set()
+            return stop.interrupted
 
     with contextlib.ExitStack() as stack:
         if settings.metrics_port is not None:
