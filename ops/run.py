@@ -25,6 +25,7 @@ from broker.errors import (
 from broker.transport import Transport, Will
 from coordinator.errors import CoordinatorError, IdentityError, ResumeError, StoreError
 from edge_agent.errors import AgentError, ListenError, StateError
+from edge_agent.errors import IdentityError as DeviceIdentityError
 from ops.errors import (
     BrokerUnreachable,
     DataMissing,
@@ -111,7 +112,9 @@ def plain_errors() -> Iterator[None]:
         yield
     except OpsError:
         raise
-    except (ConfigError, TopicError, NetworkError, CodecError, ResumeError, IdentityError) as exc:
+    except (ConfigError, TopicError, NetworkError, CodecError, ResumeError) as exc:
+        raise SettingsWrong(str(exc)) from exc
+    except (IdentityError, DeviceIdentityError) as exc:
         raise SettingsWrong(str(exc)) from exc
     except DataError as exc:
         raise DataMissing(str(exc)) from exc
