@@ -237,10 +237,13 @@ class Topics:
         return (f"{self.claims}+/up/#",)
 
     def device_grants(self, device: str) -> tuple[Grant, ...]:
-        """All a device may do; `device` may be a broker's placeholder such as "%u"."""
+        """All a device may do; `device` may be a broker's placeholder such as "%u".
+
+        It writes to known topics only: of each the broker may have to retain a message for it.
+        """
         own = f"{self._base}/device/{device}"
         return (
-            Grant("write", f"{own}/up/#"),
+            *(Grant("write", f"{own}/up/{kind}") for kind in sorted(UP_KINDS)),
             Grant("read", f"{own}/down/#"),
             Grant("read", f"{self._base}/all/#"),
             Grant("read", f"{self._base}/cut/#"),
@@ -249,7 +252,10 @@ class Topics:
     def claim_grants(self, claim: str) -> tuple[Grant, ...]:
         """All a claim may do; `claim` may be a broker's placeholder such as "%u"."""
         own = f"{self.claims}{claim}"
-        return (Grant("write", f"{own}/up/#"), Grant("read", f"{own}/down/#"))
+        return (
+            *(Grant("write", f"{own}/up/{kind}") for kind in sorted(CLAIM_UP_KINDS)),
+            Grant("read", f"{own}/down/#"),
+        )
 
     def coordinator_grants(self) -> tuple[Grant, ...]:
         """All the coordinator may do: the whole fleet, and the broker's own figures."""

@@ -58,7 +58,10 @@ async def test_devices_and_coordinator_reach_each_other_and_nobody_else() -> Non
             assert (await packet(d1)).payload == b"3"
             # The first thing d2 was given is public: neither d1's mail nor d1's up/ was delivered.
             assert (await packet(d2)).topic == TOPICS.cut(2, "manifest")
+            own = TOPICS.up("d1", "hello")
             for topic in (
+                f"{own}/more",
+                own.replace("hello", "unheard-of"),
                 TOPICS.up("d2", "hello"),
                 TOPICS.down("d1", "assignment"),
                 TOPICS.all("round"),
@@ -93,6 +96,7 @@ async def test_a_claim_reaches_the_coordinator_and_sees_nothing_else_of_the_flee
             for topic in (
                 "claim.t2/up/enrol",
                 "claim.t1/down/certificate",
+                "claim.t1/up/enrol/more",
                 "splitfleet/lab/all/round",
                 TOPICS.up("d1", "hello"),
                 "../device/d1/up/hello",
@@ -170,6 +174,8 @@ def test_the_files_can_be_moved_and_only_the_owner_reads_the_rules(tmp_path: Pat
 def test_bad_names_and_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TopicError, match="a/b"):
         write_mosquitto_config(tmp_path, "a/b")
+    with pytest.raises(ConfigError, match="no address"):
+        write_mosquitto_config(tmp_path, "lab", host="0.0.0.0\nlistener 1")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         write_mosquitto_config(tmp_path / "file", "lab")
