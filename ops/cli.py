@@ -95,6 +95,10 @@ def demo(
     window: Annotated[int | None, typer.Option(help="batches a device may have out")] = None,
     threshold: Annotated[float | None, typer.Option(help="τ: exit if confidence is above")] = None,
     broker: BrokerUrl = None,
+    secure: Annotated[
+        bool | None,
+        typer.Option("--secure", help="on Mosquitto with certificates, a token and all guards"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the run; an old one is resumed")
     ] = None,
@@ -125,6 +129,7 @@ def demo(
         "window": window,
         "threshold": threshold,
         "broker": broker,
+        "secure": secure,
         "seed": seed,
     }
     settings = DemoSettings.resolve(out, given)
