@@ -27,7 +27,7 @@ state() { cat mosquitto.conf acl ./*.pem | cksum; }
 # What only the broker reads and writes must be its own once it has given up root's rights.
 hand_over() {
     [ "$(id -u)" = 0 ] && id mosquitto >/dev/null 2>&1 || return 0
-    chown -R mosquitto acl broker-key.pem data
+    chown -R "mosquitto:$(id -g mosquitto)" acl broker-key.pem data
 }
 
 # Waits until files are no longer being changed: several belong together.

@@ -84,5 +84,5 @@ def shown(broker: GuardedBroker) -> str:
 
 def child(broker: GuardedBroker) -> int:
     """The Mosquitto that run.sh has started."""
-    command = ["pgrep", "-P", str(broker.pid), "mosquitto"]
+    command = ["pgrep", "-P", str(broker.pid), "-f", "mosquitto.conf"]
     return int(subprocess.run(command, check=True, capture_output=True).stdout)
