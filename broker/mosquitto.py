@@ -134,6 +134,8 @@ def write_mosquitto_config(
     Raises TopicError for a bad fleet name and ConfigError when the files cannot be written.
     """
     topics = Topics(fleet)
+    if host is not None and (not host.isprintable() or " " in host):
+        raise ConfigError(f"{host!r} is no address to listen on: give one, like 127.0.0.1")
     files = MosquittoFiles(folder / "mosquitto.conf", folder / "acl", folder / START)
     text = _CONFIGURATION.format(
         fleet=fleet, limits=limits, anonymous="true" if loopback_port else "false"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
 from coordinator.aggregation import Aggregation, Model
+from coordinator.defences.steps import StepLimits
 from coordinator.errors import BatchRefused
 from coordinator.server_copy import Entry, ServerCopy, Step
 from tensors.networks import CutNetwork, State
@@ -47,10 +48,15 @@ class Cascade:
         *,
         momentum: float,
         weight_decay: float,
+        limits: StepLimits | None = None,
         rate_rule: RateRule = "momentum",
     ) -> None:
         self._shared = ServerCopy(
-            copy.deepcopy(network.server_half(1)), compute, momentum, weight_decay
+            copy.deepcopy(network.server_half(1)),
+            compute,
+            momentum,
+            weight_decay,
+            limits or StepLimits(),
         )
         self._rule = rate_rule
         self._learning_rate = 0.0
@@ -74,7 +80,8 @@ class Cascade:
     ) -> list[Step | BatchRefused]:
         """One step on all batches; one result for each, in order.
 
-        Where they cannot be trained on together, those that diverge alone are refused and the rest
+        Where they cannot be trained on together, those that are to blame alone (they diverge, or
+        their loss stands out) are refused and the rest
         makes a step as if they had never been there. Where nobody is to blame alone, each makes a
         step of its own.
         """
@@ -83,14 +90,16 @@ class Cascade:
         except BatchRefused as exc:
             if len(batches) == 1:
                 return [exc]
-        bad = [self._shared.diverges(batch, want_gradient=want_gradients) for batch in batches]
-        if all(bad) or not any(bad):
+        refusals = [
+            self._shared.is_to_blame(batch, want_gradient=want_gradients) for batch in batches
+        ]
+        good = [batch for batch, refused in zip(batches, refusals, strict=True) if not refused]
+        if len(good) in (0, len(batches)):
             return [
                 self.step_together([batch], want_gradients=want_gradients)[0] for batch in batches
             ]
-        good = [batch for batch, is_bad in zip(batches, bad, strict=True) if not is_bad]
         outcomes = iter(self.step_together(good, want_gradients=want_gradients))
-        return [BatchRefused("diverged") if is_bad else next(outcomes) for is_bad in bad]
+        return [refused or next(outcomes) for refused in refusals]
 
     def finish(self, device: str) -> tuple[State, State]:
         """Nothing: the shared network goes on."""

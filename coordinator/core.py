@@ -77,6 +77,7 @@ class CoordinatorCore:
         self._log_levels = LogLevels()
         self._registry = Registry(settings.max_devices)
         self._registry.restore(checkpoint.registry)
+        observer.devices(self._registry.by_state())
         self._serving = ServingVersion(settings, run, answers.versions, evaluator, observer)
         self._run = Run(
             settings,

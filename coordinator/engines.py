@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import Cascade
+from coordinator.defences.steps import StepLimits
 from coordinator.errors import BatchRefused
 from coordinator.server_copy import Entry, ServerCopy, Step
 from tensors.networks import CutNetwork, State
@@ -39,7 +40,8 @@ class Engine(Protocol):
         """Train on one batch of a device, entering at its cut.
 
         Raises :class:`BatchRefused` and changes nothing if the loss or the gradient at the cut is
-        not finite (``diverged``) or cannot be computed (``not_computable``).
+        not finite (``diverged``) or cannot be computed (``not_computable``), or the loss stands out
+        (``outlier_loss``).
         """
         ...
 
@@ -68,10 +70,20 @@ class Sequential:
     gathers: ClassVar[bool] = False
 
     def __init__(
-        self, network: CutNetwork, compute: Compute, *, momentum: float, weight_decay: float
+        self,
+        network: CutNetwork,
+        compute: Compute,
+        *,
+        momentum: float,
+        weight_decay: float,
+        limits: StepLimits | None = None,
     ) -> None:
         self._shared = ServerCopy(
-            copy.deepcopy(network.server_half(1)), compute, momentum, weight_decay
+            copy.deepcopy(network.server_half(1)),
+            compute,
+            momentum,
+            weight_decay,
+            limits or StepLimits(),
         )
         self._samples: Counter[int] = Counter()
 
@@ -106,12 +118,19 @@ class Averaging:
     gathers: ClassVar[bool] = False
 
     def __init__(
-        self, network: CutNetwork, compute: Compute, *, momentum: float, weight_decay: float
+        self,
+        network: CutNetwork,
+        compute: Compute,
+        *,
+        momentum: float,
+        weight_decay: float,
+        limits: StepLimits | None = None,
     ) -> None:
         self._network = network
         self._compute = compute
         self._momentum = momentum
         self._weight_decay = weight_decay
+        self._limits = limits or StepLimits()
         self._model: Model | None = None
         self._learning_rate = 0.0
         self._replicas: dict[str, ServerCopy] = {}
@@ -146,6 +165,7 @@ class Averaging:
             self._compute,
             self._momentum,
             self._weight_decay,
+            self._limits,
         )
         replica.load(self._model, self._learning_rate)
         self._replicas[device] = replica
@@ -159,11 +179,17 @@ def make_engine(
     *,
     momentum: float,
     weight_decay: float,
+    limits: StepLimits | None = None,
 ) -> Engine:
-    """The engine of a strategy: ``averaging``, ``sequential`` or ``cascade``."""
+    """The engine of a strategy: ``averaging``, ``sequential`` or ``cascade``.
+
+    ``limits`` judge its batches, and remember those of earlier rounds.
+    """
     kinds: dict[str, type[Averaging | Cascade | Sequential]] = {
         "averaging": Averaging,
         "cascade": Cascade,
         "sequential": Sequential,
     }
-    return kinds[strategy](network, compute, momentum=momentum, weight_decay=weight_decay)
+    return kinds[strategy](
+        network, compute, momentum=momentum, weight_decay=weight_decay, limits=limits
+    )

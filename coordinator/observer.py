@@ -34,6 +34,9 @@ class Observer:
     def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
         """A round was ``closed``, ``extended`` or ``abandoned``."""
 
+    def resumed(self, record: Mapping[str, object]) -> None:
+        """A run goes on that was there before; ``record`` is of its last closed round."""
+
     def device_report(self, device: str, cut: int, report: Report) -> None:
         """A device gave its account."""
 
@@ -52,6 +55,9 @@ class Observer:
         ``too_late``, ``not_kept`` (no room for its server-side copy), ``run_over``, or
         ``not_brought``: the device never came back for it.
         """
+
+    def upload_clipped(self, cut: int) -> None:
+        """A device had moved further than it may; what it brought was shortened."""
 
     def work_changed(self, device: str, cut: int, share: float) -> None:
         """A device that is late, or early again, has another share of its work or another cut."""
@@ -116,6 +122,10 @@ class Observers(Observer):
         for observer in self._observers:
             observer.round_ended(number, outcome, record)
 
+    def resumed(self, record: Mapping[str, object]) -> None:
+        for observer in self._observers:
+            observer.resumed(record)
+
     def device_report(self, device: str, cut: int, report: Report) -> None:
         for observer in self._observers:
             observer.device_report(device, cut, report)
@@ -135,6 +145,10 @@ class Observers(Observer):
     def late_work(self, outcome: str, samples: int) -> None:
         for observer in self._observers:
             observer.late_work(outcome, samples)
+
+    def upload_clipped(self, cut: int) -> None:
+        for observer in self._observers:
+            observer.upload_clipped(cut)
 
     def work_changed(self, device: str, cut: int, share: float) -> None:
         for observer in self._observers:

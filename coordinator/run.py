@@ -102,11 +102,14 @@ class Run:
         self._attempt = 0
         self._returning_until = clock() + settings.return_wait_s if checkpoint.registry else None
         self._tell_of_checkpoint()
+        if checkpoint.history:
+            observer.resumed(checkpoint.history[-1])
         self._history = History(name, checkpoint.history, recent=max(1, settings.staleness) + 1)
         self._traffic = TrafficLog(checkpoint.traffic, traffic)
         self._workload = Workload(settings, checkpoint.scheduler)
         self._rounds = OpenRounds(settings, observer)
         self._phase: RunPhase = "gathering"
+        observer.phase(self._phase)
         self._due: float | None = None
         self._away_since: float | None = None
         self._said_again = -math.inf

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from coordinator.aggregation import Aggregation, Model, block_of
+from coordinator.defences.steps import StepLimits
 from coordinator.errors import BatchRefused
 from tensors.errors import AveragingError
 from tensors.losses import cross_entropy
@@ -61,11 +62,17 @@ class ServerCopy:
     """One server-side copy of blocks, with its optimizer."""
 
     def __init__(
-        self, network: CutNetwork, compute: Compute, momentum: float, weight_decay: float
+        self,
+        network: CutNetwork,
+        compute: Compute,
+        momentum: float,
+        weight_decay: float,
+        limits: StepLimits,
     ) -> None:
         compute.place(network)
         self.network = network.train()
         self._compute = compute
+        self._limits = limits
         self.optimizer = make_optimizer(network, momentum=momentum, weight_decay=weight_decay)
         self._momentum, self._weight_decay = momentum, weight_decay
         self._gradient_weight = 1.0
@@ -108,10 +115,17 @@ class ServerCopy:
         as B steps would move them.
 
         Raises :class:`BatchRefused` and changes nothing if a loss or gradient is not finite
-        (``diverged``) or something cannot be computed (``not_computable``).
+        (``diverged``), a loss stands out (``outlier_loss``) or something cannot be computed
+        (``not_computable``).
         """
         with self._unless_refused():
             steps = self._propagate(entries, want_gradients=want_gradients)
+            if len(entries) > 1 and any(self._limits.is_outlier(step.loss) for step in steps):
+                raise BatchRefused("outlier_loss")
+            for entry, step in zip(entries, steps, strict=True):
+                self._judge(entry, step)
+        first = min(entry.cut for entry in entries)
+        self._limits.clip(first, self.network.parameters(), batches=len(entries))
         weight = self._gradient_weight / len(entries)
         if weight != 1:
             for parameter in self.network.parameters():
@@ -120,16 +134,27 @@ class ServerCopy:
         self.optimizer.step()
         return steps
 
-    def diverges(self, entry: Entry, *, want_gradient: bool) -> bool:
-        """Whether a step on this batch alone would be refused as ``diverged``; changes nothing."""
+    def is_to_blame(self, entry: Entry, *, want_gradient: bool) -> BatchRefused | None:
+        """Why a step on this batch alone would be refused, other than as ``not_computable``.
+
+        Changes nothing.
+        """
         before = self._keep()
         try:
-            self._propagate([entry], want_gradients=want_gradient)
+            (step,) = self._propagate([entry], want_gradients=want_gradient)
+            if self._limits.is_outlier(step.loss):
+                self._judge(entry, step)
         except BatchRefused as exc:
-            return exc.reason == "diverged"
+            return None if exc.reason == "not_computable" else exc
         finally:
             self._restore(before)
-        return False
+        return None
+
+    def _judge(self, entry: Entry, step: Step) -> None:
+        refused = self._limits.is_outlier(step.loss)
+        self._limits.note(entry.device, step.loss)
+        if refused:
+            raise BatchRefused("outlier_loss")
 
     def read(self) -> tuple[State, State]:
         """Parameters and buffers, and the momentum."""

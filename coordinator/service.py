@@ -26,7 +26,8 @@ from broker.topics import Topics
 from broker.transport import Transport, Will
 from coordinator.aggregation import Model, block_of
 from coordinator.core import CoordinatorCore
-from coordinator.defences.robust import robust_rule
+from coordinator.defences.rules import defences
+from coordinator.defences.steps import StepLimits
 from coordinator.driving import drive_all
 from coordinator.engines import Engine, make_engine
 from coordinator.errors import ResumeError, StoreError
@@ -109,6 +110,7 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
     shapes = feature_shapes(blocks, spec)[:-1]
     dataset = held_out_images(settings)
     compute = _compute(settings, spec)
+    limits = StepLimits(settings.loss_mads, settings.gradient_clip, settings.max_devices)
     log.info("computing on %s", compute.label)
 
     def first() -> Model:
@@ -126,6 +128,7 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
             compute,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
+            limits=limits,
         )
 
     return Parts(
@@ -239,6 +242,7 @@ def build_core(
         batch_size=settings.batch_size,
         channels_last=parts.channels_last,
     )
+    rules = defences(settings, state_dir=settings.state_dir, devices=settings.max_devices)
 
     def new_round(model: Model, server_rate: float) -> RoundInProgress:
         return RoundInProgress(
@@ -253,12 +257,7 @@ def build_core(
             grant=placement.credits,
             observer=observer,
             clock=clock,
-            robust=robust_rule(
-                settings.aggregation_rule,
-                settings.trim_share,
-                settings.state_dir,
-                settings.contributions_bytes,
-            ),
+            defences=rules,
         )
 
     core = CoordinatorCore(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from coordinator import replies
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import TOGETHER
 from coordinator.contribution import Contribution, Folded
-from coordinator.defences.robust import RobustRule
+from coordinator.defences.rules import Defences
 from coordinator.engines import Engine, Entry, Step
 from coordinator.errors import BatchRefused
 from coordinator.gradients import GradientEncoder
@@ -48,8 +48,7 @@ class RoundInProgress:
     each device may have out; without ``gradients`` none go back. Not opened until :meth:`open`. Its
     :meth:`merge` ends the aggregation; what devices bring afterwards is a late contribution, for a
     later round to :meth:`add`. ``barrier`` says whether the merge also ends the training; ``kept``
-    how many halves of unfinished devices are kept for their upload then. ``robust`` merges in the
-    mean's place.
+    how many halves of unfinished devices are kept for their upload then.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class RoundInProgress:
         grant: Callable[[int, int], int],
         observer: Observer,
         clock: Callable[[], float],
-        robust: RobustRule | None = None,
+        defences: Defences | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -79,7 +78,7 @@ class RoundInProgress:
         self._grant = grant
         self._observer = observer
         self._clock = clock
-        self._robust = robust
+        self._defences = defences or Defences()
         self._ledgers: dict[str, Ledger] = {}
         self._aggregation: Aggregation | None = None
         self._training = False
@@ -95,6 +94,8 @@ class RoundInProgress:
         """Name → cut layer."""
         self.finished = 0
         """Participants that have uploaded their parameters."""
+        self._early: list[Contribution] = []
+        """Brought before there was anything to judge them by; few, see ``UploadLimits``."""
         self.added: list[Folded] = []
         self.late: list[Contribution] = []
         """Brought to earlier rounds, to be folded in when this one closes."""
@@ -121,7 +122,7 @@ class RoundInProgress:
             self._model,
             first_server_block=first_server_block,
             device_copies=self._device_copies,
-            robust=self._robust,
+            robust=self._defences.robust,
         )
         self._engine.begin(self._model, self._server_rate)
         self._training = True
@@ -279,11 +280,26 @@ class RoundInProgress:
         """
         if self._barrier and brought.version != self.version:
             self.late.append(brought)
-        else:
-            self._fold(brought)
+            return
+        self._early.append(brought)
+        uploads, waiting = self._defences.uploads, self._early
+        self._early = []
+        for each in waiting:
+            if self._barrier and not uploads.can_judge(each.half):
+                self._early.append(each)
+            else:
+                self._fold(each)
 
     def _fold(self, brought: Contribution) -> None:
         assert self._aggregation is not None
+        half, clipped = self._defences.uploads.clip(
+            brought.half, brought.start.state, brought.samples
+        )
+        if clipped:
+            brought = replace(brought, half=half)
+            self._observer.upload_clipped(brought.cut)
+            about = {"device": brought.device}
+            log.warning("the upload of %s is clipped", brought.device, extra=about)
         brought.fold(self._aggregation, self._model, self.version)
         self.added.append(brought.folded())
         if brought.version != self.version:
@@ -296,8 +312,9 @@ class RoundInProgress:
         """
         assert self._aggregation is not None
         assert not self._waiting
-        while self.late:
-            self._fold(self.late.pop(0))
+        for waiting in (self._early, self.late):
+            while waiting:
+                self._fold(waiting.pop(0))
         self._engine.close(self._aggregation)
         merged, self._aggregation = self._aggregation.result(), None
         if self._barrier:
@@ -399,6 +416,7 @@ class RoundInProgress:
         try:
             if device not in self._frozen:
                 half = self._intake.half(message, cut, self.version, self._model.state)
+                self._defences.uploads.note(device, half, self._model.state, samples)
         except (FormatError, AveragingError) as exc:
             self._observer.message_dropped("bad_parameters")
             about = {"device": device}

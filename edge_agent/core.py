@@ -371,6 +371,8 @@ class AgentCore:
         if before == message.boot or met:
             return self._unanswered()  # it may not have been there when that was said before
         out: list[Effect] = [self._status(), up(self._device, self._hello)]
+        if self._assignment is not None:
+            out += self._tell()  # this coordinator counts from here on
         if self._place is not None and self.attempt is not None and not self.attempt.barrier:
             # No announcement need end this attempt, but the coordinator has forgotten it.
             out += [*self._place.leave(), *self._become(Phase.WAITING), *self._advance()]

@@ -220,12 +220,13 @@ async def run_agent(
             raise AgentError(core.problem)
 
 
+PATIENCE_FOR_UPDATES_S = 60.0
+"""How long a device that was refused waits for the announcement of an update."""
 TRAINING, ANSWERING, IDENTITY, UPDATING = "training", "answering", "identity", "updating"
 _FOR_BOTH = {
     ("down", "assignment"),
     ("down", "parameters"),
     ("all", "serving"),
-    ("all", "coordinator"),
     ("cut", "manifest"),
 }
 
@@ -239,6 +240,8 @@ def route(address: Address, *, measuring: bool) -> Collection[str]:
         return (UPDATING,)
     if address.kind == "command":
         return (TRAINING, UPDATING)
+    if what == ("all", "coordinator"):
+        return (TRAINING, ANSWERING, UPDATING)
     if what == ("down", "prediction"):
         return (ANSWERING, TRAINING) if measuring else (ANSWERING,)
     return (TRAINING, ANSWERING) if what in _FOR_BOTH else (TRAINING,)
@@ -255,13 +258,7 @@ async def _drive_all(
 ) -> None:
     """Drive the machines there are, each in its thread, until one of them is over."""
     run = partial(drive, clock=time.monotonic)
-    machines: dict[str, Machine] = {}
-    if edge is not None:
-        machines[ANSWERING] = edge.machine
-    if identity is not None:
-        machines[IDENTITY] = identity.machine
-    if updater is not None:
-        machines[UPDATING] = updater
+    machines = _beside(edge, identity, updater)
     if not machines:
         await run(core, link, stop=stop, turned=keep_alive.of(TRAINING))
         return
@@ -296,17 +293,43 @@ async def _drive_all(
         for task in tasks:
             if task.done():
                 await task  # what went wrong
+        if updater is not None and core.problem is not None:
+            await _let_update(updater, tasks, stop)
         ended.set()
         await asyncio.gather(*beside)
     finally:
         core.on_version = None
-        if edge is not None:
-            edge.close()
-        if updater is not None:
-            updater.close()
+        for closing in (edge, updater):
+            if closing is not None:
+                closing.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _beside(
+    edge: EdgeService | None, identity: IdentityKeeper | None, updater: Updater | None
+) -> dict[str, Machine]:
+    """The machines beside the one that trains."""
+    machines: dict[str, Machine] = {}
+    if edge is not None:
+        machines[ANSWERING] = edge.machine
+    if identity is not None:
+        machines[IDENTITY] = identity.machine
+    if updater is not None:
+        machines[UPDATING] = updater
+    return machines
+
+
+async def _let_update(
+    updater: Updater, tasks: Collection[asyncio.Task[None]], stop: asyncio.Event
+) -> None:
+    """Stay for an update although the coordinator will not train with this version: it may help."""
+    until = time.monotonic() + PATIENCE_FOR_UPDATES_S
+    while (updater.busy or time.monotonic() < until) and not (updater.finished or stop.is_set()):
+        if sum(task.done() for task in tasks) > 1:
+            return
+        await asyncio.sleep(0.2)
 
 
 def _hand_over(edge: EdgeService, branch: Branch) -> OnVersion:

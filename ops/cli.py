@@ -12,8 +12,10 @@ import typer
 from broker.config import BrokerConfig
 from ops import (
     cli_bench,
+    cli_device,
     cli_exits,
     cli_experiment,
+    cli_flash,
     cli_fleet,
     cli_identity,
     cli_learning,
@@ -37,8 +39,10 @@ broker_app = typer.Typer(help="The MQTT broker: run the embedded one, configure 
 app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
+cli_device.register(app)
 cli_experiment.register(app)
 cli_exits.register(app)
+cli_flash.register(app)
 cli_fleet.register(app)
 cli_identity.register(app)
 cli_model.register(app)
@@ -91,6 +95,10 @@ def demo(
     window: Annotated[int | None, typer.Option(help="batches a device may have out")] = None,
     threshold: Annotated[float | None, typer.Option(help="τ: exit if confidence is above")] = None,
     broker: BrokerUrl = None,
+    secure: Annotated[
+        bool | None,
+        typer.Option("--secure", help="on Mosquitto with certificates, a token and all guards"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the run; an old one is resumed")
     ] = None,
@@ -121,6 +129,7 @@ def demo(
         "window": window,
         "threshold": threshold,
         "broker": broker,
+        "secure": secure,
         "seed": seed,
     }
     settings = DemoSettings.resolve(out, given)
@@ -273,22 +282,25 @@ def broker_run(
 def doctor(
     *,
     broker: BrokerUrl = None,
-    dataset: Annotated[str, typer.Option()] = "fashion-mnist-small",
+    dataset: Annotated[str | None, typer.Option()] = None,
     data_root: Annotated[Path | None, typer.Option()] = None,
-    state_dir: Annotated[Path, typer.Option()] = Path(),
+    state_dir: Annotated[Path | None, typer.Option()] = None,
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Check this machine, the broker and the data, and say what to do about each failure."""
-    from ops.doctor import examine, show, with_identity
+    """Check this machine, the broker and the data, and say what to do about each failure.
+
+    What is not given is taken from the section [coordinator] of --config, or else from [agent].
+    """
+    from ops.doctor import Subject, examine, show, with_identity
 
     config_of_broker = None
     if broker is not None or config is not None:
         config_of_broker = run.settings_of(BrokerConfig, "broker", config, {"url": broker})
         config_of_broker = with_identity(config_of_broker, config)
-    findings = asyncio.run(
-        examine(config_of_broker, dataset=dataset, data_root=data_root, state_dir=state_dir)
-    )
+    flags = {"dataset": dataset, "data_root": data_root, "state_dir": state_dir}
+    subject = Subject.resolve(config, flags)
+    findings = asyncio.run(examine(config_of_broker, **dict(subject)))
     show(findings, as_json=as_json)
     if any(finding.state == "failed" for finding in findings):
         raise typer.Exit(1)

@@ -277,3 +277,35 @@ def bench_inference_link(
     )
     if as_json:
         print(json.dumps(rows, indent=1))
+
+
+@bench.command("attacks")
+def bench_attacks(
+    *,
+    attacks: Annotated[
+        str, typer.Option(help="none, sign-flip, scale, sign-flip-scale, garbage, labels")
+    ] = "none,sign-flip,scale,sign-flip-scale,garbage,labels",
+    defences: Annotated[
+        str, typer.Option(help="none, clip, trimmed-mean, median, batches, all")
+    ] = "none,clip,trimmed-mean,median,batches,all",
+    rounds: Annotated[int, typer.Option(min=1)] = 10,
+    batches: Annotated[int, typer.Option(help="of a device in a round", min=1)] = 12,
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 8,
+    partition: Annotated[str, typer.Option(help="iid or dirichlet:ALPHA")] = "iid",
+    strategy: Annotated[str, typer.Option(help="averaging, sequential or cascade")] = "averaging",
+    seed: Annotated[int, typer.Option()] = 0,
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Let one device of five at each cut attack, and see what each defence takes back."""
+    from ops.bench_attacks import Scale, run_bench
+
+    rows = run_bench(
+        attacks.split(","),
+        defences.split(","),
+        Scale(rounds, batches, width, partition, strategy, seed),
+        append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))

@@ -157,18 +157,23 @@ def repair(*, folder: Folder = HERE) -> None:
 
 @fleet.command()
 def backup(
-    file: Annotated[Path, typer.Argument(help="a tar archive; keep it like the keys in it")],
+    file: Annotated[Path, typer.Argument(help="a tar archive; - is the standard output")],
     *,
     folder: Folder = HERE,
 ) -> None:
-    """Save authorities and roster, also while the coordinator runs.
+    """Save runs, roster and authorities, also while the coordinator runs; keep it like their keys.
 
     Unpack it in FOLDER to restore them, then splitfleet fleet repair.
     """
-    from ops.identity_files import save
+    import sys
+
+    from ops.identity_files import save, save_to
 
     with open_fleet(folder) as opened:
-        save(opened.fleet, file)
+        if file == Path("-"):
+            save(opened.fleet, sys.stdout.buffer)
+        else:
+            save_to(opened.fleet, file)
 
 
 def open_fleet(folder: Path) -> FleetFolder:

@@ -8,21 +8,19 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from broker.config import BrokerConfig, load_settings
+from ops.demo_children import Child, as_flags, ending, start, watch
+from ops.demo_places import GuardedPlace, Place, plain
 from ops.errors import BrokerUnreachable, DiskTrouble, FleetFailed, SettingsWrong
 
-POLL_S = 0.2
-STOP_S = 20.0
 RUNS = Path("runs")
 REMEMBERED = "demo.json"
 _FIXED = (
@@ -33,6 +31,7 @@ _FIXED = (
     "width",
     "codec",
     "gradient_codec",
+    "secure",
     "seed",
 )
 """What a run in an existing folder cannot be resumed without."""
@@ -61,6 +60,8 @@ class DemoSettings(BaseModel):
     window: int = Field(default=2, ge=1)
     threshold: float = 0.7
     broker: str | None = None
+    secure: bool = False
+    """Whether a broker with certificates and all guards is set up (``ops.demo_places``)."""
     seed: int = Field(default=0, ge=0)
     out: Path = Field(default=Path(), exclude=True)
 
@@ -95,6 +96,8 @@ class DemoSettings(BaseModel):
                     f"the run in {out} was made with {key} = {before[key]}, now it is "
                     f"{chosen[key]}; leave --{key} out to go on with it, or choose another --out"
                 )
+        if chosen.get("secure") and "agents" not in chosen and not before:
+            chosen["agents"] = 8
         if "cuts" in chosen and "agents" not in chosen and not before:
             chosen["agents"] = len(str(chosen["cuts"]).split(","))
         if out is None:
@@ -107,24 +110,14 @@ class DemoSettings(BaseModel):
             what = first["msg"].removeprefix("Value error, ")
             raise SettingsWrong(f"--{name} {first['input']!r}: {what}") from None
 
+    @property
+    def names(self) -> list[str]:
+        """The agents."""
+        return [f"agent-{number + 1}" for number in range(self.agents)]
+
     def cut_of(self, agent: int) -> str:
         """The cut layer of agent number ``agent``, from 0."""
         return self.cuts[agent % len(self.cuts)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Child:
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def last_words(self) -> str:
-        """The end of its log, for an error message."""
-        try:
-            lines = self.log.read_text("utf-8", "replace").strip().splitlines()
-        except OSError:
-            return ""
-        return lines[-1] if lines else "it left no log"
 
 
 def run_demo(settings: DemoSettings, *, quiet: bool, as_json: bool) -> None:
@@ -145,17 +138,24 @@ def run_demo(settings: DemoSettings, *, quiet: bool, as_json: bool) -> None:
         raise DiskTrouble(f"cannot write to {out}: {exc.strerror}; choose another --out") from exc
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        url = settings.broker or stack.enter_context(_embedded(out))
+        place: Place
+        if settings.secure:
+            place = stack.enter_context(GuardedPlace(out, settings.names))
+        else:
+            place = stack.enter_context(plain(out, settings.broker))
         interrupted = stack.enter_context(_interruptible())
-        with _children(settings, url, quiet=quiet) as children:
-            _watch(children, interrupted)
+        children = [_start_coordinator(settings, place, quiet=quiet)]
+        with ending(children):
+            children += [_start_agent(settings, n, place) for n in range(settings.agents)]
+            watch(children, interrupted, place.watch)
+        account = place.account()
         if interrupted:
             print(
                 f"interrupted; every process has ended. Go on with:\n  splitfleet demo --out {out}",
                 file=sys.stderr,
             )
             sys.exit(130)
-    result = _result(out)
+    result = _result(place.state_dir) | ({"security": account} if account else {})
     report = write_report(out, result, wall_seconds=time.monotonic() - started)
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     if as_json:
@@ -200,14 +200,6 @@ def _check(settings: DemoSettings) -> None:
 
 
 @contextlib.contextmanager
-def _embedded(out: Path) -> Iterator[str]:
-    from broker.embedded import EmbeddedBroker
-
-    with EmbeddedBroker(log_file=out / "logs" / "broker.log") as broker:
-        yield broker.url
-
-
-@contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM instead of raising, so that everything ends in order."""
     seen: list[int] = []
@@ -222,35 +214,8 @@ def _interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _children(settings: DemoSettings, url: str, *, quiet: bool) -> Iterator[list[_Child]]:
-    """Coordinator (first) and agents; all have ended when this is left."""
-    fleet = "demo"
-    children: list[_Child] = []
-    try:
-        children.append(_start_coordinator(settings, url, fleet, quiet=quiet))
-        children.extend(
-            _start_agent(settings, number, url, fleet) for number in range(settings.agents)
-        )
-        yield children
-    finally:
-        for child in children:
-            if child.process.poll() is None:
-                child.process.terminate()
-        deadline = time.monotonic() + STOP_S
-        for child in children:
-            try:
-                child.process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
-
-
-def _start_coordinator(settings: DemoSettings, url: str, fleet: str, *, quiet: bool) -> _Child:
+def _start_coordinator(settings: DemoSettings, place: Place, *, quiet: bool) -> Child:
     flags = {
-        "broker": url,
-        "fleet": fleet,
-        "state-dir": settings.out / "coordinator",
         "dataset": settings.dataset,
         "data-root": settings.data_root,
         "width": settings.width,
@@ -272,75 +237,24 @@ def _start_coordinator(settings: DemoSettings, url: str, fleet: str, *, quiet: b
         more.append("--quiet")
     # Its progress is the demo's, so it shares the terminal.
     log = settings.out / "logs" / "coordinator.log"
-    return _start(
-        "coordinator", ["coordinator", *_flags(flags), *more], log, share_stderr=not quiet
-    )
+    command = ["coordinator", *place.coordinator_flags(), *as_flags(flags), *more]
+    return start("coordinator", command, log, share_stderr=not quiet)
 
 
-def _start_agent(settings: DemoSettings, number: int, url: str, fleet: str) -> _Child:
-    name = f"agent-{number + 1}"
+def _start_agent(settings: DemoSettings, number: int, place: Place) -> Child:
+    name = settings.names[number]
     flags = {
-        "device": name,
-        "broker": url,
-        "fleet": fleet,
         "cut": settings.cut_of(number),
         "dataset": settings.dataset,
         "data-root": settings.data_root,
         "partition": settings.partition,
         "share": number,
         "shares": settings.agents,
-        "state-dir": settings.out / "agents" / name,
         "threads": 1,
     }
     more = ["--exit-when-finished", "--set", f"partition_seed={settings.seed}"]
-    return _start(name, ["agent", *_flags(flags), *more], settings.out / "logs" / f"{name}.log")
-
-
-def _flags(values: Mapping[str, object]) -> list[str]:
-    return [
-        part
-        for key, value in values.items()
-        if value is not None
-        for part in (f"--{key}", str(value))
-    ]
-
-
-def _start(name: str, command: list[str], log: Path, *, share_stderr: bool = False) -> _Child:
-    with contextlib.ExitStack() as stack:
-        errors: IO[bytes] | None = None if share_stderr else stack.enter_context(log.open("ab"))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ops.cli", *command, "--until-eof"],
-            stdin=subprocess.PIPE,  # closed when this process ends, however it ends
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,  # Ctrl-C reaches this process, which then ends the others
-        )
-    return _Child(name, process, log)
-
-
-def _watch(children: list[_Child], interrupted: list[int]) -> None:
-    """Wait for the coordinator's end. Raises :class:`FleetFailed` if another comes first."""
-    coordinator, agents = children[0], children[1:]
-    while not interrupted:
-        code = coordinator.process.poll()
-        if code is not None:
-            if code != 0:
-                where = (
-                    f"see {coordinator.log}" if coordinator.log.exists() else "its error is above"
-                )
-                raise FleetFailed(f"the coordinator ended with exit code {code}; {where}")
-            break
-        for agent in agents:
-            if agent.process.poll():
-                raise FleetFailed(
-                    f"{agent.name} ended with exit code {agent.process.returncode}: "
-                    f"{agent.last_words()} (all of it in {agent.log})"
-                )
-        time.sleep(POLL_S)
-    if not interrupted:
-        deadline = time.monotonic() + STOP_S
-        while any(a.process.poll() is None for a in agents) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+    command = ["agent", *place.agent_flags(name), *as_flags(flags), *more]
+    return start(name, command, settings.out / "logs" / f"{name}.log")
 
 
 def _spare_threads() -> int:
@@ -349,8 +263,7 @@ def _spare_threads() -> int:
     return max(1, (cores or 2) - 1)
 
 
-def _result(out: Path) -> dict[str, Any]:
-    state = out / "coordinator"
+def _result(state: Path) -> dict[str, Any]:
     try:
         run = (state / "current").read_text("utf-8").strip()
         result: dict[str, Any] = json.loads((state / run / "result.json").read_bytes())
@@ -386,6 +299,13 @@ def _print_summary(summary: Mapping[str, Any], report: Path) -> None:
         f"{summary['bytes_up_per_sample']:.0f} bytes up per sample",
         soft_wrap=True,
     )
+    if guarded := summary.get("security"):
+        console.print(
+            f"{len(guarded['enrolled'])} agents enrolled with one token, "
+            f"{guarded['token_uses_left']} uses left; "
+            f"a stranger without a certificate was {guarded['stranger']}",
+            soft_wrap=True,
+        )
     console.print(f"report: {report}", soft_wrap=True)
 
 

@@ -11,14 +11,19 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
 
 from broker.config import BrokerConfig
 from broker.embedded import EmbeddedBroker
 from broker.errors import EmbeddedBrokerError
+from broker.fields import Name
 from edge_agent.identity.folder import IdentityFolder
+from ops import run
 from ops.doctor_broker import examine_broker
 from ops.finding import Finding, State
 from tensors.datasets import load_dataset
@@ -31,6 +36,27 @@ DISK_WANTED = 2_000_000_000
 DISK_NEEDED = 200_000_000
 
 _SIGNS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red")}
+
+
+class Subject(BaseModel):
+    """What a service of this machine would use; its other settings are of no interest here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fleet: Name = "fleet"
+    dataset: str = "fashion-mnist-small"
+    data_root: Path | None = None
+    state_dir: Path = Path()
+
+    @classmethod
+    def resolve(cls, file: Path | None, flags: Mapping[str, Any]) -> Self:
+        """From ``[coordinator]`` of a file, else its ``[agent]``; flags count before both."""
+        section = "coordinator"
+        if file is not None:
+            sections = tomllib.loads(file.read_text(encoding="utf-8"))
+            if "coordinator" not in sections and "agent" in sections:
+                section = "agent"
+        return run.settings_of(cls, section, file, flags)
 
 
 async def examine(

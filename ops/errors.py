@@ -10,7 +10,8 @@ OpsError                 1   something went wrong; the message says what to do
 ├── AgentUnreachable     8   no agent answers pictures there, or it refuses this client
 └── CoordinatorSilent    9   no coordinator says there how its fleet is
 
-0 is success, 130 is Ctrl-C (the run can be resumed). ``docs/cli.md`` lists the codes.
+0 is success, also of a service that was told to stop with SIGTERM; 130 is Ctrl-C (the run can be
+resumed). ``docs/cli.md`` lists the codes.
 """
 
 from __future__ import annotations

@@ -39,8 +39,11 @@ def parse_place(text: str, *, flag: str, default_port: int) -> Place:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
+        (host or "").encode("idna")  # as it will be before it is looked up
     except ValueError as exc:
         raise SettingsWrong(f"{flag}: {exc}") from exc
+    if not url.isprintable() or " " in url:
+        raise SettingsWrong(f"{flag}: {text!r} has a space or a control character in it")
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.username:
         raise SettingsWrong(f"{flag}: give a name, HOST:PORT, or http(s)://HOST[:PORT]")
     if port is None and url != f"http://{host}":

@@ -98,9 +98,10 @@ def serve_http(
     """
     try:
         return HttpServer(registry, pages, host, port)
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:
+        why = getattr(exc, "strerror", None) or exc
         raise PortInUse(
-            f"metrics cannot be served on {host}:{port} ({exc.strerror or exc}): stop the program "
+            f"metrics cannot be served on {host}:{port} ({why}): stop the program "
             "that listens there, or choose another --metrics-port or --metrics-host"
         ) from exc
 

@@ -96,8 +96,8 @@ class FleetFolder:
                 "fleet": fleet.settings.name,
                 "device": name,
                 "identity_dir": str(folder.absolute()),
-                "state_dir": str(folder.absolute() / "state"),
                 "claims_port": fleet.settings.claims_port,
+                "state_dir": str(folder.absolute() / "state"),
             },
         }
         with told(folder):

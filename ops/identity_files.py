@@ -6,6 +6,7 @@ import contextlib
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -23,7 +24,6 @@ from coordinator.identity.fleet import (
     Fleet,
     FleetSettings,
     Server,
-    authority_dir,
     state_dir,
     told,
     write,
@@ -75,23 +75,39 @@ def complete(fleet: Fleet) -> None:
     )
 
 
-def save(fleet: Fleet, file: Path) -> None:
+def save(fleet: Fleet, stream: BinaryIO) -> None:
     """Write what cannot be made again, as a tar archive to be unpacked in the fleet's folder.
 
-    The roster in it is whole, whatever happens meanwhile. Raises :class:`IdentityError`.
+    Checkpoints and roster in it are whole, whatever happens meanwhile. Raises
+    :class:`IdentityError`.
     """
-    folder, new = fleet.folder, file.with_name(f".{file.name}.new")
-    own = [path for path in sorted((folder / COORDINATOR).iterdir()) if path.is_file()]
-    parts = [folder / SETTINGS, *own, authority_dir(folder)]
-    with told(file), tempfile.TemporaryDirectory() as scratch:
+    folder, roster = fleet.folder, state_dir(fleet.folder) / FILE
+    with told(folder), tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / FILE
         fleet.roster.copy_to(copy)
+        with tarfile.open(fileobj=stream, mode="w|") as archive:
+            archive.add(copy, roster.relative_to(folder))
+            for path in (folder / SETTINGS, *sorted((folder / COORDINATOR).rglob("*"))):
+                name = path.relative_to(folder)
+                temporary = any(part.startswith(".") for part in name.parts)
+                if temporary or path.name.startswith(FILE):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # an old checkpoint
+                    archive.add(path, name, recursive=False)
+
+
+def save_to(fleet: Fleet, file: Path) -> None:
+    """:func:`save` to a file, its owner's alone, that is there whole or not at all."""
+    new = file.with_name(f".{file.name}.new")
+    with told(file):
+        new.unlink(missing_ok=True)
         new.touch(0o600)
-        with tarfile.open(new, "w") as archive:
-            for path in parts:
-                archive.add(path, path.relative_to(folder))
-            archive.add(copy, (state_dir(folder) / FILE).relative_to(folder))
-        new.replace(file)
+        try:
+            with new.open("r+b") as stream:
+                save(fleet, stream)
+            new.replace(file)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:

@@ -19,6 +19,7 @@ from coordinator.updates.book import RolloutBook
 from ops.units import MISSING
 
 EVENTS = 10
+MOST_COLUMNS = 500
 _STYLES = {"ending": "yellow", "ended": "red", "awaited": "yellow", "revoked": "dim"}
 
 
@@ -29,15 +30,14 @@ def show_devices(fleet: Fleet, *, as_json: bool) -> None:
         found = [_device(device) | software.of(device.member.name) for device in devices]
         print(json.dumps(found, indent=2))
         return
-    table = _table("device", "certificate", "ends", "class", "serial", "came with", "software")
+    table = _table("device", "certificate", "ends", "class", "serial", "software")
     for device in devices:
         member = device.member
-        came = f"claim.{member.claim}" if member.claim else "fleet add"
-        cells = (member.device_class, member.serial or MISSING, came, software.told(member.name))
-        ends = _when(device.ends)
+        cells = (member.device_class, member.serial or MISSING, software.told(member.name))
+        ends = _when(device.ends)[:10]
         style = _STYLES.get(device.condition, "")
         table.add_row(member.name, device.condition, ends, *cells, style=style)
-    Console().print(table)
+    _console().print(table)
 
 
 def show_status(fleet: Fleet, expiry: Expiry, *, as_json: bool) -> None:
@@ -56,7 +56,7 @@ def show_status(fleet: Fleet, expiry: Expiry, *, as_json: bool) -> None:
         }
         print(json.dumps(found, indent=2))
         return
-    console = Console()
+    console = _console()
     known = ", ".join(f"{number} {condition}" for condition, number in devices.items() if number)
     console.print(f"fleet {fleet.settings.name} at {fleet.settings.broker_url}: {known or 'empty'}")
     table = _table("ends", "what")
@@ -110,6 +110,12 @@ def _token(claim: Claim) -> str:
 
 def _is_over(claim: Claim) -> bool:
     return claim.revoked is not None or claim.used >= claim.uses or claim.ends <= time.time()
+
+
+def _console() -> Console:
+    """In a pipe nothing is cut off: a reader looks for whole names."""
+    console = Console()
+    return console if console.is_terminal else Console(width=MOST_COLUMNS)
 
 
 def _table(*names: str) -> Table:

@@ -24,11 +24,7 @@ def choose(state_dir: Path, text: str, *, device: str | None, all_devices: bool)
     level = _level(text)
     if device is not None and all_devices:
         raise SettingsWrong("--device NAME or --all-devices, one of them")
-    if not state_dir.is_dir():
-        raise SettingsWrong(
-            f"{state_dir} is no folder: give the --state-dir of the coordinator, on its machine"
-        )
-    levels = read_log_levels(state_dir)
+    levels = _read(state_dir)
     if all_devices:
         levels = levels.for_all_devices(level)
     elif device is not None:
@@ -45,8 +41,16 @@ def choose(state_dir: Path, text: str, *, device: str | None, all_devices: bool)
 
 
 def show(state_dir: Path) -> None:
-    """Print what was chosen. Raises ``StoreError``."""
-    _print(read_log_levels(state_dir))
+    """Print what was chosen. Raises :class:`SettingsWrong`, ``StoreError``."""
+    _print(_read(state_dir))
+
+
+def _read(state_dir: Path) -> LogLevels:
+    if not state_dir.is_dir():
+        raise SettingsWrong(
+            f"{state_dir} is no folder: give the --state-dir of the coordinator, on its machine"
+        )
+    return read_log_levels(state_dir)
 
 
 def _print(levels: LogLevels) -> None:

@@ -54,6 +54,7 @@ DISCARDED = (
     "not_a_participant",
     "not_computable",
     "not_finite",
+    "outlier_loss",
     "stale_attempt",
     "wrong_shape",
     "wrong_version",
@@ -107,6 +108,8 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
         self._scores: dict[str, Any] = {}
         self._clock = clock
         self._opened: float | None = None
+        self._away: float | None = None
+        """Since when there has been no connection."""
         self._fleet = FleetMetrics(
             energy=load_energy_table(settings.energy_table),
             devices=settings.metrics_devices,
@@ -139,6 +142,12 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
         )
         self._discarded = _counter(
             registry, "splitfleet_batches_discarded", "Batches refused", "reason", DISCARDED
+        )
+        self._clipped = _counter(
+            registry,
+            "splitfleet_uploads_clipped",
+            "Uploads of parameters that were shortened, for they had moved too far",
+            "cut",
         )
         self._loss = Gauge(
             "splitfleet_server_loss",
@@ -201,14 +210,17 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
             Gauge(f"splitfleet_{name}", help_text, registry=self.registry).set(limit)
         age = Gauge(
             "splitfleet_round_age_seconds",
-            "Since the round that runs was opened; 0 if none runs",
+            "Since the round that runs was opened, times without a connection to the broker not "
+            "counted; 0 if none runs",
             registry=self.registry,
         )
         age.set_function(self._age)
 
     def _age(self) -> float:
-        opened = self._opened
-        return 0.0 if opened is None else self._clock() - opened
+        opened, away = self._opened, self._away
+        if opened is None:
+            return 0.0
+        return max(0.0, (self._clock() if away is None else away) - opened)
 
     def _make_other_metrics(self) -> None:
         registry = self.registry
@@ -252,6 +264,11 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
             registry=registry,
         )
 
+    def _begin(self, cut: int) -> None:
+        """What is counted by cut starts at 0, also for this one."""
+        for metric in (self._samples, self._batches, self._step, self._images):
+            metric.labels(cut)
+
     # -- observed ---------------------------------------------------------------------------------
 
     def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
@@ -276,6 +293,9 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
     def retired(self, devices: Collection[str]) -> None:
         self._fleet.forget(devices)
 
+    def upload_clipped(self, cut: int) -> None:
+        self._clipped.labels(cut).inc()
+
     def work_changed(self, device: str, cut: int, share: float) -> None:
         self._fleet.work_share(device, share)
 
@@ -289,12 +309,21 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
         if outcome != "extended":
             self._opened = None
         if outcome == "closed":
-            with self._lock:
-                self._scores = dict(record)
+            self._score(record)
             self._time(record)
-            version = record.get("version")
-            if isinstance(version, int):
-                self._version.set(version)
+
+    def resumed(self, record: Mapping[str, object]) -> None:
+        self._score(record)
+        number = record.get("round")
+        if isinstance(number, int):
+            self._round.set(number)
+
+    def _score(self, record: Mapping[str, object]) -> None:
+        with self._lock:
+            self._scores = dict(record)
+        version = record.get("version")
+        if isinstance(version, int):
+            self._version.set(version)
 
     def _time(self, record: Mapping[str, Any]) -> None:
         if "seconds" in record:
@@ -312,9 +341,18 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
     def connection(self, *, up: bool) -> None:
         self._broker_up.set(up)
         self._connections.inc(up)
+        now, away = self._clock(), self._away
+        if not up:
+            self._away = now if away is None else away
+        elif away is not None:
+            self._away = None
+            if self._opened is not None:  # deadlines stood still
+                self._opened += now - max(away, self._opened)
 
     def telemetry(self, gain: Gain) -> None:
         self._fleet.telemetry(gain)
+        if gain.cut:
+            self._begin(gain.cut)
 
     def devices(self, by_state: dict[str, int]) -> None:
         phases: Tally[str] = Tally()

@@ -70,6 +70,7 @@ def filled() -> Metrics:
         traffic.system(topic, b"1")
     metrics.batch_applied(1, 1, 1.0, 1.0)
     metrics.features_answered(1, 1, None)
+    metrics.upload_clipped(1)
     metrics.work_changed("device", 1, 0.5)
     scores = {"server_accuracy": 0.5, "exit_accuracy": {"1": 0.5}}
     metrics.round_ended(1, "closed", {"version": 1, "seconds": 1.0, **scores})

@@ -105,6 +105,7 @@ def summarize(result: Mapping[str, Any], *, wall_seconds: float) -> dict[str, An
         "devices": devices,
         "inference": _total([d["inference"] for d in devices if d["inference"] is not None]),
         "inference_by_cut": _by_cut(devices),
+        **({"security": result["security"]} if "security" in result else {}),
         "exit_sweep": mean_sweep(
             [d["exit_sweep"] for d in result["devices"] if d.get("exit_sweep")]
         ),

@@ -25,6 +25,7 @@ from broker.errors import (
 from broker.transport import Transport, Will
 from coordinator.errors import CoordinatorError, IdentityError, ResumeError, StoreError
 from edge_agent.errors import AgentError, ListenError, StateError
+from edge_agent.errors import IdentityError as DeviceIdentityError
 from ops.errors import (
     BrokerUnreachable,
     DataMissing,
@@ -64,23 +65,30 @@ def transport_for(broker: BrokerConfig, client_id: str, will: Will) -> Transport
     return MqttTransport(broker, client_id, will=will)
 
 
+class Stop(asyncio.Event):
+    """Set when a service shall end; ``interrupted`` if somebody at a keyboard wants it."""
+
+    interrupted = False
+
+
 @contextlib.contextmanager
-def stop_signals(*, until_eof: bool = False) -> Iterator[asyncio.Event]:
+def stop_signals(*, until_eof: bool = False) -> Iterator[Stop]:
     """An event that Ctrl-C and SIGTERM set; a second Ctrl-C ends the process at once.
 
     With ``until_eof`` the end of standard input sets it too, so that a child that was given a pipe
     ends with its parent, however that ended.
     """
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stop = Stop()
 
-    def request_stop() -> None:
+    def request_stop(number: int) -> None:
         if stop.is_set():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stop.interrupted |= number == signal.SIGINT
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, request_stop)
+        loop.add_signal_handler(number, request_stop, number)
     if until_eof:
 
         def watch() -> None:
@@ -104,7 +112,9 @@ def plain_errors() -> Iterator[None]:
         yield
     except OpsError:
         raise
-    except (ConfigError, TopicError, NetworkError, CodecError, ResumeError, IdentityError) as exc:
+    except (ConfigError, TopicError, NetworkError, CodecError, ResumeError) as exc:
+        raise SettingsWrong(str(exc)) from exc
+    except (IdentityError, DeviceIdentityError) as exc:
         raise SettingsWrong(str(exc)) from exc
     except DataError as exc:
         raise DataMissing(str(exc)) from exc

@@ -74,7 +74,7 @@ def serve_coordinator(
                 enrolment=enrolment,
                 rollouts=rollouts,
             )
-            return stop.is_set()
+            return stop.interrupted
 
     with contextlib.ExitStack() as stack:
         if settings.metrics_port is not None:
@@ -128,7 +128,8 @@ def serve_agent(
     async def serve(data: DeviceData, snapshots: DiskSnapshots, door: Door | None) -> None:
         async with contextlib.AsyncExitStack() as stack:
             stop = stack.enter_context(run.stop_signals(until_eof=until_eof))
-            to = broker if identity is None else await identity.ensure(stop)
+            watched_by = supervisor()
+            to = broker if identity is None else await identity.ensure(stop, watched_by)
             if to is None:
                 return
             transport = run.transport_for(to, settings.device, last_will(settings, boot))
@@ -148,7 +149,7 @@ def serve_agent(
                 updater=updater,
                 reporter=reporter,
                 logs=logs,
-                supervisor=supervisor(),
+                supervisor=watched_by,
             )
 
     with contextlib.ExitStack() as stack:

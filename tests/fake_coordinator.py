@@ -6,6 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ class Counting(Observer):
         self.dropped: Counter[str] = Counter()
         self.outcomes: list[tuple[int, str]] = []
         self.phases: list[str] = []
+        self.states: dict[str, int] = {}
+        self.known: Mapping[str, object] = {}
         self.answers: list[tuple[int, int, str | None]] = []
         self.gains: list[Gain] = []
         self.coded: Counter[str] = Counter()
@@ -65,6 +68,12 @@ class Counting(Observer):
 
     def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:
         self.outcomes.append((number, outcome))
+
+    def resumed(self, record: Mapping[str, object]) -> None:
+        self.known = record
+
+    def devices(self, by_state: dict[str, int]) -> None:
+        self.states = by_state
 
     def phase(self, phase: str) -> None:
         self.phases.append(phase)

@@ -33,6 +33,7 @@ def test_names_are_sorted_and_exist(name: str) -> None:
         "edge_agent.holding",
         "edge_agent.http_api",
         "edge_agent.http_server",
+        "edge_agent.identity.keeper",
         "edge_agent.pictures",
         "edge_agent.predictor",
         "edge_agent.serving",

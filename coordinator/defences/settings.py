@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.defences.robust import AggregationRule
 
-CHANGE_THE_MODEL = ("aggregation_rule", "trim_share")
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+CHANGE_THE_MODEL = (
+    "aggregation_rule",
+    "trim_share",
+    "upload_clip",
+    "upload_norm",
+    "gradient_clip",
+    "loss_mads",
+)
 """Those that belong to a run's identity."""
 
 
@@ -23,3 +34,14 @@ class DefenceSettings(BaseModel):
     lower and at the upper end of every coordinate."""
     contributions_bytes: int = Field(default=16 << 30, ge=1 << 20)
     """How much of the disk a round's contributions may take, where the rule is not the mean."""
+    upload_clip: Positive | None = None
+    """What a device changed in a block counts as if it were no longer (L2) than so many times the
+    median of what devices last changed in that block."""
+    upload_norm: Positive | None = None
+    """The same with a fixed bound; with both the lower one."""
+    gradient_clip: Positive | None = None
+    """The server's gradient in a step is no longer (L2) than so many times the median of the last
+    steps at that cut."""
+    loss_mads: Positive | None = None
+    """A batch is not trained on whose loss is above the median of the fleet's last losses by more
+    than so many median absolute deviations."""

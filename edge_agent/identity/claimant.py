@@ -28,7 +28,7 @@ from edge_agent.identity.keys import signing_request
 
 log = logging.getLogger("splitfleet.identity")
 
-ATTEMPT_S = 60.0
+ATTEMPT_S = 20.0
 """How long one connection is waited for, and the answer on it."""
 AGAIN_S = (1.0, 300.0)
 """The first wait between two attempts, and the longest; each is about twice the one before."""

@@ -24,6 +24,7 @@ from edge_agent.identity.renewal import Renewal
 from edge_agent.readings import LinkMeters
 from edge_agent.service import software
 from edge_agent.settings import AUTO, AgentSettings
+from edge_agent.systemd import KeepAlive, Nobody, Supervisor
 
 log = logging.getLogger("splitfleet.identity")
 
@@ -115,16 +116,26 @@ class IdentityKeeper:
         certificate = self._folder.certificate()
         return certificate is None or self._floor.now() >= valid_until(certificate)
 
-    async def ensure(self, stop: asyncio.Event) -> BrokerConfig | None:
+    async def ensure(
+        self, stop: asyncio.Event, supervisor: Supervisor | None = None
+    ) -> BrokerConfig | None:
         """How to connect to the fleet, once the device is enrolled; None if ``stop`` came before.
+
+        That may take long: the ``supervisor`` is told that the agent has started, and lives.
 
         Raises :class:`IdentityError` or :class:`StateError` if it cannot be.
         """
         if self._folder.enrolled:
             self._folder.wipe_claim()
-        if self.ended and not await self._claimant.enrol(stop):
-            return None
-        return self._broker
+        if not self.ended:
+            return self._broker
+        supervisor = supervisor or Nobody()
+        supervisor.ready()
+        living = asyncio.create_task(KeepAlive(supervisor).run(), name="keep-alive")
+        try:
+            return self._broker if await self._claimant.enrol(stop) else None
+        finally:
+            living.cancel()
 
     async def watch(self, connected: Callable[[], bool]) -> None:
         """Get the device back in whenever it needs to be, until cancelled.

@@ -24,7 +24,7 @@ LEFT = (1 / 4, 1 / 3)
 enrolled on one day do not all ask on another."""
 PATIENCE_S = (1.0, 3600.0)
 """Between two times of asking; in between a twelfth of what is left."""
-CONFIRM_S = 3600.0
+CONFIRM_S = 21_600.0
 """How often the clock's floor is raised while there is a connection."""
 
 

@@ -13,7 +13,6 @@ from edge_agent.updates.bundle import BundleManifest
 
 LONGEST_S = 3600.0
 """An installation that takes longer is given up; an SD card may need many minutes."""
-_TAIL = 300
 
 
 class Installation(Protocol):
@@ -56,7 +55,7 @@ class VenvInstallation:
         self._commands = [
             [python, "-m", "venv", str(place)],
             [inside, *pip, "--no-cache-dir", "--find-links", str(wheels), wanted],
-            [inside, "-I", "-c", look],
+            [inside, "-P", "-c", look],
         ]
         self._running: subprocess.Popen[bytes] | None = None
 
@@ -71,7 +70,7 @@ class VenvInstallation:
                 return False
             self._running = None
             if code:
-                raise BundleError(f"the installation failed: {self._tail()}")
+                raise BundleError(f"the installation failed: {self._last_words()}")
         if not self._commands:
             return True
         with self._log.open("ab") as log:
@@ -90,5 +89,6 @@ class VenvInstallation:
             self._running.wait()
         self._commands.clear()
 
-    def _tail(self) -> str:
-        return " ".join(self._log.read_text("utf-8", "replace").split())[-_TAIL:]
+    def _last_words(self) -> str:
+        lines = self._log.read_text("utf-8", "replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

@@ -18,7 +18,7 @@ from cryptography import x509
 
 from broker.drive import Effect
 from broker.envelopes import Envelope, up
-from broker.messages import Command
+from broker.messages import Command, Coordinator
 from broker.update_messages import Fetch, Piece, Software, SoftwareState, Update
 from edge_agent.disk import make_folder
 from edge_agent.errors import AgentError, BundleError
@@ -79,6 +79,7 @@ class Updater:
         self._http: HttpDownload | None = None
         self._installation: Installation | None = None
         self._due: float | None = None
+        self._coordinator_boot: str | None = None
         self._progress = clock()
         self.finished = False
 
@@ -95,8 +96,11 @@ class Updater:
         return []
 
     def receive(self, envelope: Envelope) -> list[Effect]:
-        """An announcement, a piece of the bundle, or the coordinator's answer to a trial."""
+        """Another coordinator, an announcement, a piece of a bundle, or the answer to a trial."""
         match envelope.message:
+            case Coordinator(state="online", boot=boot):
+                before, self._coordinator_boot = self._coordinator_boot, boot
+                return [] if before == boot else [self._software(), *self._ask()]
             case Command(command="update", update=Update() as update):
                 return self._announced(update)
             case Command(command="proven") if self._slots.on_trial:
@@ -137,6 +141,11 @@ class Updater:
         if self._partial.complete:
             return self._guarded(self._begin)
         return self._guarded(self._read)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an update is under way."""
+        return self._update is not None
 
     def close(self) -> None:
         """End what is under way; what has been fetched stays for the next time."""

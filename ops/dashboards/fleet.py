@@ -40,7 +40,7 @@ def fleet() -> Dashboard:
         "fleet",
         "fleet overview",
         "Is the fleet well, what does it do, and where to look next.",
-        [_now(), _devices(), _work(), _resources(), _trouble(), _each()],
+        [_now(), _devices(), _work(), _resources(), _trouble(), _identity(), _each()],
         variables=[page.cut(), page.device_class()],
     )
 
@@ -235,6 +235,41 @@ def _trouble() -> Row:
                 stacked=True,
                 many=True,
                 width=12,
+            ),
+        ],
+    )
+
+
+def _identity() -> Row:
+    server = 'of=~"broker|coordinator"'
+    certificate = series("splitfleet_certificate_expires_timestamp_seconds", server)
+    listed = series("splitfleet_revocation_list_expires_timestamp_seconds")
+    return Row(
+        "Identity",
+        [
+            graph(
+                "Devices on the roster",
+                "By their certificates: valid, near its end (it should have been renewed), ended, "
+                "awaited with a new key, revoked. Empty where the coordinator has no fleet_dir.",
+                Curve(series("splitfleet_roster_devices"), "{{state}}"),
+                stacked=True,
+                many=True,
+            ),
+            graph(
+                "What ends soon",
+                "Time that is left of what all depends on: certificates of broker and coordinator, "
+                "and revocation lists. Signed anew when two thirds are left.",
+                Curve(f"{certificate} - time()", "{{of}}"),
+                Curve(f"{listed} - time()", "list of {{of}}"),
+                unit=SECONDS,
+            ),
+            graph(
+                "Certificates asked for",
+                "What devices that asked for a certificate got: one, or the reason why not.",
+                Curve(rate("splitfleet_certificate_requests", by="outcome"), "{{outcome}}"),
+                unit=PER_SECOND,
+                stacked=True,
+                many=True,
             ),
         ],
     )

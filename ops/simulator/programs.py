@@ -29,6 +29,7 @@ from edge_agent.readings import LinkMeters
 from edge_agent.service import build_agent, introduce, last_will
 from edge_agent.settings import AgentSettings
 from ops.simulator.charging import FREE_STEP, ChargedLearner, DeviceCost
+from ops.simulator.hostile import Attack, HostileLearner
 from ops.simulator.link import IDEAL, LinkProfile
 from ops.simulator.pair import CoordinatorPair
 from ops.simulator.program import Life, Meter
@@ -68,6 +69,8 @@ class Device:
     repair_s: float = 60.0
     settings: dict[str, Any] = field(default_factory=dict)
     """More settings of its agent."""
+    attack: Attack | None = None
+    """What it does to the others, where learning is real."""
 
 
 class WatchedStore(Store):
@@ -264,9 +267,12 @@ class _Learners:
     def build(self, assignment: Assignment) -> Learner:
         assert assignment.cut is not None
         program = self._program
-        learner = program.learner(assignment)
-        cost = program.device.cost
-        return ChargedLearner(learner, assignment.cut, self._meter, cost, program.encode)
+        about = assignment.cut, self._meter, program.device.cost, program.encode
+        if program.device.attack is None:
+            return ChargedLearner(program.learner(assignment), *about)
+        hostile = HostileLearner(program.learner(assignment), *about)
+        hostile.attack = program.device.attack
+        return hostile
 
     def measure(self, assignment: Assignment) -> Measurement:
         device = self._program.device

@@ -174,6 +174,8 @@ def test_the_files_can_be_moved_and_only_the_owner_reads_the_rules(tmp_path: Pat
 def test_bad_names_and_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TopicError, match="a/b"):
         write_mosquitto_config(tmp_path, "a/b")
+    with pytest.raises(ConfigError, match="no address"):
+        write_mosquitto_config(tmp_path, "lab", host="0.0.0.0\nlistener 1")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         write_mosquitto_config(tmp_path / "file", "lab")

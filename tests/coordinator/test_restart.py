@@ -44,6 +44,19 @@ def test_a_restarted_coordinator_raises_the_attempt_and_starts_from_the_last_clo
     assert only(Round, said).stamp == (announced.run, 3, 1)
 
 
+def test_who_watches_is_told_how_it_is_before_anything_happens() -> None:
+    first = Harness(min_devices=2, rounds=3)
+    assert first.observer.phases == ["gathering"]
+    assert first.observer.known == {}
+    first.join("a", 2)
+    first.join("b", 5)
+    first.train("a", "b")
+    second = Harness(first.folder, min_devices=2, rounds=3)
+    assert second.observer.phases == ["gathering"]
+    assert second.observer.states == {"offline": 2}
+    assert (second.observer.known["round"], second.observer.known["version"]) == (1, 1)
+
+
 @pytest.mark.parametrize("codec", ["fp32", "int8+zstd"])
 def test_the_result_of_a_repeated_attempt_is_that_of_an_undisturbed_one(codec: str) -> None:
     calm, restarted = (Harness(rounds=2, parameter_codec=codec) for _ in range(2))

@@ -18,7 +18,7 @@ from edge_agent.answers import Answer
 from edge_agent.edge import Edge, EdgeService
 from edge_agent.errors import InputError, NotReady, Overloaded, Stopped
 from edge_agent.pictures import PictureSpec
-from edge_agent.service import ANSWERING, TRAINING, last_will, new_boot, route
+from edge_agent.service import ANSWERING, IDENTITY, TRAINING, last_will, new_boot, route
 from edge_agent.settings import AgentSettings
 from tests.edge_agent.test_serving import MemoryServed
 from tests.fake_device import FakePredictor
@@ -259,6 +259,7 @@ async def test_an_edge_that_does_not_run_says_so(tmp_path: Path) -> None:
         (Address("device", "prediction", device="d", direction="down"), (ANSWERING,)),
         (Address("device", "assignment", device="d", direction="down"), (TRAINING, ANSWERING)),
         (Address("device", "parameters", device="d", direction="down"), (TRAINING, ANSWERING)),
+        (Address("device", "certificate", device="d", direction="down"), (IDENTITY,)),
         (Address("all", "serving"), (TRAINING, ANSWERING)),
         (Address("all", "round"), (TRAINING,)),
         (Address("cut", "parameters", layer=2), (TRAINING,)),

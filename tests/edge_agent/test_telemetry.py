@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from broker.envelopes import decode_message, encode_message, up
-from broker.messages import Features, Telemetry
+from broker.messages import Coordinator, Features, Telemetry
 from broker.topics import Address
 from edge_agent.meters import Distribution, Meters
 from edge_agent.readings import LinkMeters, hottest, read_process, resident_bytes
@@ -127,6 +127,19 @@ def test_a_device_reports_every_period() -> None:
     assert [report.number for report in device.told] == [0]
     device.wait(60.0)
     assert [report.uptime_s for report in device.told] == [60.0, 120.0]
+
+
+def test_a_coordinator_that_was_restarted_hears_at_once_where_to_count_from() -> None:
+    device = Harness()
+    device.connect()
+    device.hear(Coordinator(state="online", boot="first"))
+    device.hear(make_assignment())
+    device.core.reporter.own.count("predictions", 5, "exit")
+    before = len(device.told)
+    device.hear(Coordinator(state="online", boot="second"))
+    assert device.told[-1].counters["predictions"] == {"exit": 5}
+    device.hear(Coordinator(state="online", boot="second"))
+    assert len(device.told) == before + 1
 
 
 def test_without_a_connection_it_says_nothing() -> None:

@@ -16,8 +16,9 @@ import pytest
 
 from edge_agent.readings import THERMAL, hottest
 from ops.dashboards import FOLDER
+from ops.identity import init_fleet
 from tensors.datasets import BUNDLED
-from tests.fleet_processes import Fleet
+from tests.fleet_processes import FLEET, Fleet
 from tests.http_agent import picture, post
 from tests.mosquitto_process import Mosquitto, free_port
 from tests.prometheus_process import BadQuery, Prometheus
@@ -123,7 +124,9 @@ def test_every_panel_of_every_dashboard_shows_something(
 ) -> None:
     http = f"127.0.0.1:{free_port()}"
     start = time.time()
-    with Fleet(tmp_path, mosquitto.url, cuts=CUTS, coordinator=COORDINATOR, agent=AGENT) as fleet:
+    init_fleet(tmp_path / "identity", FLEET, broker_names=["localhost"]).close()
+    coordinator = COORDINATOR | {"fleet_dir": str(tmp_path / "identity")}
+    with Fleet(tmp_path, mosquitto.url, cuts=CUTS, coordinator=coordinator, agent=AGENT) as fleet:
         jobs = {"splitfleet-coordinator": f"127.0.0.1:{fleet.metrics_port}"}
         with Prometheus(tmp_path / "prometheus", jobs, interval_s=SCRAPED_S) as prometheus:
             fleet.start_coordinator()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,23 @@ def test_a_taken_port_is_said_plainly() -> None:
     finally:
         running.communicate("", timeout=30)  # the end of its input ends it
     assert running.returncode == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_coordinator_that_is_told_to_stop_ends_well(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "ops.cli", "coordinator", "--width", "2", "--quiet"]
+    command += ["--broker", f"mqtt://127.0.0.1:{free_port()}", "--state-dir", str(tmp_path)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert running.stderr is not None
+        assert any("no connection to the broker" in line for line in running.stderr)
+        running.send_signal(number)
+        running.communicate(timeout=30)
+    finally:
+        running.kill()
+    assert running.returncode == code
 
 
 def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None:

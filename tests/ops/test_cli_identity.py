@@ -24,7 +24,6 @@ def fleet(
 ) -> Command:
     """Runs a command in a new fleet's folder; what it prints, or its error with ``code``."""
     monkeypatch.setenv("SPLITFLEET_FLEET_DIR", str(tmp_path / "plant"))
-    monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments: str, code: int = 0) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -117,6 +116,10 @@ def test_tables_say_the_same_to_people(fleet: Command) -> None:
 def test_a_backup_brings_the_fleet_back(fleet: Command, tmp_path: Path) -> None:
     fleet("add", "cam-1")
     before = json.loads(fleet("status", "--json"))
+    run = tmp_path / "plant" / "coordinator" / "state" / "run-1"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    (run / ".writing-000002").mkdir()
     archive = tmp_path / "backup.tar"
     fleet("backup", str(archive))
     assert archive.stat().st_mode & 0o777 == 0o600
@@ -129,6 +132,7 @@ def test_a_backup_brings_the_fleet_back(fleet: Command, tmp_path: Path) -> None:
     assert listed(fleet) == {"cam-1": "valid"}
     assert after["certificates"]["fleet-ca"] == before["certificates"]["fleet-ca"]
     assert (tmp_path / "plant" / "broker" / "run.sh").exists()
+    assert [file.name for file in run.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from broker.mqtt import MqttTransport
 from broker.transport import Connected, Packet
 from ops import doctor
 from ops.doctor import (
+    Subject,
     check_dataset,
     check_disk,
     check_python,
@@ -39,6 +40,20 @@ def states(findings: list[Finding]) -> dict[str, str]:
 
 def found(findings: list[Finding], name: str) -> Finding:
     return next(finding for finding in findings if finding.name == name)
+
+
+@pytest.mark.parametrize(("section", "name"), [("coordinator", "garden"), ("agent", "shed")])
+def test_what_is_examined_is_what_the_service_will_use(
+    section: str, name: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "fleet.toml"
+    settings = f'fleet = "{name}"\ndataset = "cifar10"\ndata_root = "/srv/data"\nthreads = 2\n'
+    file.write_text(f"[{section}]\n{settings}")
+    found = Subject.resolve(file, {"dataset": None, "state_dir": tmp_path})
+    assert (found.fleet, found.dataset) == (name, "cifar10")
+    assert (found.data_root, found.state_dir) == (Path("/srv/data"), tmp_path)
+    assert Subject.resolve(file, {"dataset": "stl10"}).dataset == "stl10"
+    assert Subject.resolve(None, {}).dataset == "fashion-mnist-small"
 
 
 async def test_a_good_machine_with_the_embedded_broker_passes(tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_a_cut_and_class_that_is_new_begins_at_0() -> None:
     assert fleet.values("splitfleet_prediction_seconds_count", stage="exit") == {"": 0.0}
 
 
+def test_what_the_coordinator_counts_by_cut_begins_at_0_with_its_first_device() -> None:
+    fleet = Fleet()
+    fleet.tell(cut=0)
+    assert fleet.values("splitfleet_batches_applied_total") == {}
+    fleet.tell(cut=2)
+    for name in (
+        "samples_applied_total",
+        "batches_applied_total",
+        "feature_images_total",
+        "training_step_seconds_count",
+    ):
+        assert fleet.values(f"splitfleet_{name}", cut="2") == {"": 0.0}
+
+
 def test_devices_of_a_cut_and_class_are_added() -> None:
     fleet = Fleet()
     histogram = {("prediction_seconds", "exit"): ([1] + [0] * 13 + [1], 20.0)}

@@ -61,6 +61,8 @@ def test_a_folder_that_is_not_there_is_said(
 ) -> None:
     assert call(tmp_path / "nothing", "info") == 2
     assert "--state-dir" in capsys.readouterr().err
+    assert call(tmp_path / "nothing") == 2
+    assert "--state-dir" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_said_and_left_as_it_is(

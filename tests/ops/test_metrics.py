@@ -96,6 +96,15 @@ def test_rounds_are_counted_by_outcome_and_scores_kept(metrics: Metrics) -> None
     assert value(metrics, "splitfleet_exit_accuracy", cut="4") == 0.7
 
 
+def test_a_run_that_goes_on_has_what_its_last_round_came_to(metrics: Metrics) -> None:
+    metrics.resumed({"round": 8, "version": 7, "server_accuracy": 0.8, "exit_accuracy": {"2": 0.6}})
+    assert value(metrics, "splitfleet_round") == 8
+    assert value(metrics, "splitfleet_parameter_version") == 7
+    assert value(metrics, "splitfleet_server_accuracy") == 0.8
+    assert value(metrics, "splitfleet_exit_accuracy", cut="2") == 0.6
+    assert value(metrics, "splitfleet_rounds_total", outcome="closed") == 0
+
+
 def test_reasons_are_counted(metrics: Metrics) -> None:
     metrics.message_dropped("malformed")
     metrics.message_dropped("something_new")
@@ -218,6 +227,13 @@ def test_a_round_that_runs_has_an_age(traffic: Traffic) -> None:
     clock.advance(70)
     metrics.round_ended(1, "extended", {})
     assert value(metrics, "splitfleet_round_age_seconds") == 70
+    metrics.connection(up=False)
+    clock.advance(5000)
+    metrics.connection(up=False)
+    assert value(metrics, "splitfleet_round_age_seconds") == 70
+    metrics.connection(up=True)
+    clock.advance(1)
+    assert value(metrics, "splitfleet_round_age_seconds") == 71
     metrics.round_ended(1, "abandoned", {})
     assert value(metrics, "splitfleet_round_age_seconds") == 0
 

@@ -91,7 +91,9 @@ def test_another_server_is_said_plainly(capsys: pytest.CaptureFixture[str]) -> N
     assert "status 404" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://u:p@x", "x:99999"])
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "http://", "http://u:p@x", "x:99999", "a b:1", "x\n", "a" * 300]
+)
 def test_a_url_that_cannot_be_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("status", "--url", url) == 2
     assert "--url" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from typing import IO, Any, TypeVar
 import pytest
 
 from broker.drive import Effect
-from broker.envelopes import Envelope, down
-from broker.messages import Command
+from broker.envelopes import Envelope, down, to_all
+from broker.messages import Command, Coordinator
 from broker.update_messages import Fetch, Piece, Software, Update
 from coordinator.identity.authority import Authority
 from edge_agent.errors import BundleError
@@ -182,6 +182,15 @@ def test_a_piece_that_is_lost_is_asked_for_again(lab: Lab) -> None:
     lab.clock.now += ASK_AGAIN_S
     assert said(lab.updater.tick(), Fetch) == [second]
     assert said(lab.updater.connected(), Fetch) == [second]
+
+
+def test_another_life_of_the_coordinator_is_told(lab: Lab) -> None:
+    first, second = (to_all(Coordinator(state="online", boot=boot)) for boot in ("b1", "b2"))
+    assert states(lab.updater.receive(first)) == ["running"]
+    assert lab.updater.receive(first) == []
+    (fetch,) = said(lab.announce(), Fetch)
+    effects = lab.updater.receive(second)
+    assert (states(effects), said(effects, Fetch)) == (["fetching"], [fetch])
 
 
 def test_a_fetch_goes_on_after_a_restart(lab: Lab) -> None:

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tarfile
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from broker.config import load_settings
+from edge_agent.settings import AgentSettings
+from ops.cli import main
+from ops.errors import SettingsWrong
+from ops.flash.classes import device_class
+from ops.flash.flashing import files_of_device, flash, flash_target
+from ops.flash.payload import FOLDER, File, Wifi, device_files
+from ops.flash.targets import BootFolder, BootPartition, Target
+from ops.flash.wheels import Wheel
+from ops.flash.writing import carry_out, make_plan
+
+STOCK = {
+    "cmdline.txt": "root=PARTUUID=00000000-02 rootwait\n",
+    "meta-data": "instance_id: rpios-image\ndsmode: local\n",
+    "user-data": "#cloud-config\nusers: [default]\n",
+    "network-config": "# an example\n",
+}
+INDEX = ["https://index.invalid/simple"]
+
+Files = Callable[..., list[File]]
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.flash.payload.version", lambda _: "0.1.0")
+
+
+@pytest.fixture
+def files(fleet_folder: Path) -> Files:
+    """What is written for a device that installs from an index."""
+
+    def make(
+        device: str | None = "cam-1",
+        *,
+        token: Path | None = None,
+        config: Path | None = None,
+        class_name: str = "pi4",
+        indexes: Sequence[str] = INDEX,
+        wheelhouse: Path | None = None,
+    ) -> list[File]:
+        return files_of_device(
+            device,
+            fleet_folder=fleet_folder,
+            token=token,
+            device_class=device_class(class_name),
+            wheelhouse=wheelhouse,
+            indexes=indexes,
+            config=config,
+        )
+
+    return make
+
+
+def content(files: Sequence[File], name: str) -> str:
+    return next(file.read().decode() for file in files if file.path == f"{FOLDER}/{name}")
+
+
+@pytest.fixture
+def boot_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "boot"
+    folder.mkdir()
+    for name, text in STOCK.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def boot_image(tmp_path: Path) -> Path:
+    for program in ("mkfs.vfat", "mcopy"):
+        if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None:
+            pytest.skip(f"{program} is not installed (packages dosfstools and mtools)")
+    image = tmp_path / "disk.img"
+    start = 2048
+    with image.open("wb") as disk:
+        disk.truncate(start * 512 + (40 << 20))
+        disk.seek(446)
+        disk.write(bytes([0, 0, 0, 0, 0x0C, 0, 0, 0]) + start.to_bytes(4, "little") + bytes(4))
+        disk.seek(510)
+        disk.write(b"\x55\xaa")
+    command = ["mkfs.vfat", "-n", "bootfs", f"--offset={start}", str(image), str(40 << 10)]
+    subprocess.run(
+        command, check=True, capture_output=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
+    )
+    for name, text in STOCK.items():
+        into = ["mcopy", "-i", f"{image}@@{start * 512}", "-", f"::{name}"]
+        subprocess.run(into, input=text.encode(), check=True)
+    return image
+
+
+@pytest.fixture(params=["folder", "image"])
+def target(request: pytest.FixtureRequest) -> Target:
+    if request.param == "folder":
+        return BootFolder(request.getfixturevalue("boot_dir"))
+    return BootPartition(request.getfixturevalue("boot_image"))
+
+
+def everything(target: Target) -> dict[str, bytes | None]:
+    names = target.below(FOLDER) | {"user-data", "meta-data", "vendor-data", "network-config"}
+    return {name: target.read(name) for name in names}
+
+
+def test_all_is_written_and_what_a_person_wrote_stays(files: Files, target: Target) -> None:
+    wanted = files()
+    flash_target(target, wanted, device="cam-1")
+    there = everything(target)
+    for file in wanted:
+        assert there.pop(file.path) == file.read()
+    assert there.pop("user-data") == STOCK["user-data"].encode()
+    assert there.pop("network-config") == STOCK["network-config"].encode()
+    assert (there.pop("vendor-data") or b"").startswith(b"#!/bin/sh\n")
+    lines = (there.pop("meta-data") or b"").decode().splitlines()
+    assert lines[0] == "dsmode: local"
+    assert lines[1].startswith("instance-id: splitfleet-")
+    assert lines[2:] == ["local-hostname: cam-1"]
+    assert there == {}
+
+
+def test_the_same_again_changes_nothing(files: Files, target: Target) -> None:
+    flash_target(target, files(), device="cam-1")
+    before = everything(target)
+    plan = flash_target(target, files(), device="cam-1")
+    assert plan.written == plan.removed == ()
+    assert everything(target) == before
+
+
+def test_another_device_replaces_the_first_and_is_a_new_machine(
+    files: Files, target: Target, fleet_folder: Path
+) -> None:
+    flash_target(target, files(), device="cam-1")
+    before = everything(target)
+    wanted = files(None, token=fleet_folder / "token.pem")
+    plan = flash_target(target, wanted, device=None)
+    assert {f"{FOLDER}/identity/{name}.pem" for name in ("device", "key", "return")} == {
+        *plan.removed
+    }
+    after = everything(target)
+    assert f"{FOLDER}/identity/claim-key.pem" in after
+    assert after["meta-data"] != before["meta-data"]
+
+
+def test_what_was_installed_and_wiped_is_installed_anew_by_the_same(
+    files: Files, target: Target
+) -> None:
+    flash_target(target, files(), device="cam-1")
+    before = target.read("meta-data")
+    for name in target.below(FOLDER):
+        target.remove(name)
+    flash_target(target, files(), device="cam-1")
+    assert target.read("meta-data") != before
+
+
+def test_a_dry_run_shows_all_but_secrets_and_writes_nothing(
+    files: Files, boot_dir: Path, capsys: pytest.CaptureFixture[str], fleet_folder: Path
+) -> None:
+    before = {path.name: path.read_bytes() for path in boot_dir.iterdir()}
+    flash(
+        files(),
+        device="cam-1",
+        image=None,
+        boot_dir=boot_dir,
+        bundle=None,
+        wifi=Wifi("attic", "correct horse", "DE"),
+        replace=False,
+        dry_run=True,
+    )
+    shown = capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in boot_dir.iterdir()} == before
+    assert "write  splitfleet/identity/key.pem" in shown
+    assert "| ExecStart=" in shown
+    key = (fleet_folder / "devices" / "cam-1" / "key.pem").read_text()
+    assert key.splitlines()[1] not in shown
+    assert "access-points" not in shown
+
+
+def test_a_seed_of_somebody_else_is_replaced_only_when_asked(files: Files, target: Target) -> None:
+    target.write("vendor-data", b"#cloud-config\nruncmd: [reboot]\n")
+    with pytest.raises(SettingsWrong, match=r"vendor-data.*--replace"):
+        flash_target(target, files(), device="cam-1")
+    assert target.below(FOLDER) == set()
+    flash_target(target, files(), device="cam-1", replace=True)
+
+
+def test_a_wireless_network_has_the_key_that_ieee_802_11_derives(
+    files: Files, target: Target
+) -> None:
+    wifi = Wifi("IEEE", "password", "DE")
+    flash_target(target, files(), device="cam-1", wifi=wifi)
+    text = (target.read("network-config") or b"").decode()
+    network = json.loads(text.partition("\n")[2])["network"]
+    point = network["wifis"]["wlan0"]["access-points"]["IEEE"]
+    # The first test vector of IEEE 802.11i, annex H.4.
+    expected = "f42c6fc52df0ebef9ebb4b90b38a5f902e83fe1b135a70e23aed762e9710a12e"
+    assert point == {"password": expected}
+
+
+def test_a_partition_that_is_too_small_is_said_before_anything_is_written(
+    files: Files, boot_image: Path
+) -> None:
+    target = BootPartition(boot_image)
+    large = File(f"{FOLDER}/wheels/large.whl", bytes(50 << 20))
+    with pytest.raises(SettingsWrong, match="room for"):
+        flash_target(target, [large, *files()], device="cam-1")
+    assert target.below(FOLDER) == set()
+
+
+def test_the_seed_is_written_last(files: Files, boot_dir: Path) -> None:
+    plan = flash_target(BootFolder(boot_dir), files(), device="cam-1", dry_run=True)
+    assert [file.path for file in plan.written][-2:] == ["vendor-data", "meta-data"]
+
+
+def test_folders_that_are_no_boot_partition_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsWrong, match="is no folder"):
+        BootFolder(tmp_path / "none")
+    with pytest.raises(SettingsWrong, match="this machine's own"):
+        BootFolder(Path("/"))
+    with pytest.raises(SettingsWrong, match="is the card mounted"):
+        BootFolder(tmp_path)
+
+
+def test_an_image_that_cloud_init_would_not_look_at_is_refused(
+    tmp_path: Path, boot_image: Path
+) -> None:
+    target = BootPartition(boot_image)
+    target.remove("cmdline.txt")
+    with pytest.raises(SettingsWrong, match="labelled CIDATA"):
+        BootPartition(boot_image)
+    seed = tmp_path / "seed.img"
+    command = ["mkfs.vfat", "-C", "-n", "CIDATA", str(seed), "4096"]
+    subprocess.run(
+        command, check=True, capture_output=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
+    )
+    assert BootPartition(seed).read("meta-data") is None
+
+
+def test_the_agent_takes_its_settings(files: Files, tmp_path: Path) -> None:
+    config = tmp_path / "more.toml"
+    config.write_text("[agent]\ncut = 3\nthreads = 1\n[broker]\nkeepalive_s = 60\n")
+    text = content(files(config=config), "agent.toml")
+    (tmp_path / "agent.toml").write_text(text)
+    settings = load_settings(AgentSettings, section="agent", file=tmp_path / "agent.toml")
+    assert (settings.fleet, settings.device, settings.cut) == ("lab", "cam-1", 3)
+    assert (settings.threads, settings.claims_port) == (1, 18884)
+    assert settings.identity_dir == Path("/var/lib/splitfleet/identity")
+    broker = tomllib.loads(text)["broker"]
+    assert broker == {"url": "mqtts://10.0.2.2:18883", "keepalive_s": 60}
+
+
+def test_a_token_is_taken_apart_and_names_no_device(files: Files, fleet_folder: Path) -> None:
+    made = files(None, token=fleet_folder / "token.pem")
+    names = {file.path.rpartition("/")[2] for file in made if "/identity/" in file.path}
+    assert names == {"fleet-ca.pem", "claim.pem", "claim-key.pem"}
+    assert [file.path for file in made if file.secret] == [f"{FOLDER}/identity/claim-key.pem"]
+    assert tomllib.loads(content(made, "agent.toml"))["agent"]["device"] == "auto"
+
+
+def test_wheels_are_pinned_by_their_digests(wheelhouse: Path) -> None:
+    wheels = [
+        Wheel("splitfleet", "0.1.0", wheelhouse / "splitfleet-0.1.0-py3-none-any.whl", "ab" * 32),
+        Wheel("pip", "26.0", wheelhouse / "pip-26.0-py3-none-any.whl", "cd" * 32),
+    ]
+    made = device_files(device_class("pi4"), "", wheels, ())
+    assert f"{FOLDER}/wheels/pip-26.0-py3-none-any.whl" in [file.path for file in made]
+    assert content(made, "requirements.txt").splitlines() == [
+        "--no-index",
+        "--find-links wheels",
+        f"splitfleet==0.1.0 --hash=sha256:{'ab' * 32}",
+        f"pip==26.0 --hash=sha256:{'cd' * 32}",
+    ]
+    assert content(made, "about") == "version=0.1.0\nmachine=aarch64\npython=3.13\n"
+
+
+def test_a_device_may_install_from_package_indexes(files: Files) -> None:
+    made = files(indexes=[*INDEX, "https://more.invalid/simple"])
+    assert content(made, "requirements.txt").splitlines() == [
+        f"--index-url {INDEX[0]}",
+        "--extra-index-url https://more.invalid/simple",
+        "splitfleet[agent]==0.1.0",
+    ]
+
+
+def test_who_is_not_of_the_fleet_is_refused(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(SettingsWrong, match="fleet add cam-9"):
+        files("cam-9")
+    with pytest.raises(SettingsWrong, match="--token FILE"):
+        files(None)
+    (tmp_path / "no-token").write_text("rubbish")
+    with pytest.raises(SettingsWrong, match="no join token"):
+        files(None, token=tmp_path / "no-token")
+    with pytest.raises(SettingsWrong, match="--wheelhouse FOLDER"):
+        files(indexes=())
+
+
+def test_a_bundle_is_for_its_owner_only_and_complete(
+    fleet_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "cam-1.tar.gz"
+    command = ["flash", "cam-1", "--bundle", str(bundle), "--folder", str(fleet_folder)]
+    command += ["--index", INDEX[0], "--class", "pi4"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    assert "sudo sh splitfleet/install.sh" in capsys.readouterr().out
+    assert bundle.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(bundle) as tar:
+        modes = {member.name: member.mode for member in tar}
+    assert modes["splitfleet/identity/key.pem"] == 0o600
+    assert modes["splitfleet/install.sh"] == 0o644
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == SettingsWrong.exit_code
+    assert "--replace" in capsys.readouterr().err
+
+
+def test_a_target_is_named_and_only_one(files: Files, tmp_path: Path) -> None:
+    for boot_dir, bundle in ((None, None), (tmp_path, tmp_path / "a.tar.gz")):
+        with pytest.raises(SettingsWrong, match="one of --image"):
+            flash(
+                files(),
+                device="cam-1",
+                image=None,
+                boot_dir=boot_dir,
+                bundle=bundle,
+                wifi=None,
+                replace=False,
+                dry_run=True,
+            )
+
+
+def test_a_card_that_was_pulled_out_half_written_gets_the_rest(
+    files: Files, boot_dir: Path
+) -> None:
+    target = BootFolder(boot_dir)
+    plan = make_plan(target, files(), replace=False)
+    carry_out(target, type(plan)((), plan.written[:3], ()))
+    flash_target(target, files(), device="cam-1")
+    assert {file.path for file in files()} == target.below(FOLDER)

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from ops.errors import SettingsWrong
+from ops.flash.classes import device_class
+from ops.flash.wheels import choose_wheels, requirements
+
+
+def test_pip_chooses_for_the_device_and_not_for_this_machine(wheelhouse: Path) -> None:
+    wheels = choose_wheels(wheelhouse, device_class("zero2"))
+    assert sorted(one.path.name for one in wheels) == [
+        "numpy-1.0-cp313-cp313-manylinux_2_28_aarch64.whl",
+        "onnxruntime-1.0-cp313-cp313-manylinux_2_28_aarch64.whl",
+        "pip-26.0-py3-none-any.whl",
+        "splitfleet-0.1.0-py3-none-any.whl",
+    ]
+    for wheel in wheels:
+        assert wheel.sha256 == hashlib.sha256(wheel.path.read_bytes()).hexdigest()
+        assert f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}" in requirements(wheels)
+
+
+def test_what_is_missing_is_said_with_how_to_get_it(wheelhouse: Path) -> None:
+    with pytest.raises(SettingsWrong, match=r"torch.*splitfleet wheelhouse .* --python 3\.11"):
+        choose_wheels(wheelhouse, device_class("pi4", python="3.11"))
+
+
+def test_a_folder_that_is_not_there_is_no_wheelhouse(tmp_path: Path) -> None:
+    with pytest.raises(SettingsWrong, match="is no folder"):
+        choose_wheels(tmp_path / "none", device_class("pi4"))
