@@ -137,7 +137,9 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         new_engine,
         # Two more than are answered: for the version that was chosen, and the one chosen before.
         Responder(network, compute, versions=settings.serving_versions + 2),
-        None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
+        None
+        if dataset is None
+        else Evaluator(copy.deepcopy(network), compute, dataset, mechanism=settings.mechanism),
         compute.channels_last,
         make_program=make_in_child(spec),
     )
