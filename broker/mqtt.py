@@ -212,7 +212,7 @@ class MqttTransport:
                 raise
             raise ConnectRefused(
                 f"{self._config.url} refused client {self.client_id!r}: {exc}; "
-                "check username, password and the broker's access rules",
+                "check certificate, username and password, and the broker's access rules",
                 code,
             ) from exc
         return client
@@ -231,8 +231,8 @@ class MqttTransport:
             return f"nobody listens at {self._config.url}; is the broker running?"
         if isinstance(exc, ConfigError):
             return str(exc)
-        if isinstance(exc, ssl.SSLError):
-            return f"{self._config.url}: {explain_tls(exc)}"
+        if isinstance(exc.__context__, ssl.SSLError):  # the library's error says less
+            return f"{self._config.url}: {explain_tls(exc.__context__)}"
         return f"{self._config.url}: {exc}"
 
     def _taken_over(self) -> ConnectRefused:

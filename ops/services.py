@@ -77,6 +77,9 @@ def serve_coordinator(
             return stop.interrupted
 
     with contextlib.ExitStack() as stack:
+        for machine in (enrolment, rollouts):
+            if machine is not None:
+                stack.callback(machine.close)
         if settings.metrics_port is not None:
             host, port = settings.metrics_host, settings.metrics_port
             stack.enter_context(serve_http(metrics.registry, pages(), host, port))

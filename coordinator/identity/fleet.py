@@ -40,7 +40,7 @@ from coordinator.atomic_files import PUBLIC, write_file
 from coordinator.errors import IdentityError
 from coordinator.identity.authority import SIDES, Authority, Side
 from coordinator.identity.keys import PublicKey, certificate_from_pem, certified_key, to_pem
-from coordinator.identity.registration import Lifetimes, Registration, life_left
+from coordinator.identity.registration import DAY_S, Lifetimes, Registration
 from coordinator.identity.roster import FILE, Member, Roster
 from coordinator.identity.standing import CONDITIONS, Condition, Expiry
 
@@ -52,7 +52,7 @@ Server = Literal["broker", "coordinator"]
 SERVERS: tuple[Server, ...] = ("coordinator", "broker")
 
 _FRESH = 2 / 3
-"""Certificates of broker and coordinator are signed anew when less of their life is left."""
+"""Certificates of broker and coordinator are signed anew when less of ``server_days`` is left."""
 
 
 ENDING = 1 / 6
@@ -208,7 +208,10 @@ class Fleet:
                 "a backup"
             ) from exc
         before = certificate_from_pem(pem, str(path))
-        if life_left(before, self._clock()) >= _FRESH:
+        now, last = self._clock(), _ends(self.authority.ca("fleet"))
+        # Of what a new one would have: the broker's begins with the authority, not when signed.
+        whole = min(self.settings.server_days * DAY_S, last - now)
+        if _ends(before) - now >= _FRESH * whole:
             return before
         return self.sign_server(server, certified_key(before))
 

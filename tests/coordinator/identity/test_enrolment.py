@@ -229,6 +229,10 @@ def test_it_signs_anew_what_comes_near_its_end(bench: Bench) -> None:
     broker = x509.load_pem_x509_certificate((bench.folder.broker_dir / "broker.pem").read_bytes())
     private = serialization.load_pem_private_key(key, None)
     assert private.public_key() == broker.public_key()
+    bench.now += 29 * DAY_S
+    bench.machine.tick()
+    again = x509.load_pem_x509_certificate((bench.folder.broker_dir / "broker.pem").read_bytes())
+    assert again == broker  # every new one costs a restart
 
 
 def test_devices_are_counted_by_what_is_left_of_their_certificates(bench: Bench) -> None:
