@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import NameOID
 
 from broker.envelopes import Envelope, decode_message, encode_message, up
 from broker.identity_messages import Certificate, Enrol, Renew
@@ -24,6 +23,7 @@ from coordinator.identity.standing import Standing
 from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
 from ops.identity import FleetFolder, init_fleet
+from tests.coordinator.identity.requests import csr
 
 START = 1_800_000_000.0
 
@@ -91,12 +91,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path / "fleet")
     yield bench
     bench.folder.close()
-
-
-def csr(key: Key | rsa.RSAPrivateKey, name: str = "whoever") -> bytes:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 def enrol(key: Key, name: str = "cam-1") -> Enrol:
