@@ -40,6 +40,7 @@ class BrokerConfig(BaseModel):
     url: str = "mqtt://127.0.0.1:1883"
     """mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS."""
     username: str | None = None
+    """For brokers that ask for it; in a fleet of `fleet init` the certificate says it."""
     password: SecretStr | None = None
     ca_file: Path | None = None
     """The certificates to trust with mqtts; the system's when not set."""

@@ -27,7 +27,14 @@ state() { cat mosquitto.conf acl ./*.pem | cksum; }
 # What only the broker reads and writes must be its own once it has given up root's rights.
 hand_over() {
     [ "$(id -u)" = 0 ] && id mosquitto >/dev/null 2>&1 || return 0
-    chown -R mosquitto acl broker-key.pem data
+    chown -R "mosquitto:$(id -g mosquitto)" acl broker-key.pem data
+}
+
+# As many connections as the configuration allows: Mosquitto 2.0.11 does not keep count of them.
+bound_connections() {
+    wanted=$(awk '/^max_connections / { sum += $2 } END { print sum + 64 }' mosquitto.conf)
+    # shellcheck disable=SC3045 # dash, busybox and bash all have it
+    ulimit -n "$wanted" 2>/dev/null || ulimit -S -n "$(ulimit -H -n)"
 }
 
 # Waits until files are no longer being changed: several belong together.
@@ -53,7 +60,7 @@ stop() {
 while :; do
     hand_over
     now=$(state)
-    mosquitto -c mosquitto.conf &
+    (bound_connections && exec mosquitto -c mosquitto.conf) &
     broker=$!
     while running && [ -z "$ending" ] && [ "$(state)" = "$now" ]; do
         pause

@@ -212,7 +212,7 @@ class MqttTransport:
                 raise
             raise ConnectRefused(
                 f"{self._config.url} refused client {self.client_id!r}: {exc}; "
-                "check username, password and the broker's access rules",
+                "check certificate, username and password, and the broker's access rules",
                 code,
             ) from exc
         return client

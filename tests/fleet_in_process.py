@@ -83,7 +83,10 @@ class Watcher(Observer):
 
 
 class Fleet:
-    """``devices`` maps a name to its cut; ``data`` a name to its images."""
+    """``devices`` maps a name to its cut; ``data`` a name to its images.
+
+    ``agents`` are settings of every agent, ``settings`` the coordinator's.
+    """
 
     def __init__(
         self,
@@ -91,9 +94,11 @@ class Fleet:
         connect: Connect,
         devices: Mapping[str, int | Literal["auto"]],
         data: Callable[[str], DeviceData],
+        agents: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
+        self._agents = agents or {}
         self.settings: CoordinatorSettings = make_settings(
             state_dir=folder / "coordinator", min_devices=len(devices), **settings
         )
@@ -148,6 +153,7 @@ class Fleet:
             precision="fp32",
             memory_format="contiguous",
             exit_when_finished=True,
+            **self._agents,
         )
         boot = agent_service.new_boot()
         transport = self._transport(name, agent_service.last_will(settings, boot))

@@ -1,4 +1,4 @@
-"""What somebody publishes who has a device's password and nothing good in mind."""
+"""What somebody publishes who has a device's key and nothing good in mind."""
 
 from __future__ import annotations
 

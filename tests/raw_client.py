@@ -1,4 +1,4 @@
-"""An MQTT 5 client that heeds nothing that the broker announced, for what ours would not send."""
+"""An MQTT 5 client that sends what ours would not: more and larger than the broker wants."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from broker.config import BrokerConfig
+from broker.mosquitto import BrokerLimits
 
 LIMIT_S = 30.0
 QUIET_S = 1.0
@@ -30,7 +31,7 @@ class RawClient:
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2, "raw", protocol=paho.MQTTv5, reconnect_on_failure=False
         )
-        self._client.max_inflight_messages_set(1000)
+        self._client.max_inflight_messages_set(BrokerLimits().inflight_messages)
         self._client.tls_set(str(config.ca_file), str(config.cert_file), str(config.key_file))
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = lambda *_: self._answers.put(None)
@@ -53,8 +54,11 @@ class RawClient:
         self._published.append(self._client.publish(topic, payload, 1))
 
     def wait_published(self) -> None:
-        for info in self._published:
-            info.wait_for_publish(LIMIT_S)
+        """Until the broker has acknowledged everything, or has had enough."""
+        deadline = time.monotonic() + LIMIT_S
+        while self._ended.empty() and not all(info.is_published() for info in self._published):
+            assert time.monotonic() < deadline, "neither acknowledged nor cut off"
+            time.sleep(0.01)
 
     def wait_ended(self) -> str:
         """Until the connection has ended; why."""

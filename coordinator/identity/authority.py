@@ -228,7 +228,14 @@ class Authority:
         return builder.sign(ca.key, hashes.SHA256())
 
     def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock(), UTC)
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        made = self.ca("fleet").not_valid_before_utc
+        if now < made:
+            raise IdentityError(
+                f"nothing is signed: this machine's clock says {now:%Y-%m-%d %H:%M}, the authority "
+                f"was made at {made:%Y-%m-%d %H:%M}; set the clock"
+            )
+        return now
 
 
 def check_identity(device: str) -> str:

@@ -49,7 +49,7 @@ PASSPHRASE = "SPLITFLEET_CA_PASSPHRASE"  # noqa: S105 the name of a variable
 CAS: Mapping[Side, str] = {"fleet": FLEET_CA, "claims": CLAIMS_CA}
 LISTS: Mapping[Side, str] = {"fleet": FLEET_CRL, "claims": CLAIMS_CRL}
 Server = Literal["broker", "coordinator"]
-SERVERS: tuple[Server, ...] = ("broker", "coordinator")
+SERVERS: tuple[Server, ...] = ("coordinator", "broker")
 
 _FRESH = 2 / 3
 """Certificates of broker and coordinator are signed anew when less of ``server_days`` is left."""
@@ -159,12 +159,20 @@ class Fleet:
         """Write what is due: lists that have changed, and what has to be signed anew.
 
         In one change of the roster: of several that do this at once none leaves an older list.
-        Raises :class:`IdentityError`.
+        Raises :class:`IdentityError`; the rest is done all the same.
         """
+        certificates = {f"{side}-ca": _ends(self.authority.ca(side)) for side in SIDES}
+        lists: dict[str, float] = {}
+        trouble: list[IdentityError] = []
         with self.roster.change():
-            lists: dict[str, float] = {side: self._refresh_list(side) for side in SIDES}
-            certificates = {f"{side}-ca": _ends(self.authority.ca(side)) for side in SIDES}
-            certificates |= {server: _ends(self._refresh_server(server)) for server in SERVERS}
+            for server in SERVERS:
+                with _noted(trouble):
+                    certificates[server] = _ends(self._refresh_server(server))
+            for side in SIDES:
+                with _noted(trouble):
+                    lists[side] = self._refresh_list(side)
+        if trouble:
+            raise trouble[0]
         return Expiry(certificates, lists)
 
     def sign_server(self, server: Server, key: PublicKey) -> x509.Certificate:
@@ -251,9 +259,12 @@ def find_passphrase(environ: Mapping[str, str]) -> str | None:
     """
     if file := environ.get(f"{PASSPHRASE}_FILE"):
         try:
-            return Path(file).read_text("utf-8").rstrip("\r\n")
+            passphrase = Path(file).read_text("utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as exc:
             raise IdentityError(f"cannot read {PASSPHRASE}_FILE = {file}: {exc}") from exc
+        if not passphrase:
+            raise IdentityError(f"{PASSPHRASE}_FILE = {file} is empty")
+        return passphrase
     return environ.get(PASSPHRASE) or None
 
 
@@ -278,6 +289,14 @@ def told(path: Path) -> Iterator[None]:
         raise IdentityError(
             f"cannot write {path}: {exc.strerror or exc}; free space or correct its rights"
         ) from exc
+
+
+@contextlib.contextmanager
+def _noted(trouble: list[IdentityError]) -> Iterator[None]:
+    try:
+        yield
+    except IdentityError as exc:
+        trouble.append(exc)
 
 
 def _ends(certificate: x509.Certificate) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import NotConnected
+from broker.mosquitto import BrokerLimits
 from broker.topics import Topics
 from broker.transport import Connected, Disconnected
 from tests.broker.test_mosquitto_config import client, up
@@ -77,6 +78,13 @@ def test_run_sh_ends_as_its_broker_does() -> None:
         assert broker.wait_ended() not in (0, 128 + signal.SIGKILL)
 
 
+def test_connections_are_bounded_by_open_files() -> None:
+    with GuardedBroker(limits=BrokerLimits(connections=100, claims=20)) as broker:
+        limits = Path(f"/proc/{child(broker)}/limits").read_text().splitlines()
+    (files,) = (line.split() for line in limits if line.startswith("Max open files"))
+    assert files[3:5] == ["184", "184"], "100 + 20, and 64 of its own"
+
+
 def shown(broker: GuardedBroker) -> str:
     """The broker's certificate."""
     return ssl.get_server_certificate((broker.host, broker.port), timeout=10)
@@ -84,5 +92,5 @@ def shown(broker: GuardedBroker) -> str:
 
 def child(broker: GuardedBroker) -> int:
     """The Mosquitto that run.sh has started."""
-    command = ["pgrep", "-P", str(broker.pid), "mosquitto"]
+    command = ["pgrep", "-P", str(broker.pid), "-f", "mosquitto.conf"]
     return int(subprocess.run(command, check=True, capture_output=True).stdout)

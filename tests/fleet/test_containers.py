@@ -96,6 +96,11 @@ class Containers:
             time.sleep(1)
         pytest.fail(f"{what} did not come in {limit_s:.0f} s\n{self.logs()}")
 
+    def log(self, name: str) -> str:
+        """What a container has said."""
+        done = self.call("podman", "logs", name)
+        return done.stdout + done.stderr
+
     def logs(self) -> str:
         parts = []
         for service in ("init", "mosquitto", "coordinator", "agent", "prometheus", "alertmanager"):
@@ -150,6 +155,20 @@ def test_every_container_is_healthy_and_confined(containers: Containers, service
         assert not about["EffectiveCaps"]
         user = containers.compose("podman", "exec", name, "id", "-u").strip()
         assert user != "0"
+
+
+def test_a_revoked_agent_stays_out_and_others_come_back(containers: Containers) -> None:
+    *others, bad = containers.of("agent")
+    name = containers.compose(
+        "podman", "exec", bad, "sh", "-c", "grep -l $(hostname) /fleet/devices/*/lock"
+    ).split("/")[3]
+    (coordinator,) = containers.of("coordinator")
+    containers.compose("podman", "exec", coordinator, "splitfleet", "fleet", "revoke", name)
+    containers.wait(
+        lambda: "certificate: it is revoked" in containers.log(bad), "the refusal", COMMAND_S
+    )
+    for other in others:
+        assert "certificate: it is revoked" not in containers.log(other)
 
 
 def test_agents_that_start_again_are_who_they_were(containers: Containers) -> None:

@@ -109,6 +109,16 @@ def test_nothing_outlives_its_authority(authority: Authority) -> None:
     assert device.not_valid_after_utc == authority.ca("fleet").not_valid_after_utc
 
 
+def test_nothing_is_signed_by_a_clock_that_stood_still(tmp_path: Path) -> None:
+    now = NOW
+    authority = Authority.create(tmp_path / "authority", "plant", clock=lambda: now)
+    now = 0.0
+    with pytest.raises(IdentityError, match="set the clock"):
+        authority.issue_device("cam-1", new_key().public_key(), 30)
+    with pytest.raises(IdentityError, match="set the clock"):
+        authority.revocation_list("fleet", {})
+
+
 def test_who_is_on_the_list_is_refused(authority: Authority, tmp_path: Path) -> None:
     device = authority.issue_device("cam-1", new_key().public_key(), 30)
     other = authority.issue_device("cam-2", new_key().public_key(), 30)

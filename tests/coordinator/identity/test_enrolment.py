@@ -19,7 +19,7 @@ from coordinator.errors import IdentityError
 from coordinator.identity.authority import common_name
 from coordinator.identity.enrolment import REFRESH_S, Enrolment, open_enrolment
 from coordinator.identity.keys import Key, certified_key, new_key
-from coordinator.identity.registration import DAY_S, Lifetimes
+from coordinator.identity.registration import DAY_S, Lifetimes, life_left
 from coordinator.identity.standing import Standing
 from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
@@ -125,6 +125,13 @@ def test_a_claim_is_answered_with_certificates_and_the_time(bench: Bench) -> Non
     assert bench.watcher.outcomes == ["enrolled"]
     (member,) = bench.folder.fleet.roster.devices()
     assert (member.serial, member.device_class) == ("1000", "pi4")
+
+
+def test_what_a_device_says_of_itself_cannot_steer_a_terminal(bench: Bench) -> None:
+    message = Enrol(nonce="n", wanted="cam-1", csr=csr(new_key()), serial="1\x1b[2J\r\n[red]0")
+    issued(bench.ask(bench.token(), message))
+    (member,) = bench.folder.fleet.roster.devices()
+    assert member.serial == "1[2J[red]0"
 
 
 def test_a_question_that_is_repeated_has_the_same_answer(bench: Bench) -> None:
@@ -257,6 +264,11 @@ def test_a_broker_folder_that_is_gone_stops_nothing_but_is_told(
         bench.machine.tick()
         bench.now += REFRESH_S
     assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
+    bench.now += 31 * DAY_S
+    bench.machine.tick()
+    own = bench.folder.folder / "coordinator" / "coordinator.pem"
+    certificate = x509.load_pem_x509_certificate(own.read_bytes())
+    assert life_left(certificate, bench.now) > 0.9, "what can be done is done"
     issued(bench.ask(bench.token(), enrol(new_key())))
 
 

@@ -247,11 +247,11 @@ def test_an_image_that_cloud_init_would_not_look_at_is_refused(
 def test_the_agent_takes_its_settings(files: Files, tmp_path: Path) -> None:
     config = tmp_path / "more.toml"
     config.write_text("[agent]\ncut = 3\nthreads = 1\n[broker]\nkeepalive_s = 60\n")
-    text = content(files(config=config), "agent.toml")
+    text = content(files(config=config, class_name="zero2"), "agent.toml")
     (tmp_path / "agent.toml").write_text(text)
     settings = load_settings(AgentSettings, section="agent", file=tmp_path / "agent.toml")
     assert (settings.fleet, settings.device, settings.cut) == ("lab", "cam-1", 3)
-    assert (settings.threads, settings.claims_port) == (1, 18884)
+    assert (settings.threads, settings.claims_port, settings.engine) == (1, 18884, "onnxruntime")
     assert settings.identity_dir == Path("/var/lib/splitfleet/identity")
     broker = tomllib.loads(text)["broker"]
     assert broker == {"url": "mqtts://10.0.2.2:18883", "keepalive_s": 60}
