@@ -29,6 +29,13 @@ LATENCY_BYTES = 2 << 10
 """A message smaller than that takes about as long as an empty one."""
 
 
+Admit = Callable[[Address, int], str | None]
+
+
+def _all(address: Address, size: int) -> None:
+    del address, size
+
+
 class LinkObserver(Protocol):
     """Told what crosses a link; sizes are application payload in bytes, frames included."""
 
@@ -56,7 +63,8 @@ class Framing:
     """The part of a link that does no I/O: messages to frames and back, and what was dropped.
 
     ``first_id`` is the number of the first message sent; see ``broker.frames`` for how long numbers
-    must not repeat.
+    must not repeat. ``admit`` says why a packet from there, of so many bytes, is dropped unread, or
+    None.
     """
 
     def __init__(
@@ -68,8 +76,10 @@ class Framing:
         first_id: int,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         limits: Limits | None = None,
+        admit: Admit = _all,
     ) -> None:
         self._topics = topics
+        self._admit = admit
         self._observer = observer
         self._clock = clock
         self._configured_chunk = chunk_bytes
@@ -115,6 +125,10 @@ class Framing:
             address = self._topics.parse(topic)
             device = address.device
             self._observer.received(address, len(payload))
+            unwanted = self._admit(address, len(payload))
+            if unwanted is not None:
+                self.drop(unwanted, device, f"it is {unwanted.replace('_', ' ')}")
+                return None
             whole = self._frames.add(device or "", topic, payload, self._clock())
             if whole is None:
                 return None
@@ -148,7 +162,8 @@ class Framing:
 class Link:
     """Sends and receives messages. Belongs to one event loop, as its transport does.
 
-    ``system`` is told what the broker says of itself, topic and payload, if that is subscribed to.
+    ``admit`` is asked about every packet, see :class:`Framing`. ``system`` is told what the broker
+    says of itself, topic and payload, if that is subscribed to.
     """
 
     def __init__(
@@ -160,6 +175,7 @@ class Link:
         clock: Callable[[], float],
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         limits: Limits | None = None,
+        admit: Admit = _all,
         system: Callable[[str, bytes], None] | None = None,
     ) -> None:
         self._transport = transport
@@ -172,6 +188,7 @@ class Link:
             first_id=random.getrandbits(32),
             chunk_bytes=chunk_bytes,
             limits=limits,
+            admit=admit,
         )
         self.drop = self._framing.drop
 

@@ -231,8 +231,8 @@ class MqttTransport:
             return f"nobody listens at {self._config.url}; is the broker running?"
         if isinstance(exc, ConfigError):
             return str(exc)
-        if isinstance(exc, ssl.SSLError):
-            return f"{self._config.url}: {explain_tls(exc)}"
+        if isinstance(exc.__context__, ssl.SSLError):  # the library's error says less
+            return f"{self._config.url}: {explain_tls(exc.__context__)}"
         return f"{self._config.url}: {exc}"
 
     def _taken_over(self) -> ConnectRefused:

@@ -24,6 +24,7 @@ from broker.messages import (
     Telemetry,
 )
 from coordinator.aggregation import Model
+from coordinator.defences.guard import QUARANTINED, Guard
 from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator
 from coordinator.health import Health
@@ -67,6 +68,10 @@ class CoordinatorCore:
         clock: Callable[[], float],
     ) -> None:
         self.versions = answers.versions
+        self.guard = Guard(settings, devices=settings.max_devices, observer=observer, clock=clock)
+        """Also to be asked before a packet is taken in."""
+        self.frame_limits = placement.frame_limits(checkpoint.model.state)
+        """What has to be put together for messages that may come."""
         self._settings = settings
         self._clock = clock
         self._process = Process(settings.fleet, boot, clock())
@@ -147,6 +152,9 @@ class CoordinatorCore:
                 "retired" if self._registry.is_retired(device) else "fleet_full"
             )
             return []
+        if self.guard.is_held(device) and not isinstance(message, Status):
+            self._observer.message_dropped(QUARANTINED)
+            return self._part_with() + self._run.advance()
         if not (isinstance(message, Status) and message.state == "offline"):  # the broker's words
             known.heard = self._clock()
         match message:
@@ -170,16 +178,24 @@ class CoordinatorCore:
             case _:
                 self._observer.message_dropped("unexpected_topic")
                 return []
-        return out + self._run.advance()
+        return out + self._part_with() + self._run.advance()
+
+    def _part_with(self) -> list[Envelope]:
+        """Let devices go whose quarantine has begun, and have those back whose has ended."""
+        begun, ended = self.guard.changes()
+        self._registry.quarantined |= set(begun)
+        self._registry.quarantined -= set(ended)
+        return [said for device in begun for said in self._run.expel(device)]
 
     def tick(self) -> list[Envelope]:
         """Time has passed: deadlines, and receipts that wait for company."""
-        return self._run.tick() + self._run.advance()
+        return self._part_with() + self._run.tick() + self._run.advance()
 
     @property
     def next_tick(self) -> float | None:
         """When :meth:`tick` has something to do, on the clock; None if nothing is due."""
-        return self._run.next_tick
+        due = (self._run.next_tick, self.guard.due)
+        return min((time for time in due if time is not None), default=None)
 
     def pin(self, version: int | None) -> list[Envelope]:
         """Answer images with this version, or with None the last closed round's."""
@@ -220,6 +236,7 @@ class CoordinatorCore:
                 waiting_images=self.answering.waiting.images,
             ),
             health,
+            self.guard,
             self._clock(),
         )
 

@@ -18,6 +18,7 @@ from tensors.datasets import Dataset
 from tensors.decoding import decode_torch
 from tensors.exit_rules import ExitRule, Float64s, softmax
 from tensors.networks import CutNetwork, State, write_state
+from tensors.privacy import GaussianMechanism
 from tensors.training import Compute
 
 THRESHOLDS = (*tuple(round(0.05 * i, 2) for i in range(20)), 0.97, 0.99)
@@ -52,7 +53,8 @@ class CutAnswers:
 class Evaluator:
     """Scores checkpoints on ``dataset``, in batches of ``batch_size`` images.
 
-    Without it 200, or 1000 on a GPU, where the images then stay.
+    Without it 200, or 1000 on a GPU, where the images then stay. With ``mechanism`` the server is
+    asked with features as devices release them; the noise is the same each time.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class Evaluator:
         dataset: Dataset,
         *,
         batch_size: int | None = None,
+        mechanism: GaussianMechanism | None = None,
     ) -> None:
         compute.place(network)
+        self._mechanism = mechanism
         self._network = network.eval()
         self._compute = compute
         self._dataset = dataset
@@ -122,18 +126,22 @@ class Evaluator:
     ) -> CutAnswers:
         """What a device at ``cut`` gets for every image: from its exit, and from the server.
 
-        With ``rows``, the indices of some, for those. The server enters with the features as the
-        codec leaves them. Raises ``NetworkError`` for a state that does not fit or a cut that the
-        network does not have.
+        With ``rows``, the indices of some, for those. The server enters with the features as noise
+        and codec leave them. Raises ``NetworkError`` for a state that does not fit or a cut that
+        the network does not have.
         """
         self._network.require_cut(cut)
         write_state(self._network, state)
         codec = parse_codec(codec_name)
+        rng = np.random.default_rng(0)
         of_exit, of_server = [], []
         for images, _ in self._batches(rows):
             x = self._forward(images, 0, cut)
             of_exit.append(softmax(self._exit(x, cut)))
-            received = self._compute.tensor(decode_torch(codec.encode(x.cpu())))
+            x = x.cpu()
+            if self._mechanism is not None:
+                x = self._mechanism.release(x, lambda shape: rng.standard_normal(shape, np.float32))
+            received = self._compute.tensor(decode_torch(codec.encode(x)))
             logits = self._forward(received, cut, self._network.stop)
             of_server.append(softmax(logits.float().cpu().numpy()))
         return CutAnswers(np.concatenate(of_exit), np.concatenate(of_server))

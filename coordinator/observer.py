@@ -59,6 +59,12 @@ class Observer:
     def upload_clipped(self, cut: int) -> None:
         """A device had moved further than it may; what it brought was shortened."""
 
+    def breach(self, reason: str) -> None:
+        """A device broke a rule. From any thread."""
+
+    def quarantined(self, devices: int) -> None:
+        """So many devices are in quarantine now."""
+
     def work_changed(self, device: str, cut: int, share: float) -> None:
         """A device that is late, or early again, has another share of its work or another cut."""
 
@@ -149,6 +155,14 @@ class Observers(Observer):
     def upload_clipped(self, cut: int) -> None:
         for observer in self._observers:
             observer.upload_clipped(cut)
+
+    def breach(self, reason: str) -> None:
+        for observer in self._observers:
+            observer.breach(reason)
+
+    def quarantined(self, devices: int) -> None:
+        for observer in self._observers:
+            observer.quarantined(devices)
 
     def work_changed(self, device: str, cut: int, share: float) -> None:
         for observer in self._observers:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
-from broker.frames import OVERHEAD
+from broker.frames import OVERHEAD, Limits
 from broker.messages import PROTOCOL, Hello
 from coordinator.errors import DeviceRefused
 from coordinator.programs import Programs, make_none
 from coordinator.rounds import choose_cut, credits_of, most_devices
 from coordinator.settings import CoordinatorSettings
 from tensors.codecs import parse_codec
+from tensors.networks import State
+
+_NAME_BYTES = 256
+"""More than the name, type and shape of a tensor take."""
+_SLACK = 1.1
+"""What a codec may add to what it cannot make smaller, and labels to features."""
 
 
 class Placement:
@@ -38,6 +45,17 @@ class Placement:
         shape = (self._settings.batch_size, *self.shapes[cut - 1])
         codecs = (parse_codec(self._settings.codec), self._settings.codec_of_gradients)
         return max(codec.max_bytes(shape) for codec in codecs) + OVERHEAD
+
+    def frame_limits(self, state: State) -> Limits:
+        """Bounds on what has to be put together, of devices that hold parts of ``state``.
+
+        No message is larger than all parameters, or a batch at any cut, uncompressed.
+        """
+        model = sum(values.nbytes + _NAME_BYTES for values in state.values())
+        batch = 4 * self._settings.batch_size * max(math.prod(shape) for shape in self.shapes)
+        usual = Limits()
+        most = int(_SLACK * max(model, batch)) + (1 << 20)
+        return replace(usual, message_bytes=min(usual.message_bytes, most))
 
     def credits(self, cut: int, devices: int) -> int:
         """Batches a device at ``cut`` may have out in a fleet of ``devices``."""

@@ -56,6 +56,8 @@ class Registry:
 
     limit: int
     devices: dict[str, Device] = field(default_factory=dict)
+    quarantined: set[str] = field(default_factory=set)
+    """Devices that have no part in rounds for now; see ``coordinator.defences.guard``."""
     _retired: frozenset[str] = frozenset()
     _gone: dict[str, Device] = field(default_factory=dict)
     """Devices that were retired since the coordinator began: a round may still name them."""
@@ -125,9 +127,13 @@ class Registry:
 
     @property
     def ready(self) -> list[Device]:
-        """Devices that are online and have a cut layer, by name."""
+        """Devices that are online, have a cut layer and are not in quarantine, by name."""
         return sorted(
-            (d for d in self.devices.values() if d.online and d.cut is not None and d.hello),
+            (
+                d
+                for d in self.devices.values()
+                if d.online and d.cut is not None and d.hello and d.name not in self.quarantined
+            ),
             key=lambda d: d.name,
         )
 

@@ -192,6 +192,11 @@ class Run:
         self._note(found, device)
         return out
 
+    def expel(self, device: str) -> list[Envelope]:
+        """A device is in quarantine: it has no part any more in the rounds that are open."""
+        self._turned_away.pop(device, None)
+        return [said for each in self._rounds for said in each.expel(device)]
+
     def report(self, device: Device, report: Report) -> None:
         """A device's own account of an attempt."""
         current = self._rounds.current
@@ -307,10 +312,13 @@ class Run:
                 wanted=self._settings.buffer_size,
                 overdue=overdue,
             )
+        taking_part = len(current.participants) - len(current.expelled)
+        if not taking_part:
+            return Verdict.ABANDON
         return judge(
-            participants=len(current.participants),
+            participants=taking_part,
             finished=current.finished,
-            quorum=quorum_of(len(current.participants), self._settings.quorum),
+            quorum=quorum_of(taking_part, self._settings.quorum),
             overdue=overdue,
             extended=current.extended,
         )
@@ -319,7 +327,7 @@ class Run:
         if self._number >= self._settings.rounds:
             return self._begin_inference()
         needed = self._settings.min_devices
-        if self._number:
+        if self._number or self._registry.quarantined:
             needed = quorum_of(needed, self._settings.quorum)
         if self._registry.online < needed:
             return []

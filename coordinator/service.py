@@ -137,7 +137,9 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         new_engine,
         # Two more than are answered: for the version that was chosen, and the one chosen before.
         Responder(network, compute, versions=settings.serving_versions + 2),
-        None if dataset is None else Evaluator(copy.deepcopy(network), compute, dataset),
+        None
+        if dataset is None
+        else Evaluator(copy.deepcopy(network), compute, dataset, mechanism=settings.mechanism),
         compute.channels_last,
         make_program=make_in_child(spec),
     )
@@ -242,7 +244,6 @@ def build_core(
         batch_size=settings.batch_size,
         channels_last=parts.channels_last,
     )
-    rules = defences(settings, state_dir=settings.state_dir, devices=settings.max_devices)
 
     def new_round(model: Model, server_rate: float) -> RoundInProgress:
         return RoundInProgress(
@@ -274,6 +275,12 @@ def build_core(
         boot=boot,
         clock=clock,
     )
+    rules = defences(
+        settings,
+        state_dir=settings.state_dir,
+        devices=settings.max_devices,
+        refused=core.guard.refused,
+    )
     with contextlib.suppress(StoreError):  # who watches it complains
         core.pin(core.versions.chosen())
     return core
@@ -302,8 +309,15 @@ async def run_coordinator(
     topics = Topics(settings.fleet)
     async with transport:
         link = Link(
-            transport, topics, observer=traffic, clock=time.monotonic, system=traffic.system
+            transport,
+            topics,
+            observer=traffic,
+            clock=time.monotonic,
+            limits=core.frame_limits,
+            admit=core.guard.admit,
+            system=traffic.system,
         )
+        traffic.blame = core.guard.dropped
         traffic.overruns = lambda: transport.dropped
         await link.subscribe(*topics.coordinator_filters())
         beside: dict[str, Machine] = {ANSWERING: core.answering}

@@ -14,6 +14,7 @@ from typing import Any
 
 from broker.fields import RunPhase
 from broker.telemetry import METRICS
+from coordinator.defences.guard import Guard
 from coordinator.health import Health
 from coordinator.ledger import Ledger
 from coordinator.open_rounds import OpenRounds
@@ -58,11 +59,12 @@ def fleet_status(
     devices: Sequence[Device],
     serving: ServingStatus,
     health: Health,
+    guard: Guard,
     now: float,
 ) -> FleetStatus:
     """All there is to say; ``now`` is on the clock of the process and the rounds."""
     current = standing.rounds.current
-    rows = _device_rows(devices, standing, now)
+    rows = _device_rows(devices, standing, guard, now)
     return FleetStatus(
         time=_utc_now(),
         uptime_s=round(now - process.started, 3),
@@ -125,11 +127,15 @@ def _closed_round(records: Sequence[Mapping[str, Any]]) -> ClosedRound | None:
     )
 
 
-def _device_rows(devices: Sequence[Device], standing: Standing, now: float) -> list[DeviceStatus]:
+def _device_rows(
+    devices: Sequence[Device], standing: Standing, guard: Guard, now: float
+) -> list[DeviceStatus]:
     ordered = sorted(devices, key=lambda device: (not device.online, device.name))
     rounds = list(standing.rounds)
     sizes = _by_device(standing.traffic)
-    return [_device_row(each, rounds, standing, sizes, now) for each in ordered[:MOST_DEVICES]]
+    return [
+        _device_row(each, rounds, standing, sizes, guard, now) for each in ordered[:MOST_DEVICES]
+    ]
 
 
 def _by_role(traffic: Mapping[str, int]) -> dict[str, int]:
@@ -144,6 +150,7 @@ def _device_row(
     rounds: Sequence[RoundInProgress],
     standing: Standing,
     sizes: Mapping[tuple[str, str], int],
+    guard: Guard,
     now: float,
 ) -> DeviceStatus:
     report, heard = device.report, device.heard
@@ -167,6 +174,8 @@ def _device_row(
         predictions=_predictions([device]),
         bytes_up=sizes.get((device.name, "up"), 0),
         bytes_down=sizes.get((device.name, "down"), 0),
+        breaches=guard.breaches(device.name),
+        quarantine_s=round(guard.remaining(device.name), 3),
     )
 
 

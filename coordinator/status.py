@@ -22,7 +22,7 @@ class DeviceStatus(_Model):
     what it is given of its work. Loss and accuracy of the exit are None until they are known.
     ``predictions``: images answered since the coordinator began, by ``exit``, ``server`` or
     ``fallback``. ``bytes_up`` and ``bytes_down`` are of this run, what goes to several devices left
-    out.
+    out. ``breaches``: how often it broke a rule; it is in quarantine for ``quarantine_s`` yet.
     """
 
     name: str
@@ -41,6 +41,8 @@ class DeviceStatus(_Model):
     predictions: dict[str, int]
     bytes_up: int
     bytes_down: int
+    breaches: int = 0
+    quarantine_s: float = 0.0
 
 
 class RoundStatus(_Model):

@@ -40,6 +40,8 @@ class Traffic:
         """Values of ``BROKER_FIGURES``, as far as the broker says them."""
         self.overruns: Callable[[], int] = lambda: 0
         """Messages of QoS 0 that the link dropped, because they came too fast."""
+        self.blame: Callable[[str, str | None], None] = lambda _reason, _device: None
+        """Told why a message was dropped, and whose it was."""
         self._on_drop = on_drop
 
     def sent(self, address: Address, size: int) -> None:
@@ -52,8 +54,8 @@ class Traffic:
 
     def dropped(self, reason: str, device: str | None) -> None:
         """Pass a dropped message on to the counters."""
-        del device
         self._on_drop(reason)
+        self.blame(reason, device)
 
     def system(self, topic: str, payload: bytes) -> None:
         """Note a figure of the broker; what is none is left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from broker.envelopes import Envelope
 from broker.messages import Activations, DeviceParameters
 from coordinator import replies
-from coordinator.aggregation import Aggregation, Model
+from coordinator.aggregation import Model
 from coordinator.cascade import TOGETHER
 from coordinator.contribution import Contribution, Folded
 from coordinator.defences.rules import Defences
@@ -23,6 +23,7 @@ from coordinator.gradients import GradientEncoder
 from coordinator.intake import Intake
 from coordinator.label_counts import LabelCounts
 from coordinator.ledger import Ledger, Stamp
+from coordinator.merging import Merging
 from coordinator.observer import Observer
 from coordinator.rounds import Work
 from tensors.errors import AveragingError, FormatError
@@ -79,8 +80,8 @@ class RoundInProgress:
         self._observer = observer
         self._clock = clock
         self._defences = defences or Defences()
+        self._merging = Merging(model, barrier=barrier, defences=self._defences, observer=observer)
         self._ledgers: dict[str, Ledger] = {}
-        self._aggregation: Aggregation | None = None
         self._training = False
         self._halves: dict[str, tuple[State, State]] = {}
         self._labels: dict[str, LabelCounts] = {}
@@ -94,11 +95,8 @@ class RoundInProgress:
         """Name → cut layer."""
         self.finished = 0
         """Participants that have uploaded their parameters."""
-        self._early: list[Contribution] = []
-        """Brought before there was anything to judge them by; few, see ``UploadLimits``."""
-        self.added: list[Folded] = []
-        self.late: list[Contribution] = []
-        """Brought to earlier rounds, to be folded in when this one closes."""
+        self.expelled: set[str] = set()
+        """Participants that may not any more."""
         self.durations: dict[str, float] = {}
         """Seconds from the opening to each device's first upload."""
         self.stamp: Stamp = ("", 0, 0)
@@ -118,11 +116,8 @@ class RoundInProgress:
         self.stamp, self.version = stamp, version
         for name, work in participants.items():
             self.admit(name, work, devices=len(participants))
-        self._aggregation = Aggregation(
-            self._model,
-            first_server_block=first_server_block,
-            device_copies=self._device_copies,
-            robust=self._defences.robust,
+        self._merging.begin(
+            version, first_server_block=first_server_block, device_copies=self._device_copies
         )
         self._engine.begin(self._model, self._server_rate)
         self._training = True
@@ -147,10 +142,34 @@ class RoundInProgress:
             ledger.extend(work.quota)
             ledger.credits = granted
 
+    def expel(self, device: str) -> list[Envelope]:
+        """A device has no part in this round any more, unless it has finished; it is told.
+
+        What it alone has trained here is gone, and its books stay as they are.
+        """
+        if device not in self.unfinished:
+            return []
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if each.entry.device == device:
+                self._refuse(device, each.message.batch, BatchRefused("quarantined"))
+            else:
+                self._waiting.append(each)
+        self.expelled.add(device)
+        if self._training:
+            self._engine.finish(device)
+        self._halves.pop(device, None)
+        return [replies.refusal(device, self.stamp)]
+
     def credits(self, device: str) -> int:
         """Batches that a device may have out here; none if it has finished."""
         ledger = self._ledgers.get(device)
-        return 0 if ledger is None or ledger.finished else ledger.credits
+        out = ledger is None or ledger.finished or device in self.expelled
+        return 0 if out or ledger is None else ledger.credits
+
+    def _part_of(self, device: str) -> Ledger | None:
+        """The books of a device that takes part."""
+        return None if device in self.expelled else self._ledgers.get(device)
 
     @property
     def ledgers(self) -> Mapping[str, Ledger]:
@@ -164,8 +183,12 @@ class RoundInProgress:
 
     @property
     def unfinished(self) -> list[str]:
-        """Devices that have not uploaded their parameters."""
-        return [name for name, ledger in self._ledgers.items() if not ledger.finished]
+        """Devices that have not uploaded their parameters, and still may."""
+        return [
+            name
+            for name, ledger in self._ledgers.items()
+            if not ledger.finished and name not in self.expelled
+        ]
 
     @property
     def trained_cuts(self) -> set[int]:
@@ -176,13 +199,13 @@ class RoundInProgress:
 
     def join(self, device: str) -> Envelope:
         """The answer to a device that wants to take part: where it stands."""
-        if device in self._ledgers:
+        if self._part_of(device) is not None:
             return self._receipt(device, complete=True)
         return replies.refusal(device, self.stamp)
 
     def activations(self, device: str, message: Activations) -> list[Envelope]:
         """Train on a batch; its gradient if wanted, and a receipt when one is due."""
-        ledger = self._ledgers.get(device)
+        ledger = self._part_of(device)
         if ledger is None:
             self._observer.batch_discarded("not_a_participant")
             return [self.join(device)]
@@ -245,7 +268,7 @@ class RoundInProgress:
         self, device: str, message: DeviceParameters
     ) -> tuple[Contribution | None, list[Envelope]]:
         """A device's half at its quota's end: what it brought, if that is new, and its receipt."""
-        ledger = self._ledgers.get(device)
+        ledger = self._part_of(device)
         if ledger is None:
             self._observer.message_dropped("not_a_participant")
             return None, [replies.refusal(device, self.stamp)]
@@ -272,51 +295,27 @@ class RoundInProgress:
 
     # -- the end ----------------------------------------------------------------------------------
 
+    @property
+    def added(self) -> list[Folded]:
+        """What was folded in."""
+        return self._merging.added
+
+    @property
+    def late(self) -> list[Contribution]:
+        """Brought to earlier rounds, to be folded in when this one closes."""
+        return self._merging.late
+
     def add(self, brought: Contribution) -> None:
-        """Take in what a device brought, to this round or an earlier one.
-
-        What is of an earlier round is folded in at the end, so that it is not lost if this one is
-        given up.
-        """
-        if self._barrier and brought.version != self.version:
-            self.late.append(brought)
-            return
-        self._early.append(brought)
-        uploads, waiting = self._defences.uploads, self._early
-        self._early = []
-        for each in waiting:
-            if self._barrier and not uploads.can_judge(each.half):
-                self._early.append(each)
-            else:
-                self._fold(each)
-
-    def _fold(self, brought: Contribution) -> None:
-        assert self._aggregation is not None
-        half, clipped = self._defences.uploads.clip(
-            brought.half, brought.start.state, brought.samples
-        )
-        if clipped:
-            brought = replace(brought, half=half)
-            self._observer.upload_clipped(brought.cut)
-            about = {"device": brought.device}
-            log.warning("the upload of %s is clipped", brought.device, extra=about)
-        brought.fold(self._aggregation, self._model, self.version)
-        self.added.append(brought.folded())
-        if brought.version != self.version:
-            self._observer.late_work("folded", brought.samples)
+        """Take in what a device brought, to this round or an earlier one."""
+        self._merging.add(brought)
 
     def merge(self) -> Model:
         """The aggregated model; what comes from now on is for a later round.
 
         What has been gathered must have been trained on.
         """
-        assert self._aggregation is not None
         assert not self._waiting
-        for waiting in (self._early, self.late):
-            while waiting:
-                self._fold(waiting.pop(0))
-        self._engine.close(self._aggregation)
-        merged, self._aggregation = self._aggregation.result(), None
+        merged = self._merging.close(self._engine.close)
         if self._barrier:
             self._training = False
             for name in self.unfinished:
@@ -376,6 +375,7 @@ class RoundInProgress:
 
     def _refuse(self, device: str, batch: int, refused: BatchRefused) -> list[Envelope]:
         self._ledgers[device].discard(batch, refused.reason)
+        self._defences.refused(device, refused.reason)
         self._observer.batch_discarded(refused.reason)
         about = {"device": device, "reason": refused.reason}
         log.warning("batch %d of %s is not trained on: %s", batch, device, refused, extra=about)
@@ -419,6 +419,7 @@ class RoundInProgress:
                 self._defences.uploads.note(device, half, self._model.state, samples)
         except (FormatError, AveragingError) as exc:
             self._observer.message_dropped("bad_parameters")
+            self._defences.refused(device, "bad_parameters")
             about = {"device": device}
             log.warning("the parameters of %s are left out: %s", device, exc, extra=about)
         if self._training:

@@ -61,7 +61,7 @@ class Workload:
         changed = []
         for name, cut in ended.participants.items():
             batches, finished, seconds = ended.progress(name)
-            if not batches:
+            if not batches or name in ended.expelled:
                 continue  # it was away; that says nothing about how fast it is
             self._paces[name] = cut, seconds / batches
             if self._adapts:

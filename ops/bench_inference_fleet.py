@@ -81,6 +81,8 @@ class Served:
             stay=True,
             threshold=OFFLOAD_ALL,
             answer_batch=self.answer_batch,
+            device_packets_per_s=0,
+            device_bytes_per_s=0,
         )
 
 

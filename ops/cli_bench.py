@@ -121,6 +121,50 @@ def bench_rate_accuracy(
         print(json.dumps(rows, indent=1))
 
 
+@bench.command("reconstruction")
+def bench_reconstruction(
+    *,
+    cuts: Annotated[str, typer.Option(help="where features are taken")] = "1,3,5,7,9",
+    codec: Annotated[str, typer.Option(help="of features")] = "int4+zstd",
+    noise: Annotated[
+        str, typer.Option(help="its norm for that of the features, which are clipped to that")
+    ] = "1,4,16",
+    images: Annotated[int, typer.Option(help="test images that are attacked")] = 8,
+    steps: Annotated[int, typer.Option(help="of each try of the attack")] = 200,
+    dataset: Annotated[str, typer.Option(help="see docs/cli.md")] = "fashion-mnist-small",
+    data_root: Annotated[Path | None, typer.Option(help="where public data sets lie")] = None,
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 16,
+    train_batches: Annotated[int, typer.Option(help="of 32 images, before all else")] = 500,
+    tune_batches: Annotated[int, typer.Option(help="with what is sent, for each row")] = 40,
+    append: Annotated[Path | None, typer.Option(help="append a dated table to this file")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Reconstruct images from the features that devices send: how alike, at what accuracy?"""
+    from ops.bench_codec import parse_cuts
+    from ops.bench_reconstruction import Setup, run_bench
+
+    result = run_bench(
+        Setup(
+            cuts=tuple(parse_cuts(cuts)),
+            codec=codec,
+            noise=cli_cost.numbers("noise", noise, float),
+            dataset=dataset,
+            width=width,
+            train_batches=train_batches,
+            tune_batches=tune_batches,
+            images=images,
+            steps=steps,
+            seed=seed,
+        ),
+        data_root=data_root,
+        append=append,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
 @bench.command("server")
 def bench_server(
     *,

@@ -53,11 +53,11 @@ def bench_cost(
     from ops.energy import load_energy_table
 
     setup = Setup(
-        widths=_numbers("widths", widths, int),
+        widths=numbers("widths", widths, int),
         part=part,  # type: ignore[arg-type]
-        cuts=None if cuts is None else _numbers("cuts", cuts, int),
-        exit_rates=_numbers("exit-rates", exit_rates, float),
-        devices=_numbers("devices", devices, int),
+        cuts=None if cuts is None else numbers("cuts", cuts, int),
+        exit_rates=numbers("exit-rates", exit_rates, float),
+        devices=numbers("devices", devices, int),
         strategies=tuple(strategies.split(",")),
         batch_size=batch_size,
         seconds=seconds,
@@ -72,7 +72,8 @@ def bench_cost(
         print(json.dumps(tables, indent=1))
 
 
-def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+def numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """The numbers that a flag names, separated by commas. Raises ``SettingsWrong``."""
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as exc:

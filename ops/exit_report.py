@@ -62,6 +62,7 @@ def run_exits(
         images,
         made.codec,
         settings=settings,
+        mechanism=made.mechanism,
     )
     if plot is not None:
         bench_rows.write_text(plot, plot_curves(judged))

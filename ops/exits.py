@@ -28,6 +28,7 @@ from tensors.datasets import Dataset
 from tensors.errors import DataError
 from tensors.exit_rules import ExitRule, confidence, exits
 from tensors.networks import NetworkSpec, State, build_network
+from tensors.privacy import GaussianMechanism
 from tensors.probabilities import (
     apply_temperature,
     calibration_error,
@@ -89,11 +90,13 @@ def judge_exits(
     *,
     settings: ExitSettings | None = None,
     compute: Compute | None = None,
+    mechanism: GaussianMechanism | None = None,
 ) -> list[Judged]:
     """For each cut its threshold, what that does to images it was not chosen on, and the curve.
 
     ``state`` holds every block and exit head of the network ``spec``; ``dataset`` are held-out
-    images, ``codec`` is that of activations. In a row accuracies and rates are shares, 0 to 1:
+    images, ``codec`` is that of activations, and ``mechanism`` the noise on them. In a row
+    accuracies and rates are shares, 0 to 1:
 
     - ``wanted`` (accuracy, offload), ``wanted_value``, ``level``; ``reached``, whether on the
       calibration part; ``calibration_offload_rate`` and ``calibration_accuracy`` there
@@ -107,7 +110,9 @@ def judge_exits(
     """
     settings = settings or ExitSettings()
     first, second = _split(len(dataset), settings)
-    evaluator = Evaluator(build_network(spec), compute or Compute("cpu"), dataset)
+    evaluator = Evaluator(
+        build_network(spec), compute or Compute("cpu"), dataset, mechanism=mechanism
+    )
     return [
         _judge(
             cut, evaluator.cut_answers(state, cut, codec), dataset.labels, (first, second), settings

@@ -114,8 +114,10 @@ def _is_over(claim: Claim) -> bool:
 
 def _console() -> Console:
     """In a pipe nothing is cut off: a reader looks for whole names."""
-    console = Console()
-    return console if console.is_terminal else Console(width=MOST_COLUMNS)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = MOST_COLUMNS
+    return console
 
 
 def _table(*names: str) -> Table:

@@ -55,6 +55,7 @@ DISCARDED = (
     "not_computable",
     "not_finite",
     "outlier_loss",
+    "quarantined",
     "stale_attempt",
     "wrong_shape",
     "wrong_version",
@@ -69,6 +70,8 @@ DROPPED = (
     "malformed",
     "not_a_participant",
     "oversized",
+    "quarantined",
+    "rate_limited",
     "reassembly_full",
     "reassembly_timeout",
     "redelivered",
@@ -79,6 +82,19 @@ DROPPED = (
     "unexpected_topic",
     "unknown_telemetry",
     "unknown_version",
+)
+BREACHES = (
+    "bad_labels",
+    "bad_parameters",
+    "batch_too_large",
+    "corrupt",
+    "invalid",
+    "malformed",
+    "not_finite",
+    "oversized",
+    "rate_limited",
+    "reassembly_full",
+    "wrong_shape",
 )
 LATE = ("folded", "not_brought", "not_kept", "run_over", "too_late")
 OTHER = "other"
@@ -184,6 +200,18 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
             "Messages not understood or not wanted",
             "reason",
             DROPPED,
+        )
+        self._breaches = _counter(
+            registry,
+            "splitfleet_breaches",
+            "Rules that devices broke: too many of them bring a device into quarantine",
+            "reason",
+            BREACHES,
+        )
+        self._quarantined = Gauge(
+            "splitfleet_devices_quarantined",
+            "Devices that are in quarantine: out of rounds, their messages dropped",
+            registry=registry,
         )
         self._late = _counter(
             registry,
@@ -292,6 +320,12 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
 
     def retired(self, devices: Collection[str]) -> None:
         self._fleet.forget(devices)
+
+    def breach(self, reason: str) -> None:
+        self._breaches.labels(reason).inc()
+
+    def quarantined(self, devices: int) -> None:
+        self._quarantined.set(devices)
 
     def upload_clipped(self, cut: int) -> None:
         self._clipped.labels(cut).inc()

@@ -16,15 +16,18 @@ from broker.memory import MemoryBroker, MemoryTransport
 from broker.messages import Report
 from broker.transport import Transport, Will
 from coordinator import service as coordinator_service
+from coordinator.identity.enrolment import Enrolment, open_enrolment
 from coordinator.observer import Observer
 from coordinator.service import build_core, run_coordinator
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
+from coordinator.updates.rollouts import Rollouts, open_rollouts
 from edge_agent import service as agent_service
 from edge_agent.data import DeviceData
 from edge_agent.edge import EdgeService
+from edge_agent.identity.keeper import IdentityKeeper
 from edge_agent.service import run_agent
 from edge_agent.settings import AgentSettings
 from edge_agent.snapshots import DiskSnapshots
@@ -80,7 +83,10 @@ class Watcher(Observer):
 
 
 class Fleet:
-    """``devices`` maps a name to its cut; ``data`` a name to its images."""
+    """``devices`` maps a name to its cut; ``data`` a name to its images.
+
+    ``agents`` are settings of every agent, ``settings`` the coordinator's.
+    """
 
     def __init__(
         self,
@@ -88,9 +94,11 @@ class Fleet:
         connect: Connect,
         devices: Mapping[str, int | Literal["auto"]],
         data: Callable[[str], DeviceData],
+        agents: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
+        self._agents = agents or {}
         self.settings: CoordinatorSettings = make_settings(
             state_dir=folder / "coordinator", min_devices=len(devices), **settings
         )
@@ -102,8 +110,10 @@ class Fleet:
         self._devices = devices
         self._data = data
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._opened: list[Enrolment | Rollouts] = []
 
     def start_coordinator(self) -> None:
+        """With ``fleet_dir`` in its settings it signs for devices, too."""
         boot = coordinator_service.new_boot()
         traffic = Traffic(lambda reason: None)
         transport = self._transport(
@@ -116,20 +126,40 @@ class Fleet:
             boot=boot,
             clock=time.monotonic,
         )
+        enrolment = open_enrolment(self.settings, {}, self.watcher)
+        rollouts = open_rollouts(self.settings)
+        self._opened += [one for one in (enrolment, rollouts) if one is not None]
         self._start(
             "coordinator",
-            run_coordinator(self.settings, transport, core, traffic, stop=asyncio.Event()),
+            run_coordinator(
+                self.settings,
+                transport,
+                core,
+                traffic,
+                stop=asyncio.Event(),
+                enrolment=enrolment,
+                rollouts=rollouts,
+            ),
         )
 
-    def start_agent(self, name: str, *, answers: bool = False) -> None:
+    def start_agent(
+        self,
+        name: str,
+        *,
+        answers: bool = False,
+        identity: IdentityKeeper | None = None,
+        engine: Literal["torch", "onnxruntime"] = "torch",
+    ) -> None:
         """``answers``: it has an entry in ``edges`` from then on."""
         settings = AgentSettings(
             device=name,
             cut=self._devices[name],
+            engine=engine,
             state_dir=self.folder / name,
             precision="fp32",
             memory_format="contiguous",
             exit_when_finished=True,
+            **self._agents,
         )
         boot = agent_service.new_boot()
         transport = self._transport(name, agent_service.last_will(settings, boot))
@@ -147,6 +177,7 @@ class Fleet:
                 boot=boot,
                 stop=self.stops[name],
                 edge=self.edges.get(name) if answers else None,
+                identity=identity,
             ),
         )
 
@@ -172,6 +203,8 @@ class Fleet:
     async def finish(self) -> dict[str, Any]:
         """Wait for the end of the run; its result."""
         await asyncio.gather(*self._tasks.values())
+        for opened in self._opened:
+            opened.close()
         (path,) = (self.folder / "coordinator").glob("*/result.json")
         result: dict[str, Any] = json.loads(path.read_text())
         return result

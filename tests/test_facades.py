@@ -40,6 +40,7 @@ def test_names_are_sorted_and_exist(name: str) -> None:
         "edge_agent.settings",
         "edge_agent.snapshots",
         "ops.cli",
+        "ops.identity_table",
         "ops.fleet_status",
         "ops.log_level",
         "ops.predict_agent",

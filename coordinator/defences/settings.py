@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from coordinator.defences.robust import AggregationRule
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 CHANGE_THE_MODEL = (
     "aggregation_rule",
@@ -45,3 +46,20 @@ class DefenceSettings(BaseModel):
     loss_mads: Positive | None = None
     """A batch is not trained on whose loss is above the median of the fleet's last losses by more
     than so many median absolute deviations."""
+
+    device_packets_per_s: NotNegative = 1000.0
+    """How many packets a device may send; what is beyond is dropped (rate_limited). 0: any."""
+    device_bytes_per_s: NotNegative = 100e6
+    """How many bytes, likewise."""
+    device_burst_s: Positive = 10.0
+    """A device may send at once what these rates allow in so many seconds."""
+    breach_limit: int = Field(default=20, ge=1)
+    """So many breaches of a device within breach_window_s bring it into quarantine: messages that
+    are not well-formed or too large, batches and uploads that cannot be what they should be,
+    seconds over its rate."""
+    breach_window_s: Positive = 60.0
+    quarantine_s: NotNegative = 60.0
+    """How long a device is out of rounds and its messages are dropped; twice as long each time.
+    0: breaches are only counted."""
+    quarantine_max_s: Positive = 3600.0
+    """The longest quarantine, and after how long without one the doubling begins anew."""

@@ -152,6 +152,8 @@ class Authority:
     ) -> x509.Certificate:
         """For the broker, as a server, under all the ``names`` and addresses that clients use.
 
+        It begins when the authority does, so that it holds for a device whose clock stands still.
+
         Raises :class:`IdentityError` when there are none, or one cannot be a host's.
         """
         alternatives = [_host(name) for name in names]
@@ -211,7 +213,9 @@ class Authority:
             .issuer_name(ca.certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - min(_SKEW, life / 10))
+            .not_valid_before(
+                ca.certificate.not_valid_before_utc if hosts else now - min(_SKEW, life / 10)
+            )
             .not_valid_after(min(now + life, ca.certificate.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(ca=False), critical=True)
@@ -224,7 +228,14 @@ class Authority:
         return builder.sign(ca.key, hashes.SHA256())
 
     def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock(), UTC)
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        made = self.ca("fleet").not_valid_before_utc
+        if now < made:
+            raise IdentityError(
+                f"nothing is signed: this machine's clock says {now:%Y-%m-%d %H:%M}, the authority "
+                f"was made at {made:%Y-%m-%d %H:%M}; set the clock"
+            )
+        return now
 
 
 def check_identity(device: str) -> str:

@@ -168,7 +168,11 @@ class Enrolment:
                 raise EnrolmentRefused("bad_name", f"{asking} can only be {asking[len(RETURN) :]}")
             return "came_back", self._fleet.registration.renew(message.wanted, key)
         applicant = Applicant(
-            message.wanted, key, message.serial, message.device_class, message.software
+            message.wanted,
+            key,
+            _printable(message.serial),
+            message.device_class,
+            _printable(message.software),
         )
         claim = asking.removeprefix(CLAIM)
         return "enrolled", self._fleet.registration.enrol(claim, applicant)
@@ -176,6 +180,11 @@ class Enrolment:
     def _renew(self, asking: str, message: Renew) -> tuple[str, Issued]:
         key = requested_key(message.csr)
         return "renewed", self._fleet.registration.renew(asking, key)
+
+
+def _printable(text: str) -> str:
+    """What may be shown in a terminal: nothing that steers it."""
+    return "".join(character for character in text if character.isprintable())
 
 
 def requested_key(csr: Buffer) -> PublicKey:

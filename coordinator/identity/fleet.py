@@ -40,7 +40,7 @@ from coordinator.atomic_files import PUBLIC, write_file
 from coordinator.errors import IdentityError
 from coordinator.identity.authority import SIDES, Authority, Side
 from coordinator.identity.keys import PublicKey, certificate_from_pem, certified_key, to_pem
-from coordinator.identity.registration import Lifetimes, Registration, life_left
+from coordinator.identity.registration import DAY_S, Lifetimes, Registration
 from coordinator.identity.roster import FILE, Member, Roster
 from coordinator.identity.standing import CONDITIONS, Condition, Expiry
 
@@ -49,10 +49,10 @@ PASSPHRASE = "SPLITFLEET_CA_PASSPHRASE"  # noqa: S105 the name of a variable
 CAS: Mapping[Side, str] = {"fleet": FLEET_CA, "claims": CLAIMS_CA}
 LISTS: Mapping[Side, str] = {"fleet": FLEET_CRL, "claims": CLAIMS_CRL}
 Server = Literal["broker", "coordinator"]
-SERVERS: tuple[Server, ...] = ("broker", "coordinator")
+SERVERS: tuple[Server, ...] = ("coordinator", "broker")
 
 _FRESH = 2 / 3
-"""Certificates of broker and coordinator are signed anew when less of their life is left."""
+"""Certificates of broker and coordinator are signed anew when less of ``server_days`` is left."""
 
 
 ENDING = 1 / 6
@@ -159,12 +159,20 @@ class Fleet:
         """Write what is due: lists that have changed, and what has to be signed anew.
 
         In one change of the roster: of several that do this at once none leaves an older list.
-        Raises :class:`IdentityError`.
+        Raises :class:`IdentityError`; the rest is done all the same.
         """
+        certificates = {f"{side}-ca": _ends(self.authority.ca(side)) for side in SIDES}
+        lists: dict[str, float] = {}
+        trouble: list[IdentityError] = []
         with self.roster.change():
-            lists: dict[str, float] = {side: self._refresh_list(side) for side in SIDES}
-            certificates = {f"{side}-ca": _ends(self.authority.ca(side)) for side in SIDES}
-            certificates |= {server: _ends(self._refresh_server(server)) for server in SERVERS}
+            for server in SERVERS:
+                with _noted(trouble):
+                    certificates[server] = _ends(self._refresh_server(server))
+            for side in SIDES:
+                with _noted(trouble):
+                    lists[side] = self._refresh_list(side)
+        if trouble:
+            raise trouble[0]
         return Expiry(certificates, lists)
 
     def sign_server(self, server: Server, key: PublicKey) -> x509.Certificate:
@@ -200,7 +208,10 @@ class Fleet:
                 "a backup"
             ) from exc
         before = certificate_from_pem(pem, str(path))
-        if life_left(before, self._clock()) >= _FRESH:
+        now, last = self._clock(), _ends(self.authority.ca("fleet"))
+        # Of what a new one would have: the broker's begins with the authority, not when signed.
+        whole = min(self.settings.server_days * DAY_S, last - now)
+        if _ends(before) - now >= _FRESH * whole:
             return before
         return self.sign_server(server, certified_key(before))
 
@@ -248,9 +259,12 @@ def find_passphrase(environ: Mapping[str, str]) -> str | None:
     """
     if file := environ.get(f"{PASSPHRASE}_FILE"):
         try:
-            return Path(file).read_text("utf-8").rstrip("\r\n")
+            passphrase = Path(file).read_text("utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as exc:
             raise IdentityError(f"cannot read {PASSPHRASE}_FILE = {file}: {exc}") from exc
+        if not passphrase:
+            raise IdentityError(f"{PASSPHRASE}_FILE = {file} is empty")
+        return passphrase
     return environ.get(PASSPHRASE) or None
 
 
@@ -275,6 +289,14 @@ def told(path: Path) -> Iterator[None]:
         raise IdentityError(
             f"cannot write {path}: {exc.strerror or exc}; free space or correct its rights"
         ) from exc
+
+
+@contextlib.contextmanager
+def _noted(trouble: list[IdentityError]) -> Iterator[None]:
+    try:
+        yield
+    except IdentityError as exc:
+        trouble.append(exc)
 
 
 def _ends(certificate: x509.Certificate) -> float:

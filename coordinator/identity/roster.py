@@ -126,6 +126,8 @@ class Roster:
         self.path = path
         self._clock = clock
         with self._told():
+            if create:
+                path.touch(0o600, exist_ok=False)
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
             )
@@ -143,7 +145,6 @@ class Roster:
                 self._connection.executescript(
                     f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;"
                 )
-                self.path.chmod(0o600)
             (found,) = self._one("PRAGMA user_version")
         if found != FORMAT:
             raise IdentityError(
@@ -178,7 +179,6 @@ class Roster:
     def copy_to(self, path: Path) -> None:
         """A copy that is whole, whatever happens meanwhile."""
         with self._told(), contextlib.closing(sqlite3.connect(path)) as copy:
-            path.chmod(0o600)
             self._connection.backup(copy)
 
     # -- devices ----------------------------------------------------------------------------------

@@ -52,8 +52,15 @@ class VenvInstallation:
             "import ops.cli, importlib.metadata as m; "
             f"assert m.version('splitfleet') == {manifest.version!r}"
         )
+        # pip goes along: Debian's Python cannot make it anew unless python3-venv is installed.
+        bring_pip = (
+            "import pip, shutil, sys, sysconfig; "
+            "there = sysconfig.get_path('purelib', 'venv', {'base': sys.argv[1]}); "
+            "shutil.copytree(pip.__path__[0], there + '/pip')"
+        )
         self._commands = [
-            [python, "-m", "venv", str(place)],
+            [python, "-m", "venv", "--without-pip", str(place)],
+            [python, "-P", "-c", bring_pip, str(place)],
             [inside, *pip, "--no-cache-dir", "--find-links", str(wheels), wanted],
             [inside, "-P", "-c", look],
         ]

@@ -8,6 +8,7 @@ from typing import Self
 from broker.branches import WAITING, Branches
 from broker.drive import Call, Effect, drive
 from broker.envelopes import Envelope, up
+from broker.identity_messages import Renew
 from broker.link import Arrival, Link
 from broker.memory import MemoryBroker, MemoryTransport
 from broker.messages import Features, Request, Status
@@ -89,11 +90,45 @@ async def test_a_machine_with_too_much_to_do_loses_what_may_be_lost_and_holds_no
         assert lost == ["too_busy"]
 
 
+async def test_those_who_ask_again_hold_nobody_up() -> None:
+    async with asyncio.timeout(LIMIT_S), Fleet() as fleet:
+        lost: list[str] = []
+        fleet.witness.dropped = lambda *what: lost.append(what[0])  # type: ignore[method-assign]
+        assert isinstance(await fleet.branches["slow"].receive(), Connected)
+        routes = {"renew": ("slow",), "status": ("quick",)}
+        fleet.branches = Branches(
+            fleet.link,
+            ("slow", "quick"),
+            lambda address: routes.get(address.kind, ()),
+            patient=("slow",),
+        )
+        fleet.reader.cancel()
+        fleet.reader = asyncio.create_task(fleet.branches.run())
+        question = up("d", Renew(nonce="n", csr=b""))
+        for _ in range(WAITING):
+            assert fleet.branches["slow"].offer(Arrival(question))
+        await fleet.device.send(question)
+        await fleet.device.send(STATUS)
+        assert await fleet.branches["quick"].receive() == Arrival(STATUS)
+        assert lost == ["too_busy"]
+
+
 async def test_what_is_for_nobody_is_counted() -> None:
     async with asyncio.timeout(LIMIT_S), Fleet() as fleet:
         dropped = asyncio.Event()
         fleet.witness.dropped = lambda *_: dropped.set()  # type: ignore[method-assign]
         fleet.branches = Branches(fleet.link, ("slow",), lambda address: ())
+        fleet.reader.cancel()
+        fleet.reader = asyncio.create_task(fleet.branches.run())
+        await fleet.device.send(request(1))
+        await dropped.wait()
+
+
+async def test_what_is_for_a_machine_that_is_not_there_is_counted() -> None:
+    async with asyncio.timeout(LIMIT_S), Fleet() as fleet:
+        dropped = asyncio.Event()
+        fleet.witness.dropped = lambda *_: dropped.set()  # type: ignore[method-assign]
+        fleet.branches = Branches(fleet.link, ("slow",), lambda address: ("identity",))
         fleet.reader.cancel()
         fleet.reader = asyncio.create_task(fleet.branches.run())
         await fleet.device.send(request(1))

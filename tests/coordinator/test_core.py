@@ -124,6 +124,23 @@ def test_a_full_fleet_takes_nobody_more() -> None:
     assert server.observer.dropped["fleet_full"] == 2
 
 
+def test_a_device_that_is_retired_in_a_round_is_waited_for_no_longer_than_any_other() -> None:
+    server = Harness(min_devices=2, quorum=0.5, round_deadline_s=60)
+    server.join("a", 2)
+    server.join("b", 5)
+    server.send("a", 0, 1, 2)
+    server.send("b", 0)
+    server.core.retire(frozenset({"b"}))
+    server.send("b", 1)
+    assert server.observer.dropped["retired"] == 1
+    server.upload("a")
+    server.wait(61)
+    assert (1, "closed") in server.observer.outcomes
+    assert [entry["name"] for entry in server.checkpoint().registry] == ["a"]
+    server.core.retire(frozenset())
+    assert only(Assignment, server.join("b", 5), "b").cut == 5
+
+
 def test_a_reconnected_coordinator_says_everything_that_is_retained_again() -> None:
     server = Harness()
     server.join("a", 3)

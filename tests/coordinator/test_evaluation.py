@@ -12,6 +12,7 @@ from tensors.decoding import decode_torch
 from tensors.errors import NetworkError
 from tensors.exit_rules import confidence, exits, softmax
 from tensors.networks import CutNetwork, State, build_network, read_state
+from tensors.privacy import GaussianMechanism
 from tests.tiny import CLASSES, CPU, SPEC, make_dataset
 
 IMAGES = make_dataset(50)
@@ -82,3 +83,15 @@ def test_a_cut_that_is_none_is_refused() -> None:
     _, state = trained()
     with pytest.raises(NetworkError, match="cuts 1 to 9"):
         evaluator().cut_answers(state, 10, "fp32")
+
+
+def test_the_server_is_asked_with_the_noise_of_devices_and_the_exit_sees_none() -> None:
+    _, state = trained()
+    plain = evaluator().cut_answers(state, 3, "fp32")
+    noisy = Evaluator(
+        build_network(SPEC), CPU, IMAGES, batch_size=50, mechanism=GaussianMechanism(5.0, 0.2)
+    )
+    seen, again = (noisy.cut_answers(state, 3, "fp32") for _ in range(2))
+    np.testing.assert_array_equal(seen.exit, plain.exit)
+    np.testing.assert_array_equal(seen.server, again.server)
+    assert np.abs(seen.server - plain.server).max() > 0.01

@@ -81,3 +81,23 @@ def test_what_is_dumped_comes_back_and_nobody_is_online() -> None:
     assert again.hello == device.hello
     assert restored.ready == []
     assert list(restored.devices) == ["a", "b"]
+
+
+def test_who_is_retired_is_known_no_more_until_the_name_is_given_again() -> None:
+    registry = Registry(2)
+    joined(registry, "a")
+    joined(registry, "b")
+    registry.retire(frozenset({"a", "never heard of"}))
+    assert set(registry.devices) == {"b"}
+    assert registry.by_state() == {"training": 1}
+    assert registry.get("a") is None
+    registry.status("a", online())
+    assert registry.online == 1
+    assert [entry["name"] for entry in registry.dump()] == ["b"]
+    assert registry["a"].name == "a", "a round may still name it"
+    registry.status("c", online())
+    assert set(registry.devices) == {"b", "c"}, "there is room again"
+    registry.retire(frozenset({"c"}))
+    registry.status("a", online("c2"))
+    assert set(registry.devices) == {"a", "b"}
+    assert registry["a"].hello is None, "another device, of the same name"

@@ -337,7 +337,7 @@ def small_disk(fleet: Fleet) -> Iterator[tuple[Callable[[], None], Callable[[], 
 def test_rubbish_on_a_devices_topics_is_counted_and_dropped(
     mosquitto: Mosquitto, tmp_path: Path, rng: random.Random
 ) -> None:
-    with Fleet(tmp_path, mosquitto.url) as fleet:
+    with Fleet(tmp_path, mosquitto.url, coordinator={"quarantine_s": 0}) as fleet:
         fleet.start()
         fleet.reach(1)
         wanted = throw_rubbish(fleet.hears, "device-1", rng)

@@ -122,6 +122,17 @@ def test_a_gauge_nobody_reports_any_more_is_gone() -> None:
     assert fleet.values("splitfleet_exit_threshold") == {}
 
 
+def test_a_device_that_is_retired_makes_room_and_its_counts_stay_in_the_sums() -> None:
+    fleet = Fleet(devices=1)
+    for device in ("a", "b"):
+        fleet.tell(device, counters={EXIT: 5.0}, gauges={("uptime_seconds", ""): 7.0})
+    fleet.metrics.retired(frozenset({"a", "b", "c"}))
+    assert fleet.values("splitfleet_uptime_seconds") == {}
+    assert fleet.values(PREDICTIONS, answered_by="exit").get("a") is None
+    fleet.tell("d", counters={EXIT: 1.0}, gauges={("uptime_seconds", ""): 7.0})
+    assert fleet.values("splitfleet_uptime_seconds") == {"d": 7.0}
+
+
 def test_a_class_that_a_device_made_up_makes_no_series() -> None:
     fleet = Fleet()
     for number in range(50):

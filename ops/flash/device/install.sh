@@ -101,10 +101,10 @@ ln -sfn "versions/$version" "$opt/.current"
 mv -T "$opt/.current" "$opt/current"
 cp "$here/start.sh" "$opt/start.sh"
 
-cp "$here/agent.toml" "$etc/agent.toml"
-chmod 644 "$etc/agent.toml"
 mkdir -p "$root/etc/systemd/system"
+cp "$here/agent.toml" "$etc/agent.toml"
 cp "$here/splitfleet-agent.service" "$root/etc/systemd/system/"
+chmod 644 "$etc/agent.toml" "$root/etc/systemd/system/splitfleet-agent.service"
 [ -z "$root" ] || exit 0
 
 chown -R splitfleet:splitfleet "$var"

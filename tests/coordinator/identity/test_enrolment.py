@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import NameOID
 
 from broker.envelopes import Envelope, decode_message, encode_message, up
 from broker.identity_messages import Certificate, Enrol, Renew
@@ -19,11 +18,12 @@ from coordinator.errors import IdentityError
 from coordinator.identity.authority import common_name
 from coordinator.identity.enrolment import REFRESH_S, Enrolment, open_enrolment
 from coordinator.identity.keys import Key, certified_key, new_key
-from coordinator.identity.registration import DAY_S, Lifetimes
+from coordinator.identity.registration import DAY_S, Lifetimes, life_left
 from coordinator.identity.standing import Standing
 from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
 from ops.identity import FleetFolder, init_fleet
+from tests.coordinator.identity.requests import csr
 
 START = 1_800_000_000.0
 
@@ -93,12 +93,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.folder.close()
 
 
-def csr(key: Key | rsa.RSAPrivateKey, name: str = "whoever") -> bytes:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
-
-
 def enrol(key: Key, name: str = "cam-1") -> Enrol:
     return Enrol(nonce="n1", wanted=name, csr=csr(key), serial="1000", device_class="pi4")
 
@@ -125,6 +119,13 @@ def test_a_claim_is_answered_with_certificates_and_the_time(bench: Bench) -> Non
     assert bench.watcher.outcomes == ["enrolled"]
     (member,) = bench.folder.fleet.roster.devices()
     assert (member.serial, member.device_class) == ("1000", "pi4")
+
+
+def test_what_a_device_says_of_itself_cannot_steer_a_terminal(bench: Bench) -> None:
+    message = Enrol(nonce="n", wanted="cam-1", csr=csr(new_key()), serial="1\x1b[2J\r\n[red]0")
+    issued(bench.ask(bench.token(), message))
+    (member,) = bench.folder.fleet.roster.devices()
+    assert member.serial == "1[2J[red]0"
 
 
 def test_a_question_that_is_repeated_has_the_same_answer(bench: Bench) -> None:
@@ -228,6 +229,10 @@ def test_it_signs_anew_what_comes_near_its_end(bench: Bench) -> None:
     broker = x509.load_pem_x509_certificate((bench.folder.broker_dir / "broker.pem").read_bytes())
     private = serialization.load_pem_private_key(key, None)
     assert private.public_key() == broker.public_key()
+    bench.now += 29 * DAY_S
+    bench.machine.tick()
+    again = x509.load_pem_x509_certificate((bench.folder.broker_dir / "broker.pem").read_bytes())
+    assert again == broker  # every new one costs a restart
 
 
 def test_devices_are_counted_by_what_is_left_of_their_certificates(bench: Bench) -> None:
@@ -253,6 +258,11 @@ def test_a_broker_folder_that_is_gone_stops_nothing_but_is_told(
         bench.machine.tick()
         bench.now += REFRESH_S
     assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
+    bench.now += 31 * DAY_S
+    bench.machine.tick()
+    own = bench.folder.folder / "coordinator" / "coordinator.pem"
+    certificate = x509.load_pem_x509_certificate(own.read_bytes())
+    assert life_left(certificate, bench.now) > 0.9, "what can be done is done"
     issued(bench.ask(bench.token(), enrol(new_key())))
 
 

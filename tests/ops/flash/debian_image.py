@@ -27,7 +27,7 @@ PROGRAMS = {
     "sfdisk": "fdisk",
 }
 SECTOR = 512
-BOOT_START, BOOT_SECTORS = 2048, 512 * 2048
+BOOT_START, BOOT_SECTORS = 2048, 256 * 2048
 ROOT_START, ROOT_SECTORS = BOOT_START + BOOT_SECTORS, 4096 * 2048
 MAKING_TIMEOUT_S = 1200.0
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -38,10 +38,16 @@ FILES = {
     "etc/cloud/cloud.cfg.d/99_raspberry-pi.cfg": (
         "datasource_list: [ NoCloud, None ]\n"
         "datasource:\n  NoCloud:\n    seedfrom: file:///boot/firmware/\n"
+        "network: {config: disabled}\n"
     ),
+    "etc/systemd/network/80-wired.network": "[Match]\nType=ether\n[Network]\nDHCP=yes\n",
     "etc/hostname": "raspberrypi\n",
     "boot/firmware/.keep": "",
 }
+SERVICES = (
+    ("multi-user.target", "systemd-networkd.service"),
+    ("network-online.target", "systemd-networkd-wait-online.service"),
+)
 BOOT_FILES = {
     "cmdline.txt": "console=serial0,115200 root=PARTUUID=00000000-02 rootwait\n",
     "config.txt": "arm_64bit=1\n",
@@ -103,6 +109,10 @@ def _make(folder: Path, root: Path) -> None:
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+    units = root / "etc/systemd/system"
+    for target, unit in SERVICES:
+        (units / f"{target}.wants").mkdir(exist_ok=True)
+        (units / f"{target}.wants" / unit).symlink_to(f"/lib/systemd/system/{unit}")
     for name in ("vmlinuz", "initrd.img"):
         shutil.copyfile(next(root.glob(f"boot/{name}-*")), folder / name)
     _write_disk(folder / "disk.img", root)
@@ -117,7 +127,7 @@ def _write_disk(disk: Path, root: Path) -> None:
         f"start={ROOT_START}, size={ROOT_SECTORS}, type=83\n"
     )
     _run("sfdisk", "--quiet", str(disk), text=table)
-    fat = ["mkfs.vfat", "-F", "32", "-n", "bootfs", f"--offset={BOOT_START}"]
+    fat = ["mkfs.vfat", "-F", "32", "-s", "4", "-n", "bootfs", f"--offset={BOOT_START}"]
     _run(*fat, str(disk), str(BOOT_SECTORS * SECTOR // 1024))
     for name, text in BOOT_FILES.items():
         _run("mcopy", "-i", f"{disk}@@{BOOT_START * SECTOR}", "-", f"::{name}", text=text)

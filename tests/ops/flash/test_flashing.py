@@ -136,8 +136,9 @@ def test_the_same_again_changes_nothing(files: Files, target: Target) -> None:
 
 
 def test_another_device_replaces_the_first_and_is_a_new_machine(
-    files: Files, target: Target, fleet_folder: Path
+    files: Files, boot_dir: Path, fleet_folder: Path
 ) -> None:
+    target = BootFolder(boot_dir)
     flash_target(target, files(), device="cam-1")
     before = everything(target)
     wanted = files(None, token=fleet_folder / "token.pem")
@@ -151,8 +152,9 @@ def test_another_device_replaces_the_first_and_is_a_new_machine(
 
 
 def test_what_was_installed_and_wiped_is_installed_anew_by_the_same(
-    files: Files, target: Target
+    files: Files, boot_dir: Path
 ) -> None:
+    target = BootFolder(boot_dir)
     flash_target(target, files(), device="cam-1")
     before = target.read("meta-data")
     for name in target.below(FOLDER):
@@ -184,7 +186,8 @@ def test_a_dry_run_shows_all_but_secrets_and_writes_nothing(
     assert "access-points" not in shown
 
 
-def test_a_seed_of_somebody_else_is_replaced_only_when_asked(files: Files, target: Target) -> None:
+def test_a_seed_of_somebody_else_is_replaced_only_when_asked(files: Files, boot_dir: Path) -> None:
+    target = BootFolder(boot_dir)
     target.write("vendor-data", b"#cloud-config\nruncmd: [reboot]\n")
     with pytest.raises(SettingsWrong, match=r"vendor-data.*--replace"):
         flash_target(target, files(), device="cam-1")
@@ -193,8 +196,9 @@ def test_a_seed_of_somebody_else_is_replaced_only_when_asked(files: Files, targe
 
 
 def test_a_wireless_network_has_the_key_that_ieee_802_11_derives(
-    files: Files, target: Target
+    files: Files, boot_dir: Path
 ) -> None:
+    target = BootFolder(boot_dir)
     wifi = Wifi("IEEE", "password", "DE")
     flash_target(target, files(), device="cam-1", wifi=wifi)
     text = (target.read("network-config") or b"").decode()
@@ -247,11 +251,11 @@ def test_an_image_that_cloud_init_would_not_look_at_is_refused(
 def test_the_agent_takes_its_settings(files: Files, tmp_path: Path) -> None:
     config = tmp_path / "more.toml"
     config.write_text("[agent]\ncut = 3\nthreads = 1\n[broker]\nkeepalive_s = 60\n")
-    text = content(files(config=config), "agent.toml")
+    text = content(files(config=config, class_name="zero2"), "agent.toml")
     (tmp_path / "agent.toml").write_text(text)
     settings = load_settings(AgentSettings, section="agent", file=tmp_path / "agent.toml")
     assert (settings.fleet, settings.device, settings.cut) == ("lab", "cam-1", 3)
-    assert (settings.threads, settings.claims_port) == (1, 18884)
+    assert (settings.threads, settings.claims_port, settings.engine) == (1, 18884, "onnxruntime")
     assert settings.identity_dir == Path("/var/lib/splitfleet/identity")
     broker = tomllib.loads(text)["broker"]
     assert broker == {"url": "mqtts://10.0.2.2:18883", "keepalive_s": 60}
