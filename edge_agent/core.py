@@ -477,7 +477,7 @@ class AgentCore:
         if command.command == "stop":
             self.problem = command.reason or "the coordinator stopped this device"
             self._become(Phase.FINISHED)
-        elif self.on_log_level is not None:
+        elif command.command == "log_level" and self.on_log_level is not None:
             self.on_log_level(command.level)
 
     def _interrupted(self) -> list[Effect]:

@@ -128,6 +128,9 @@ class GuardedPlace:
 
     def __enter__(self) -> Self:
         self._write_settings()
+        # What an earlier broker kept would tell agents that the run is over, before it goes on.
+        for kept in (self._fleet.broker_dir / "data").glob("*"):
+            kept.unlink()
         port = self._fleet.fleet.settings.port
         with self._log.open("ab") as log:
             self._broker = subprocess.Popen(

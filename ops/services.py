@@ -107,6 +107,7 @@ def serve_agent(
     """Run an agent until it is stopped, or to the end of the run if its settings say so."""
     from edge_agent.data import DeviceData, load_device_data
     from edge_agent.edge import EdgeService
+    from edge_agent.heap import keep_little
     from edge_agent.identity.keeper import IdentityKeeper, with_name
     from edge_agent.service import last_will, make_reporter, new_boot, run_agent
     from edge_agent.settings import AgentSettings
@@ -121,7 +122,9 @@ def serve_agent(
     updater = None if settings.updates_dir is None else updater_of(settings)
     logs = _logs(settings, broker)
     logs.about(lambda: {"device": settings.device})
-    if settings.engine == "torch" and settings.threads is not None:
+    if settings.engine == "onnxruntime":
+        keep_little()
+    elif settings.threads is not None:
         import torch
 
         torch.set_num_threads(settings.threads)

@@ -115,7 +115,7 @@ class Program:
     """What ``OnnxHalf`` runs: the graph, and the shapes of the parameters it takes."""
 
     graph: bytes
-    parameters: dict[str, tuple[int, ...]]
+    parameters: dict[str, list[int]]
 
 
 def onnx_program(spec: NetworkSpec, cut: int) -> Program:
@@ -130,7 +130,7 @@ def onnx_program(spec: NetworkSpec, cut: int) -> Program:
         model = onnx_model(half, spec, optimize=False)
     names = read_state(half.network).keys()
     _detach_parameters(model, names)
-    taken = {t.name: tuple(t.dims) for t in model.graph.initializer if t.name in names}
+    taken = {t.name: list(t.dims) for t in model.graph.initializer if t.name in names}
     other = _half(spec, cut, seed=1)
     state = read_state(other.network)
     program = Program(model.SerializeToString(), taken)

@@ -143,12 +143,18 @@ class Fleet:
         )
 
     def start_agent(
-        self, name: str, *, answers: bool = False, identity: IdentityKeeper | None = None
+        self,
+        name: str,
+        *,
+        answers: bool = False,
+        identity: IdentityKeeper | None = None,
+        engine: Literal["torch", "onnxruntime"] = "torch",
     ) -> None:
         """``answers``: it has an entry in ``edges`` from then on."""
         settings = AgentSettings(
             device=name,
             cut=self._devices[name],
+            engine=engine,
             state_dir=self.folder / name,
             precision="fp32",
             memory_format="contiguous",

@@ -14,7 +14,7 @@ from broker.messages import Assignment, CutPolicy, Hello, Network, Round, Servin
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data import DeviceData
 from tensors.datasets import Dataset
-from tensors.networks import NetworkSpec
+from tensors.networks import Classifier, NetworkSpec, Stem
 from tensors.training import Compute
 
 Array = npt.NDArray[Any]
@@ -176,6 +176,12 @@ def linear_blocks(spec: NetworkSpec) -> list[nn.Module]:
         nn.ReLU(),
         nn.Linear(spec.width, spec.classes),
     ]
+
+
+def wide_stem(spec: NetworkSpec) -> list[nn.Module]:
+    """A stem as large as a real network's, and next to nothing behind it."""
+    stem = Stem(spec.channels, spec.width, spec.norm, small=True)
+    return [stem, nn.AvgPool2d(8), Classifier(spec.width, spec.classes)]
 
 
 def one_block(spec: NetworkSpec) -> list[nn.Module]:

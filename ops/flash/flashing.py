@@ -13,7 +13,7 @@ from ops.flash.classes import DeviceClass
 from ops.flash.payload import File, Wifi
 from ops.flash.targets import BootFolder, BootPartition, Target
 from ops.flash.wheels import choose_wheels
-from ops.flash.writing import Plan, carry_out, describe, make_plan, write_bundle
+from ops.flash.writing import Plan, carry_out, describe, make_plan, with_seed, write_bundle
 
 _INSTANCE = "instance-id: "
 
@@ -76,7 +76,7 @@ def flash_target(
         meta_data=meta_data,
         user_data=user_data,
     )
-    plan = make_plan(target, [*files, *seed], replace=replace)
+    plan = with_seed(plan, target, seed, replace=replace)
     if not dry_run:
         carry_out(target, plan)
     return plan

@@ -122,6 +122,7 @@ class BootPartition:
             raise SettingsWrong("--image needs mtools: install the package mtools")
         check_not_in_use(image)
         self.image = image
+        self._folders: set[PurePosixPath] = set()
         self._drive = f"{image}@@{boot_partition(image) * SECTOR}"
         if self.read(PI_BOOT) is None and self._label() != SEED_LABEL:
             raise SettingsWrong(
@@ -152,7 +153,9 @@ class BootPartition:
     def write(self, path: str, data: bytes) -> None:
         """See :class:`Target`."""
         for parent in reversed(PurePosixPath(path).parents[:-1]):
-            self._mtools("mmd", "-D", "s", _fat(str(parent)), check=False)
+            if parent not in self._folders:
+                self._mtools("mmd", "-D", "s", _fat(str(parent)), check=False)
+                self._folders.add(parent)
         self._mtools("mcopy", "-o", "-", _fat(path), data=data)
 
     def remove(self, path: str) -> None:

@@ -28,32 +28,27 @@ class Plan:
 
 
 def make_plan(target: Target, files: Sequence[File], *, replace: bool) -> Plan:
-    """What has to be done so that the target has ``files``.
+    """What has to be done so that the target has ``files``, and below ``splitfleet/`` no others.
 
-    Of former ones below ``splitfleet/`` those are removed that are not wanted any more. Raises
-    :class:`SettingsWrong` for a seed of somebody else's, unless ``replace``, and for lack of space.
+    Raises :class:`SettingsWrong` for lack of space, and for files of somebody else's unless
+    ``replace``.
     """
-    written, kept = [], []
-    needed = 0
-    for file in files:
-        there = target.read(file.path)
-        if there is not None and there == file.read():
-            kept.append(file)
-            continue
-        if there is not None and not replace and not _ours(file.path, there):
-            raise SettingsWrong(
-                f"there is a {file.path} already that somebody else wrote; --replace replaces it"
-            )
-        written.append(file)
-        needed += file.size - len(there or b"")
-    removed = sorted(target.below(FOLDER) - {file.path for file in files})
-    if written and needed + _RESERVE > target.free:
+    plan = _compare(target, files, replace=replace)
+    needed = sum(file.size for file in plan.written)
+    if plan.written and needed + _RESERVE > target.free:
         raise SettingsWrong(
             f"{needed / 1e6:.0f} MB are to be written and there is room for "
             f"{max(0, target.free - _RESERVE) / 1e6:.0f} MB: take a larger boot partition, or let "
             "the device install from a package index (--index)"
         )
-    return Plan(tuple(removed), tuple(written), tuple(kept))
+    removed = sorted(target.below(FOLDER) - {file.path for file in files})
+    return Plan(tuple(removed), plan.written, plan.kept)
+
+
+def with_seed(plan: Plan, target: Target, seed: Sequence[File], *, replace: bool) -> Plan:
+    """The plan and, at its end, what the seed lacks. Raises :class:`SettingsWrong` likewise."""
+    more = _compare(target, seed, replace=replace)
+    return Plan(plan.removed, plan.written + more.written, plan.kept + more.kept)
 
 
 def carry_out(target: Target, plan: Plan) -> None:
@@ -96,6 +91,21 @@ def describe(plan: Plan) -> str:
         if isinstance(file.content, bytes) and not file.secret:
             lines += [f"       | {line}" for line in file.content.decode().splitlines()]
     return "\n".join(lines)
+
+
+def _compare(target: Target, files: Sequence[File], *, replace: bool) -> Plan:
+    written, kept = [], []
+    for file in files:
+        there = target.read(file.path)
+        if there is not None and there == file.read():
+            kept.append(file)
+            continue
+        if there is not None and not replace and not _ours(file.path, there):
+            raise SettingsWrong(
+                f"there is a {file.path} already that somebody else wrote; --replace replaces it"
+            )
+        written.append(file)
+    return Plan((), tuple(written), tuple(kept))
 
 
 def _ours(path: str, there: bytes) -> bool:

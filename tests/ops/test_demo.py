@@ -38,8 +38,7 @@ def demo(out: Path, *arguments: str) -> dict[str, Any]:
     return summary
 
 
-def check_books(out: Path, quota: int) -> None:
-    state = out / "coordinator"
+def check_books(state: Path, quota: int) -> None:
     run = (state / "current").read_text()
     result = json.loads((state / run / "result.json").read_text())
     for record in result["history"]:
@@ -67,7 +66,7 @@ def test_main_job_reaches_its_accuracies(tmp_path: Path) -> None:
     rates = [point["exit_rate"] for point in summary["exit_sweep"]]
     assert rates == sorted(rates, reverse=True), "a higher threshold lets fewer exit"
     assert "<svg" in (out / "report.html").read_text()
-    check_books(out, quota=93)
+    check_books(out / "coordinator", quota=93)
 
 
 @pytest.mark.slow
@@ -84,7 +83,29 @@ def test_other_ways_to_train_learn_too(tmp_path: Path, strategy: str, feedback: 
     assert summary["server_accuracy"] >= 0.75
     if feedback == "none":
         assert summary["bytes_by_role"].get("down/gradient", 0) == 0
-    check_books(out, quota=187)
+    check_books(out / "coordinator", quota=187)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_with_certificates_a_token_and_all_guards(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ("--agents", "3", "--cuts", "2,3,4", "--width", "8")
+    summary = demo(out, "--secure", *small, "--rounds", "1")
+    names = ["agent-1", "agent-2", "agent-3"]
+    assert summary["security"]["enrolled"] == names
+    assert summary["security"]["token_uses_left"] == 0
+    assert summary["security"]["stranger"].startswith("refused")
+    for name in names:
+        identity = out / "agents" / name / "identity"
+        assert (identity / "device.pem").exists()
+        assert not list(identity.glob("claim*"))
+        assert (out / "agents" / name / "state" / "privacy.sqlite3").exists()
+    check_books(out / "fleet" / "coordinator" / "state", quota=125)
+
+    again = demo(out, "--rounds", "2")
+    assert (again["rounds"], again["run"]) == (2, summary["run"])
+    assert again["security"]["enrolled"] == names
 
 
 @pytest.mark.slow
@@ -110,7 +131,7 @@ def test_ctrl_c_ends_every_process_and_the_run_can_be_resumed(tmp_path: Path) ->
     summary = demo(out)
     assert summary["rounds"] == 3
     assert [device["cut"] for device in summary["devices"]] == [2, 4]
-    check_books(out, quota=187)
+    check_books(out / "coordinator", quota=187)
 
 
 def children_of(out: str) -> list[str]:

@@ -127,7 +127,7 @@ def _write_disk(disk: Path, root: Path) -> None:
         f"start={ROOT_START}, size={ROOT_SECTORS}, type=83\n"
     )
     _run("sfdisk", "--quiet", str(disk), text=table)
-    fat = ["mkfs.vfat", "-F", "32", "-n", "bootfs", f"--offset={BOOT_START}"]
+    fat = ["mkfs.vfat", "-F", "32", "-s", "4", "-n", "bootfs", f"--offset={BOOT_START}"]
     _run(*fat, str(disk), str(BOOT_SECTORS * SECTOR // 1024))
     for name, text in BOOT_FILES.items():
         _run("mcopy", "-i", f"{disk}@@{BOOT_START * SECTOR}", "-", f"::{name}", text=text)

@@ -136,8 +136,9 @@ def test_the_same_again_changes_nothing(files: Files, target: Target) -> None:
 
 
 def test_another_device_replaces_the_first_and_is_a_new_machine(
-    files: Files, target: Target, fleet_folder: Path
+    files: Files, boot_dir: Path, fleet_folder: Path
 ) -> None:
+    target = BootFolder(boot_dir)
     flash_target(target, files(), device="cam-1")
     before = everything(target)
     wanted = files(None, token=fleet_folder / "token.pem")
@@ -151,8 +152,9 @@ def test_another_device_replaces_the_first_and_is_a_new_machine(
 
 
 def test_what_was_installed_and_wiped_is_installed_anew_by_the_same(
-    files: Files, target: Target
+    files: Files, boot_dir: Path
 ) -> None:
+    target = BootFolder(boot_dir)
     flash_target(target, files(), device="cam-1")
     before = target.read("meta-data")
     for name in target.below(FOLDER):
@@ -184,7 +186,8 @@ def test_a_dry_run_shows_all_but_secrets_and_writes_nothing(
     assert "access-points" not in shown
 
 
-def test_a_seed_of_somebody_else_is_replaced_only_when_asked(files: Files, target: Target) -> None:
+def test_a_seed_of_somebody_else_is_replaced_only_when_asked(files: Files, boot_dir: Path) -> None:
+    target = BootFolder(boot_dir)
     target.write("vendor-data", b"#cloud-config\nruncmd: [reboot]\n")
     with pytest.raises(SettingsWrong, match=r"vendor-data.*--replace"):
         flash_target(target, files(), device="cam-1")
@@ -193,8 +196,9 @@ def test_a_seed_of_somebody_else_is_replaced_only_when_asked(files: Files, targe
 
 
 def test_a_wireless_network_has_the_key_that_ieee_802_11_derives(
-    files: Files, target: Target
+    files: Files, boot_dir: Path
 ) -> None:
+    target = BootFolder(boot_dir)
     wifi = Wifi("IEEE", "password", "DE")
     flash_target(target, files(), device="cam-1", wifi=wifi)
     text = (target.read("network-config") or b"").decode()
