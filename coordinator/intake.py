@@ -18,6 +18,8 @@ from tensors.format import Limits
 from tensors.networks import State
 from tensors.parameters import unpack_parameters
 
+MOST_COUNTED = 1 << 20
+"""Batches by which a BatchNorm's counter may have grown; a quota is smaller."""
 _DTYPES = torch.float32, torch.bfloat16
 """No bytes decode to the latter."""
 
@@ -91,4 +93,8 @@ class Intake:
                 raise AveragingError(f"{name} is not finite")
             if name.endswith("running_var") and (values < 0).any():
                 raise AveragingError("a BatchNorm variance is negative")
+            if name.endswith("num_batches_tracked"):
+                counted = values.astype(np.float64) - start[name]
+                if not ((counted >= 0) & (counted <= MOST_COUNTED)).all():
+                    raise AveragingError(f"{name} does not count the batches of a round")
         return half

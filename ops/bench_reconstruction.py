@@ -103,7 +103,7 @@ class Bench:
             width=setup.width, channels=channels, size=size, classes=classes, norm="group"
         )
         self.mean = _unit(self.train.images).mean(0, keepdim=True)
-        """Of the training images; where an attacker begins."""
+        """Of the training images; an attacker knows what images look like."""
         self.network = build_network(self.spec, seed=setup.seed)
         for cut in setup.cuts:
             self.network.require_cut(cut)
@@ -147,8 +147,7 @@ class Bench:
         def features_of(images: Tensor) -> Tensor:
             return way.shown(network(self._scaled(images), stop=cut))
 
-        start = self.mean.expand_as(truth)
-        similarity = best_similarity(features_of, sent, truth, start, steps=self.setup.steps)
+        similarity = best_similarity(features_of, sent, truth, self.mean, steps=self.setup.steps)
         found = way.mechanism
         return Row(
             cut,

@@ -24,7 +24,9 @@ import typer
 from cryptography import x509
 
 from broker.mosquitto import CLAIMS_PORT, PORT
-from coordinator.identity.fleet import SETTINGS
+from coordinator.identity.fleet import SETTINGS, find_passphrase
+from coordinator.identity.keys import certified_key, fingerprint
+from coordinator.identity.roster import Member
 from ops import run
 from ops.errors import DiskTrouble, FleetFailed, OpsError, SettingsWrong
 from ops.files import to_toml, write_whole
@@ -45,18 +47,20 @@ def lay_out(
     places: int,
     cuts: Sequence[int],
     shares: int,
+    passphrase: str | None = None,
 ) -> None:
     """Write what broker, coordinator and ``places`` devices need; who has an identity keeps it.
 
     Place N has cut layer ``cuts[(N - 1) % len(cuts)]`` and share ``(N - 1) % shares`` of the data.
-    The broker is reached under the first of ``broker_names``; ``folder`` is the same path for all.
+    The broker is reached under the first of ``broker_names``; ``folder`` is the same path for all;
+    ``passphrase`` is that of the authorities' keys.
 
     Raises :class:`SettingsWrong` where there is another fleet, ConfigError, TopicError or
     ``IdentityError`` for what cannot be made, DiskTrouble for files that cannot be read or written.
     """
     about: dict[str, Any] = {"name": fleet, "broker_names": tuple(broker_names)}
     about |= {"port": port, "claims_port": claims_port, "loopback_port": loopback_port}
-    with _opened(folder, about) as opened:
+    with _opened(folder, about, passphrase) as opened:
         names = [f"agent-{number}" for number in range(1, places + 1)]
         for index, name in enumerate(names):
             _give_identity(opened, name)
@@ -71,11 +75,11 @@ def lay_out(
                 _shut_out(opened, own)
 
 
-def _opened(folder: Path, about: dict[str, Any]) -> FleetFolder:
+def _opened(folder: Path, about: dict[str, Any], passphrase: str | None) -> FleetFolder:
     """The fleet's folder, with all that belongs to it but the devices."""
     if not (folder / SETTINGS).exists():
-        return init_fleet(folder, about.pop("name"), **about)
-    opened = FleetFolder.open(folder)
+        return init_fleet(folder, about.pop("name"), passphrase=passphrase, **about)
+    opened = FleetFolder.open(folder, passphrase)
     settings = opened.fleet.settings
     changed = {k: getattr(settings, k) for k, v in about.items() if getattr(settings, k) != v}
     if changed:
@@ -95,7 +99,7 @@ def _give_identity(opened: FleetFolder, name: str) -> None:
     if member is not None and member.state == "revoked":
         return
     if member is not None and member.state == "active":
-        if certificate.exists() and _is_of(opened, certificate):
+        if certificate.exists() and _is_of(opened, member, certificate):
             return
         opened.reset(name)
     try:
@@ -105,14 +109,16 @@ def _give_identity(opened: FleetFolder, name: str) -> None:
         raise DiskTrouble(f"cannot write {certificate}: {exc.strerror}") from exc
 
 
-def _is_of(opened: FleetFolder, certificate: Path) -> bool:
+def _is_of(opened: FleetFolder, member: Member, certificate: Path) -> bool:
+    """Whether it is a certificate of this authority for the key on the roster."""
     try:
         found = x509.load_pem_x509_certificate(certificate.read_bytes())
     except (OSError, ValueError) as exc:
         raise DiskTrouble(
             f"{certificate} is not as it was written ({exc}); remove it for a new identity"
         ) from exc
-    return signed_by(found, opened.fleet.authority.ca("fleet"))
+    ours = signed_by(found, opened.fleet.authority.ca("fleet"))
+    return ours and fingerprint(certified_key(found)) == member.key
 
 
 def _shut_out(opened: FleetFolder, own: Path) -> None:
@@ -193,6 +199,7 @@ def lay_out_command(
         places=places,
         cuts=layers,
         shares=shares,
+        passphrase=find_passphrase(os.environ),
     )
 
 

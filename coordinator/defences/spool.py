@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ class Spool:
         self._dtypes: dict[str, np.dtype[Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed by close()
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 see finalize
         except OSError as exc:
             raise self._trouble(exc) from exc
+        weakref.finalize(self, self._file.close)  # also of a round that is given up
 
     def write(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Add the arrays of one holder; those of a name are of one type and shape.

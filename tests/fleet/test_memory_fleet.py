@@ -110,6 +110,26 @@ async def test_a_run_from_the_first_hello_to_the_result(
     assert all(np.isfinite(values).all() for values in checkpoint.model.state.values())
 
 
+@pytest.mark.parametrize("strategy", ["averaging", "cascade"])
+async def test_an_honest_fleet_with_all_defences_on(tmp_path: Path, strategy: str) -> None:
+    fleet = make_fleet(
+        tmp_path,
+        MemoryBroker(),
+        strategy=strategy,
+        aggregation_rule="trimmed-mean",
+        upload_clip=5.0,
+        gradient_clip=5.0,
+        loss_mads=20.0,
+    )
+    fleet.start()
+    result = await fleet.finish()
+    assert_books_balance(result["history"], fleet.watcher, calm=True)
+    assert not fleet.watcher.discarded
+    checkpoint = fleet.checkpoint()
+    assert all(np.isfinite(values).all() for values in checkpoint.model.state.values())
+    assert not list((tmp_path / "coordinator").glob("tmp*"))
+
+
 async def test_a_device_without_a_cut_measures_itself_and_is_given_one(tmp_path: Path) -> None:
     fleet = Fleet(
         tmp_path,

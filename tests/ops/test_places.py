@@ -126,6 +126,20 @@ def test_a_coordinator_from_a_backup_has_its_fleet_again(tmp_path: Path) -> None
     assert good(folder, 2)
 
 
+def test_a_roster_from_before_a_reset_is_followed(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "fleet", 1)
+    shutil.copytree(folder / "coordinator", tmp_path / "backup")
+    with FleetFolder.open(folder) as fleet:
+        fleet.reset("agent-1")
+        fleet.add_device("agent-1")
+    before = identity(folder, 1)
+    shutil.rmtree(folder / "coordinator")
+    shutil.copytree(tmp_path / "backup", folder / "coordinator")
+    laid_out(folder, 1)
+    assert identity(folder, 1) != before, "of a key that the roster does not know"
+    assert good(folder, 1)
+
+
 def test_no_place_is_held_twice_and_a_free_one_is_taken_again(tmp_path: Path) -> None:
     agents = laid_out(tmp_path, 3) / "devices"
     with container(agents, "a") as first:

@@ -158,7 +158,7 @@ def test_a_power_cut_at_any_operation_leaves_a_device_that_gets_in(
             if (copy / key).exists():
                 (copy / key).chmod(0o600)
         after = IdentityFolder(copy)
-        if steps < 1:
+        if steps < 1 and not after.claim_file.exists():
             continue
         shown = after.for_fleet().name if after.enrolled else after.for_enrolment().name
         if steps >= 2:

@@ -109,6 +109,42 @@ async def test_an_empty_folder_is_told(tmp_path: Path) -> None:
         await made.ensure(asyncio.Event())
 
 
+async def test_a_device_that_waits_to_be_enrolled_has_started_and_lives(
+    tmp_path: Path, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or systemd would start it again and again while the coordinator is away."""
+    IdentityFolder(tmp_path / "d").put_token(issuer.token())
+    made, told = IdentityKeeper(settings(tmp_path / "d", "d"), BROKER), Supervising()
+
+    async def enrol(stop: asyncio.Event) -> bool:
+        await told.lives.wait()
+        return True
+
+    monkeypatch.setattr(made._claimant, "enrol", enrol)
+    assert await made.ensure(asyncio.Event(), told) is not None
+    assert told.heard[:2] == ["ready", "alive"]
+
+
+class Supervising:
+    """Whoever watches the service, and what it heard."""
+
+    watchdog_s: float | None = 8.0
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.lives = asyncio.Event()
+
+    def ready(self) -> None:
+        self.heard.append("ready")
+
+    def alive(self) -> None:
+        self.heard.append("alive")
+        self.lives.set()
+
+    def stopping(self) -> None:
+        self.heard.append("stopping")
+
+
 @pytest.mark.parametrize("host", ["broker.example", "[2001:db8::7]"])
 def test_the_door_for_claims_is_on_the_same_host(tmp_path: Path, issuer: Issuer, host: str) -> None:
     identity = IdentityFolder(tmp_path)

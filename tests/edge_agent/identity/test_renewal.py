@@ -217,6 +217,14 @@ def test_a_full_disk_leaves_the_old_one_and_is_tried_again(
     assert device.until > before
 
 
+def test_a_new_connection_does_not_draw_the_time_again(device: Device) -> None:
+    device.renewal.connected()
+    device.hear(device.next_question())
+    before = device.renewal._due
+    device.renewal.connected()
+    assert device.renewal._due == before
+
+
 def test_a_certificate_that_came_another_way_is_noticed(device: Device) -> None:
     device.renewal.connected()
     device.clock.advance(60 * DAY_S)
