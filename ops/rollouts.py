@@ -149,7 +149,7 @@ def _check_stage(stage: str) -> str:
         if not _share(stage, "a stage"):
             raise SettingsWrong(f"a stage of {stage} is nobody")
     elif stage.isdecimal() or not _STAGE.fullmatch(stage):
-        raise SettingsWrong(f"{stage!r} is no stage; write 5%, a pattern like cam-*, or class:pi4")
+        raise SettingsWrong(f"{stage!r} is no stage; write 5%, a pattern like cam-*, or class:NAME")
     return stage
 
 
