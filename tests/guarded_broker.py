@@ -25,6 +25,8 @@ from tests.mosquitto_process import Mosquitto, free_port
 
 FLEET = "lab"
 DAY_S = 86_400.0
+AGE_DAYS = 30
+"""The authority's: it signs nothing for a time before it was made."""
 LIMITS = BrokerLimits()
 
 
@@ -50,7 +52,9 @@ class GuardedBroker(Mosquitto):
             loopback_port=self.loopback_port,
             limits=limits,
         )
-        self.authority = Authority.create(self.folder / "authority", fleet)
+        made = time.time() - AGE_DAYS * DAY_S
+        Authority.create(self.folder / "authority", fleet, clock=lambda: made)
+        self.authority = Authority.open(self.folder / "authority")
         self._revoked: dict[Side, dict[int, float]] = {side: {} for side in SIDES}
         self._key = new_key()
         self._write(self.broker / KEY, key_to_pem(self._key))
