@@ -137,12 +137,20 @@ def check_python(running: tuple[int, int] = sys.version_info[:2]) -> Finding:
 
 
 def check_torch() -> Finding:
-    """torch can be imported and is of the series that splitfleet is tested with."""
+    """torch can be imported and is of the series that splitfleet is tested with.
+
+    Where onnxruntime is in its place, this is to be a device that does not train.
+    """
     install = f"pip install 'torch=={TORCH}*', or splitfleet[agent] / splitfleet[coordinator]"
     try:
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as exc:
-        return Finding("torch", "failed", _one_line(exc), install)
+        try:
+            runtime = importlib.import_module("onnxruntime")
+        except (ImportError, OSError):
+            return Finding("torch", "failed", _one_line(exc), install)
+        detail = f"missing; onnxruntime {runtime.__version__} is enough for splitfleet agent --lite"
+        return Finding("torch", "warning", detail, f"for anything else: {install}")
     device = "CPU and CUDA" if torch.cuda.is_available() else "CPU"
     detail = f"{torch.__version__} on {device}, {torch.get_num_threads()} threads"
     return _judge_version("torch", torch.__version__, TORCH, detail, install)

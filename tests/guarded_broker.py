@@ -25,8 +25,8 @@ from tests.mosquitto_process import Mosquitto, free_port
 
 FLEET = "lab"
 DAY_S = 86_400.0
-AGE_DAYS = 30
-"""The authority's: it signs nothing for a time before it was made."""
+AGE_DAYS = 30.0
+"""How long ago the authority was made: nothing it signs can be older."""
 LIMITS = BrokerLimits()
 
 
@@ -52,8 +52,8 @@ class GuardedBroker(Mosquitto):
             loopback_port=self.loopback_port,
             limits=limits,
         )
-        made = time.time() - AGE_DAYS * DAY_S
-        Authority.create(self.folder / "authority", fleet, clock=lambda: made)
+        past = time.time() - AGE_DAYS * DAY_S
+        Authority.create(self.folder / "authority", fleet, clock=lambda: past)
         self.authority = Authority.open(self.folder / "authority")
         self._revoked: dict[Side, dict[int, float]] = {side: {} for side in SIDES}
         self._key = new_key()

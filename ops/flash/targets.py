@@ -91,8 +91,8 @@ class BootFolder:
         temporary = file.with_name(f".{file.name}.new")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as out:
-                os.fchmod(out.fileno(), 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with open(os.open(temporary, flags, 0o600), "wb") as out:  # noqa: PTH123 of a descriptor
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())

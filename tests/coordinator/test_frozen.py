@@ -152,6 +152,7 @@ def test_it_is_frozen_after_a_restart_too() -> None:
 # -- making ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_program_is_made_in_a_process_of_its_own() -> None:
     pytest.importorskip("onnxscript", reason="needs splitfleet[export]")
     made = make_in_child(SPEC)(2).result(timeout=100)

@@ -60,6 +60,7 @@ class Device:
         self.clock = clock or Clock()
         self.store = store or MemoryServed()
         self.built: list[tuple[Assignment, float]] = []
+        self.has_program = True
         policy = ExitPolicy(Limits(), seed=0, clock=self.clock)
         self.machine = ServingMachine(
             DEVICE,
@@ -74,6 +75,8 @@ class Device:
     def build(self, assignment: Assignment, state: State) -> Predictor:
         if assignment.network.name != "resnet18":
             raise AssignmentError("not allowed")
+        if not self.has_program:
+            raise NotReady("no program yet")
         self.built.append((assignment, float(state["weight"][0])))
         return FakePredictor()
 
@@ -262,6 +265,18 @@ def test_a_network_this_device_does_not_allow_is_not_built() -> None:
     device.hear(other, make_serving(1, run="another"))
     device.machine.handed(other, 1, {"weight": np.ones(1, np.float32)})
     assert device.machine.health().run == RUN
+
+
+def test_what_has_no_program_yet_is_asked_for_again() -> None:
+    device = Device()
+    device.has_program = False
+    device.serve()
+    assert device.machine.health().version is None
+    (request,) = device.wait(GRACE_S)
+    assert isinstance(request, Request)
+    device.has_program = True
+    device.hear(make_parameters(1))
+    assert device.machine.health().version == 1
 
 
 def test_a_new_policy_for_the_same_version_is_followed_without_building_anew() -> None:

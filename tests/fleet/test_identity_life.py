@@ -122,17 +122,18 @@ def test_from_a_token_to_a_revoked_device(place: Place, tmp_path: Path) -> None:
 
     wait_until(lambda: "connected to" in place.said("coordinator"), "the coordinator")
     identity.put_token(place.fleet.token(uses=1, days=1.0))
+
+    def certificate() -> bytes:
+        return identity.device_file.read_bytes()
+
     agent = place.process("agent", "agent", "--config", str(settings))
     wait_until(lambda: identity.enrolled, "enrolment")
+    first = certificate()
     wait_until(lambda: not identity.claim_file.exists(), "the claim to be wiped")
     name = identity.for_fleet().name
     assert name.startswith("pi-")
     wait_until(lambda: place.applied() > 0, "training")
 
-    def certificate() -> bytes:
-        return identity.device_file.read_bytes()
-
-    first = certificate()
     wait_until(lambda: "renewed until" in place.said("agent"), "renewal")
     assert certificate() != first
     trained = place.applied()

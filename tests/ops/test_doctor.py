@@ -236,9 +236,20 @@ def test_an_old_python_fails() -> None:
 
 def test_missing_torch_fails_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     finding = check_torch()
     assert finding.state == "failed"
     assert "pip install" in finding.advice
+
+
+def test_onnxruntime_is_enough_for_a_device_that_does_not_train(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs splitfleet[lite]")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    finding = check_torch()
+    assert finding.state == "warning"
+    assert "--lite" in finding.detail
 
 
 def test_another_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

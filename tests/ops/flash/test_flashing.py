@@ -350,3 +350,34 @@ def test_a_card_that_was_pulled_out_half_written_gets_the_rest(
     carry_out(target, type(plan)((), plan.written[:3], ()))
     flash_target(target, files(), device="cam-1")
     assert {file.path for file in files()} == target.below(FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("ssid", "password", "country", "says"),
+    [
+        ("attic", "short", "DE", "8 to 63 characters"),
+        ("", "long enough", "DE", "1 to 32 bytes"),
+        ("attic", "long enough", "Germany", "two letters"),
+        ("attic", "long enough", None, "belong together"),
+    ],
+)
+def test_a_wireless_network_that_cannot_be_is_refused(
+    fleet_folder: Path,
+    boot_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    ssid: str,
+    password: str,
+    country: str | None,
+    says: str,
+) -> None:
+    (tmp_path / "password").write_text(f"{password}\n")
+    command = ["flash", "cam-1", "--boot-dir", str(boot_dir), "--folder", str(fleet_folder)]
+    command += ["--index", INDEX[0], "--wifi", ssid]
+    command += ["--wifi-password-file", str(tmp_path / "password")]
+    command += [] if country is None else ["--wifi-country", country]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == SettingsWrong.exit_code
+    assert says in capsys.readouterr().err
+    assert not (boot_dir / FOLDER).exists()

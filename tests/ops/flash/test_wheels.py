@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
+from ops.cli import main
 from ops.errors import SettingsWrong
 from ops.flash.classes import device_class
 from ops.flash.wheels import choose_wheels, requirements
@@ -31,3 +33,21 @@ def test_what_is_missing_is_said_with_how_to_get_it(wheelhouse: Path) -> None:
 def test_a_folder_that_is_not_there_is_no_wheelhouse(tmp_path: Path) -> None:
     with pytest.raises(SettingsWrong, match="is no folder"):
         choose_wheels(tmp_path / "none", device_class("pi4"))
+
+
+def test_a_wheelhouse_is_fetched_for_a_class(
+    wheelhouse: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    folder = tmp_path / "of zero2"
+    with pytest.raises(SystemExit) as ended:
+        main(["wheelhouse", str(folder), "--class", "zero2", "--from", str(wheelhouse)])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("4 wheels")
+    assert len(list(folder.iterdir())) == 4
