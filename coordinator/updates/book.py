@@ -54,10 +54,10 @@ class Rollout:
     """A bundle on its way to devices, in stages.
 
     A stage is a share of the fleet ("5%", counted from the first stage on), a pattern of names
-    ("cam-*"), or a class ("class:raspberry-pi-4"). When more than ``error_threshold`` of those that have ended
-    have failed, it stops. A device that says nothing for ``patience_s`` while it is at it has
-    failed; ``prove_s`` is how long its new version has to prove itself. ``stage``: the one under
-    way. ``reason``: why it stopped. Times are unix seconds.
+    ("cam-*"), or a class ("class:raspberry-pi-4"). When more than ``error_threshold`` of those
+    that have ended have failed, it stops. A device that says nothing for ``patience_s`` while it is
+    at it has failed; ``prove_s`` is how long its new version has to prove itself. ``stage``: the
+    one under way. ``reason``: why it stopped. Times are unix seconds.
     """
 
     id: str
