@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -63,9 +64,10 @@ class Place(Mosquitto):
         return (self._logs / f"{name}.log").read_text()
 
     def applied(self) -> int:
-        """How many batches the coordinator has trained on."""
+        """How many batches the coordinator has trained on; asked for a few times a second."""
+        time.sleep(0.2)
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             text = answer.read().decode()
         lines = [line for line in text.splitlines() if not line.startswith("#")]
         return int(
