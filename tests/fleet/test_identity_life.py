@@ -126,6 +126,7 @@ def test_from_a_token_to_a_revoked_device(place: Place, tmp_path: Path) -> None:
     identity.put_token(place.fleet.token(uses=1, days=1.0))
     agent = place.process("agent", "agent", "--config", str(settings))
     wait_until(lambda: identity.enrolled, "enrolment")
+    first = identity.device_file.read_bytes()
     wait_until(lambda: not identity.claim_file.exists(), "the claim to be wiped")
     name = identity.for_fleet().name
     assert name.startswith("pi-")
@@ -134,7 +135,6 @@ def test_from_a_token_to_a_revoked_device(place: Place, tmp_path: Path) -> None:
     def certificate() -> bytes:
         return identity.device_file.read_bytes()
 
-    first = certificate()
     wait_until(lambda: "renewed until" in place.said("agent"), "renewal")
     assert certificate() != first
     trained = place.applied()
