@@ -29,7 +29,7 @@ from tests.ops.flash.virtual_machine import HOST, QEMU, VirtualMachine
 FLEET = "lab"
 DEBIAN = ["--class", "generic", "--machine", "x86_64", "--python", "3.11"]
 COMMAND_TIMEOUT_S = 600.0
-ONLINE_S = float(os.environ.get("SPLITFLEET_TEST_BOOT_S", "1500"))
+ONLINE_S = float(os.environ.get("SPLITFLEET_TEST_BOOT_S", "900"))
 """It takes four minutes on a machine that has nothing else to do."""
 WIPED_S = 300.0
 
