@@ -108,11 +108,23 @@ class Status(Message):
 
 
 class Activations(Stamp):
-    """Activations at the cut for one batch, with the labels the coordinator trains on."""
+    """Activations at the cut for one batch, with the labels the coordinator trains on.
+
+    Without labels where the device keeps the classifier.
+    """
 
     batch: Count
     version: Count
-    labels: Annotated[list[Label], FailFast(), Field(min_length=1, max_length=MAX_BATCH)]
+    labels: Annotated[list[Label], FailFast(), Field(max_length=MAX_BATCH)] = Field(
+        default_factory=list
+    )
+    tensor: Tensor
+
+
+class FeatureGradients(Stamp):
+    """The gradient of a device's loss at the last features of one batch (:class:`LastFeatures`)."""
+
+    batch: Count
     tensor: Tensor
 
 
@@ -244,6 +256,15 @@ class Noise(Message):
     noise_std: Duration
 
 
+class KeptClassifier(Message):
+    """The device keeps the network's last block, and the labels.
+
+    The gradients that it sends are encoded with ``gradient_codec``.
+    """
+
+    gradient_codec: Text
+
+
 class Assignment(Message):
     """Retained: what a device has to do in this run. Without a cut: measure and say hello again."""
 
@@ -264,6 +285,8 @@ class Assignment(Message):
     """Whether activations are sent with as many levels as the uplink carries in time."""
     noise: Noise | None = None
     """What is done to features before they are encoded; nothing without it."""
+    classifier: KeptClassifier | None = None
+    """Without it the classifier is the coordinator's."""
     parameter_codec: Text
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     quota: Annotated[int, Field(ge=1)]
@@ -276,15 +299,26 @@ class Assignment(Message):
     seed: int
 
 
+class LastFeatures(Stamp):
+    """What the coordinator's blocks made of one batch of activations, for the device's classifier.
+
+    Answered with :class:`FeatureGradients`.
+    """
+
+    batch: Count
+    tensor: Tensor
+
+
 class Gradients(Stamp):
     """The gradient of the server's loss at the cut, for one batch of activations.
 
     ``logits``: what the whole network answered before the step, (N, K), for the exit to learn from.
+    ``loss`` and ``correct`` are left out where the device keeps the classifier: it knows them.
     """
 
     batch: Count
-    loss: float
-    correct: Count
+    loss: float | None = None
+    correct: Count | None = None
     logits: Blob | None = None
     tensor: Tensor
 
@@ -312,6 +346,7 @@ class Receipt(Stamp):
 class Prediction(Message):
     """The full network's answer to offloaded features: ``(N, K)`` probabilities, or a refusal.
 
+    Where the device keeps the classifier: the last features ``(N, …)``, for that to answer.
     ``version`` is that of the features. ``queue_ms`` and ``forward_ms``: how long they waited for
     their turn, and how long the network then took for all that it answered together.
     """
@@ -448,12 +483,14 @@ KINDS: dict[tuple[str, str], type[Message]] = {
     ("up", "features"): Features,
     ("up", "report"): Report,
     ("up", "request"): Request,
+    ("up", "gradients"): FeatureGradients,
     ("up", "telemetry"): Telemetry,
     ("up", "renew"): Renew,
     ("up", "enrol"): Enrol,
     ("up", "fetch"): Fetch,
     ("up", "software"): Software,
     ("down", "assignment"): Assignment,
+    ("down", "features"): LastFeatures,
     ("down", "gradients"): Gradients,
     ("down", "receipt"): Receipt,
     ("down", "prediction"): Prediction,

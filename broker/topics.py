@@ -31,6 +31,7 @@ UP_KINDS = frozenset(
         "hello",
         "status",
         "activations",
+        "gradients",
         "parameters",
         "features",
         "report",

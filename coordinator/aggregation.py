@@ -36,15 +36,22 @@ def block_of(name: str) -> int | None:
     return int(index) if kind == "blocks" else None
 
 
-def half_of(state: State, cut: int) -> State:
-    """What a device with this cut holds, in order of names: blocks before it and its exit head."""
-    return {name: state[name] for name in sorted(state) if is_in_half(name, cut)}
+def half_of(state: State, cut: int, *, classifier: int | None = None) -> State:
+    """What a device with this cut holds, in order of names: blocks before it and its exit head.
+
+    And the block ``classifier``, where devices keep that.
+    """
+    return {
+        name: state[name] for name in sorted(state) if is_in_half(name, cut, classifier=classifier)
+    }
 
 
-def is_in_half(name: str, cut: int) -> bool:
+def is_in_half(name: str, cut: int, *, classifier: int | None = None) -> bool:
     """Whether a device with this cut holds this parameter or buffer."""
     block = block_of(name)
-    return name.startswith(f"heads.{cut}.") if block is None else block < cut
+    if block is None:
+        return name.startswith(f"heads.{cut}.")
+    return block < cut or block == classifier
 
 
 class Aggregation:
@@ -55,6 +62,7 @@ class Aggregation:
         first_server_block: blocks before it are held by devices only.
         device_copies: whether devices count as holders of blocks that the server trains too.
         robust: the rule that takes the mean's place; all contributions are kept on disk then.
+        classifier: the last block, where devices keep that; nobody else holds it.
     """
 
     def __init__(
@@ -64,9 +72,11 @@ class Aggregation:
         first_server_block: int,
         device_copies: bool,
         robust: RobustRule | None = None,
+        classifier: int | None = None,
     ) -> None:
         self._first_server_block = first_server_block
         self._device_copies = device_copies
+        self._classifier = classifier
         self._states, self._momentum = (
             _Mean(arrays) if robust is None else RobustAverager(arrays, robust)
             for arrays in (start.state, start.momentum)
@@ -100,7 +110,8 @@ class Aggregation:
             state = {
                 name: values
                 for name, values in state.items()
-                if (block := block_of(name)) is None or block < self._first_server_block
+                if (block := block_of(name)) in (None, self._classifier)
+                or block < self._first_server_block
             }
         self._states.add(state, weight)
 

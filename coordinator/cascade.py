@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
+from torch import Tensor
+
 from coordinator.aggregation import Aggregation, Model
 from coordinator.defences.steps import StepLimits
 from coordinator.errors import BatchRefused
@@ -49,8 +51,10 @@ class Cascade:
         momentum: float,
         weight_decay: float,
         limits: StepLimits | None = None,
+        classifier: bool = True,
         rate_rule: RateRule = "momentum",
     ) -> None:
+        assert classifier
         self._shared = ServerCopy(
             copy.deepcopy(network.server_half(1)),
             compute,
@@ -100,6 +104,20 @@ class Cascade:
             ]
         outcomes = iter(self.step_together(good, want_gradients=want_gradients))
         return [refused or next(outcomes) for refused in refusals]
+
+    def forward(
+        self, device: str, number: int, cut: int, features: Tensor, *, want_gradient: bool
+    ) -> Tensor:
+        """Never asked: its steps are made in one part."""
+        raise NotImplementedError
+
+    def backward(self, device: str, number: int, gradient: Tensor, *, images: int) -> Tensor | None:
+        """Never asked: its steps are made in one part."""
+        raise NotImplementedError
+
+    def forget(self, device: str, number: int) -> None:
+        """Never asked: its steps are made in one part."""
+        raise NotImplementedError
 
     def finish(self, device: str) -> tuple[State, State]:
         """Nothing: the shared network goes on."""

@@ -17,6 +17,7 @@ from broker.messages import (
     Command,
     Coordinator,
     DeviceParameters,
+    FeatureGradients,
     Hello,
     Report,
     Request,
@@ -83,7 +84,9 @@ class CoordinatorCore:
         self._registry = Registry(settings.max_devices)
         self._registry.restore(checkpoint.registry)
         observer.devices(self._registry.by_state())
-        self._serving = ServingVersion(settings, run, answers.versions, evaluator, observer)
+        self._serving = ServingVersion(
+            settings, run, answers.versions, evaluator, observer, placement.classifier
+        )
         self._run = Run(
             settings,
             run,
@@ -160,6 +163,8 @@ class CoordinatorCore:
         match message:
             case Activations():
                 out = self._run.activations(known, message)
+            case FeatureGradients():
+                out = self._run.gradients(known, message)
             case DeviceParameters():
                 out = self._run.parameters(known, message)
             case Status():

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+from torch import Tensor
+
 from coordinator.aggregation import Aggregation, Model
 from coordinator.cascade import Cascade
 from coordinator.defences.steps import StepLimits
@@ -52,6 +54,26 @@ class Engine(Protocol):
         """
         ...
 
+    def forward(
+        self, device: str, number: int, cut: int, features: Tensor, *, want_gradient: bool
+    ) -> Tensor:
+        """The first part of a step on a device's batch; its last features (float32, N×…).
+
+        See :meth:`coordinator.open_batches.OpenBatches.forward`.
+        """
+        ...
+
+    def backward(self, device: str, number: int, gradient: Tensor, *, images: int) -> Tensor | None:
+        """The second part, on so many images; the gradient where they entered, if it was wanted.
+
+        See :meth:`coordinator.open_batches.OpenBatches.backward`.
+        """
+        ...
+
+    def forget(self, device: str, number: int) -> None:
+        """There will be no second part."""
+        ...
+
     def finish(self, device: str) -> tuple[State, State]:
         """What ``device`` alone has trained here, and its momentum, both empty if nothing; freed.
 
@@ -77,9 +99,10 @@ class Sequential:
         momentum: float,
         weight_decay: float,
         limits: StepLimits | None = None,
+        classifier: bool = True,
     ) -> None:
         self._shared = ServerCopy(
-            copy.deepcopy(network.server_half(1)),
+            copy.deepcopy(network.server_half(1, classifier=classifier)),
             compute,
             momentum,
             weight_decay,
@@ -101,6 +124,24 @@ class Sequential:
     def step_together(self, batches: Sequence[Entry], *, want_gradients: bool) -> list[Outcome]:
         """Never asked: it does not gather."""
         raise NotImplementedError
+
+    def forward(
+        self, device: str, number: int, cut: int, features: Tensor, *, want_gradient: bool
+    ) -> Tensor:
+        """See :class:`Engine`."""
+        key = device, number
+        return self._shared.open.forward(key, cut, features, want_gradient=want_gradient)
+
+    def backward(self, device: str, number: int, gradient: Tensor, *, images: int) -> Tensor | None:
+        """See :class:`Engine`."""
+        cut = self._shared.open.cut_of((device, number))
+        found = self._shared.open.backward((device, number), gradient)
+        self._samples[cut] += images
+        return found
+
+    def forget(self, device: str, number: int) -> None:
+        """See :class:`Engine`."""
+        self._shared.open.forget((device, number))
 
     def finish(self, device: str) -> tuple[State, State]:
         """Nothing: the shared network goes on."""
@@ -125,12 +166,14 @@ class Averaging:
         momentum: float,
         weight_decay: float,
         limits: StepLimits | None = None,
+        classifier: bool = True,
     ) -> None:
         self._network = network
         self._compute = compute
         self._momentum = momentum
         self._weight_decay = weight_decay
         self._limits = limits or StepLimits()
+        self._classifier = classifier
         self._model: Model | None = None
         self._learning_rate = 0.0
         self._replicas: dict[str, ServerCopy] = {}
@@ -150,6 +193,23 @@ class Averaging:
         """Never asked: it does not gather."""
         raise NotImplementedError
 
+    def forward(
+        self, device: str, number: int, cut: int, features: Tensor, *, want_gradient: bool
+    ) -> Tensor:
+        """See :class:`Engine`."""
+        replica = self._replicas.get(device) or self._replicate(device, cut)
+        return replica.open.forward((device, number), cut, features, want_gradient=want_gradient)
+
+    def backward(self, device: str, number: int, gradient: Tensor, *, images: int) -> Tensor | None:
+        """See :class:`Engine`."""
+        del images
+        return self._replicas[device].open.backward((device, number), gradient)
+
+    def forget(self, device: str, number: int) -> None:
+        """See :class:`Engine`."""
+        if device in self._replicas:
+            self._replicas[device].open.forget((device, number))
+
     def finish(self, device: str) -> tuple[State, State]:
         """The device's replica."""
         replica = self._replicas.pop(device, None)
@@ -161,7 +221,7 @@ class Averaging:
     def _replicate(self, device: str, cut: int) -> ServerCopy:
         assert self._model is not None
         replica = ServerCopy(
-            copy.deepcopy(self._network.server_half(cut)),
+            copy.deepcopy(self._network.server_half(cut, classifier=self._classifier)),
             self._compute,
             self._momentum,
             self._weight_decay,
@@ -180,10 +240,12 @@ def make_engine(
     momentum: float,
     weight_decay: float,
     limits: StepLimits | None = None,
+    classifier: bool = True,
 ) -> Engine:
     """The engine of a strategy: ``averaging``, ``sequential`` or ``cascade``.
 
-    ``limits`` judge its batches, and remember those of earlier rounds.
+    ``limits`` judge its batches, and remember those of earlier rounds. Without ``classifier`` (not
+    with cascade) it does without the last block, and its steps are made in two parts.
     """
     kinds: dict[str, type[Averaging | Cascade | Sequential]] = {
         "averaging": Averaging,
@@ -191,5 +253,10 @@ def make_engine(
         "sequential": Sequential,
     }
     return kinds[strategy](
-        network, compute, momentum=momentum, weight_decay=weight_decay, limits=limits
+        network,
+        compute,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        limits=limits,
+        classifier=classifier,
     )

@@ -69,7 +69,7 @@ class GradientEncoder:
         """
         started = self._clock()
         try:
-            budget = max(1.0, self._budget(answered) - spent)
+            budget = max(1.0, self._budget(answered, len(gradient)) - spent)
             return self._encode_within(budget, device, gradient, answered)
         except CodecError:  # its range is too small for this one; the receiver reads any codec
             return parse_codec("fp32").encode(gradient)
@@ -86,10 +86,10 @@ class GradientEncoder:
             rated = self._rates[device].encode(gradient, budget, keep=keep, seed=answered.batch)
         return rated.data
 
-    def _budget(self, answered: Activations) -> float:
+    def _budget(self, answered: Activations, images: int) -> float:
         budget = math.inf
         if self._bytes_per_sample is not None:
-            budget = self._bytes_per_sample * len(answered.labels)
+            budget = self._bytes_per_sample * images
         if self._follow_link:
             budget = min(budget, len(answered.tensor))
         return budget

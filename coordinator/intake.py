@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from broker.messages import Activations, DeviceParameters
+from broker.messages import Activations, DeviceParameters, FeatureGradients
 from coordinator.aggregation import half_of
 from coordinator.errors import BatchRefused
 from tensors.decoding import decode_torch
 from tensors.deltas import apply_delta
 from tensors.errors import AveragingError, FormatError
-from tensors.format import Limits
+from tensors.format import Encoded, Limits, read_header
 from tensors.networks import State
 from tensors.parameters import unpack_parameters
 
@@ -28,7 +28,8 @@ class Intake:
     """Opens batches of activations and uploads of parameters.
 
     ``shapes[c-1]`` is the shape of one image's features at cut ``c``; ``channels_last`` is how
-    features are laid out for computing.
+    features are laid out for computing. ``classifier`` is the last block, where devices keep that
+    and the labels.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Intake:
         classes: int,
         batch_size: int,
         channels_last: bool,
+        classifier: int | None = None,
     ) -> None:
         self._shapes = shapes
         self._classes = classes
         self._batch_size = batch_size
         self._channels_last = channels_last
+        self.classifier = classifier
 
     def features(self, message: Activations, cut: int, version: int) -> torch.Tensor:
         """A batch's features: finite, of the shape at ``cut``; float32, or bfloat16 by reference.
@@ -51,32 +54,54 @@ class Intake:
         """
         if message.version != version:
             raise BatchRefused("wrong_version")
-        if len(message.labels) > self._batch_size:
+        images = len(message.labels) or self._unlabelled(message)
+        if images > self._batch_size:
             raise BatchRefused("batch_too_large")
-        if max(message.labels) >= self._classes:
+        if max(message.labels, default=0) >= self._classes:
             raise BatchRefused("bad_labels")
-        shape = (len(message.labels), *self._shapes[cut - 1])
+        return self._open(message.tensor, (images, *self._shapes[cut - 1]))
+
+    def gradient(self, message: FeatureGradients, images: int) -> torch.Tensor:
+        """The gradient of a batch's last features: finite, of their shape, float32.
+
+        Raises :class:`BatchRefused` with the reason.
+        """
+        return self._open(message.tensor, (images, *self._shapes[-1]))
+
+    def _unlabelled(self, message: Activations) -> int:
+        """Images of a batch without labels."""
+        if self.classifier is None:
+            raise BatchRefused("bad_labels")
         try:
-            features = decode_torch(
-                message.tensor,
+            shape = read_header(message.tensor).shape
+        except FormatError as exc:
+            raise BatchRefused(exc.reason) from exc
+        if not shape or not shape[0]:
+            raise BatchRefused("wrong_shape")
+        return shape[0]
+
+    def _open(self, tensor: Encoded, shape: tuple[int, ...]) -> torch.Tensor:
+        try:
+            opened = decode_torch(
+                tensor,
                 limits=Limits(max_elements=int(np.prod(shape))),
                 channels_last=self._channels_last,
             )
         except FormatError as exc:
             raise BatchRefused(exc.reason) from exc
-        if tuple(features.shape) != shape or features.dtype not in _DTYPES:
+        if tuple(opened.shape) != shape or opened.dtype not in _DTYPES:
             raise BatchRefused("wrong_shape")
-        total = features.sum(dtype=torch.float32)
+        total = opened.sum(dtype=torch.float32)
         if not math.isfinite(total.item()):  # ten times as fast as looking at each value
             raise BatchRefused("not_finite")
-        return features
+        return opened
 
     def half(self, message: DeviceParameters, cut: int, version: int, state: State) -> State:
         """A device's half, sent whole or as what changed since ``state``, which is ``version``.
 
         Raises ``FormatError`` or ``AveragingError`` for one that cannot be averaged.
         """
-        start = half_of(state, cut)
+        start = half_of(state, cut, classifier=self.classifier)
         if message.base is None:
             half = unpack_parameters(message.state, names=start.keys())
         elif message.base == version:

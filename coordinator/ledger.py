@@ -77,6 +77,7 @@ class Ledger:
 
     def _settle(self, batch: int) -> None:
         self._waiting.discard(batch)
+        self._answers.pop(batch, None)
         assert not self.seen(batch)
         self._news.append(batch)
         self.next_batch = max(self.next_batch, batch + 1)

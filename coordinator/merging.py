@@ -36,7 +36,14 @@ class Merging:
         """Brought to earlier rounds, to be folded in at the end."""
         self.added: list[Folded] = []
 
-    def begin(self, version: int, *, first_server_block: int, device_copies: bool) -> None:
+    def begin(
+        self,
+        version: int,
+        *,
+        first_server_block: int,
+        device_copies: bool,
+        classifier: int | None = None,
+    ) -> None:
         """Take in what is trained from ``version`` on; see ``Aggregation``."""
         self._version = version
         self._aggregation = Aggregation(
@@ -44,6 +51,7 @@ class Merging:
             first_server_block=first_server_block,
             device_copies=device_copies,
             robust=self._robust,
+            classifier=classifier,
         )
 
     def add(self, brought: Contribution) -> None:

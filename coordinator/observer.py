@@ -19,8 +19,11 @@ class Observer:
     one, what is about certificates from that of identity, and :meth:`codec_took` from any.
     """
 
-    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
-        """The server trained on a batch; ``seconds`` include decoding and encoding."""
+    def batch_applied(self, cut: int, images: int, loss: float | None, seconds: float) -> None:
+        """The server trained on a batch; ``seconds`` include decoding and encoding.
+
+        The ``loss`` is None where devices keep the labels.
+        """
 
     def batch_discarded(self, reason: str) -> None:
         """A batch was refused."""
@@ -108,7 +111,7 @@ class Observers(Observer):
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+    def batch_applied(self, cut: int, images: int, loss: float | None, seconds: float) -> None:
         for observer in self._observers:
             observer.batch_applied(cut, images, loss, seconds)
 

@@ -6,7 +6,7 @@ import math
 
 from broker.envelopes import Envelope, down, to_all
 from broker.fields import RunPhase
-from broker.messages import Assignment, Noise, Round, Serving
+from broker.messages import Assignment, KeptClassifier, Noise, Round, Serving
 from coordinator.registry import Device
 from coordinator.rounds import (
     MAX_QUOTA,
@@ -53,6 +53,7 @@ def assignment(settings: CoordinatorSettings, run: str, device: Device, grant: i
             bytes_per_sample=settings.bytes_per_sample,
             follow_link=settings.follow_link,
             noise=_noise(settings),
+            classifier=_classifier(settings),
             parameter_codec=settings.parameter_codec,
             batch_size=settings.batch_size,
             quota=full_quota(settings, device),
@@ -71,6 +72,12 @@ def _noise(settings: CoordinatorSettings) -> Noise | None:
     if settings.clip_norm is None or settings.noise_std is None:
         return None
     return Noise(clip_norm=settings.clip_norm, noise_std=settings.noise_std)
+
+
+def _classifier(settings: CoordinatorSettings) -> KeptClassifier | None:
+    if settings.labels == "server":
+        return None
+    return KeptClassifier(gradient_codec=settings.codec_of_gradients.name)
 
 
 def announcement(

@@ -40,11 +40,27 @@ class Placement:
         self.shapes = shapes
         self.programs = programs or Programs("", make_none)
 
+    @property
+    def classifier(self) -> int | None:
+        """The network's last block, if devices keep that and the labels."""
+        return len(self.shapes) if self._settings.labels == "device" else None
+
+    @property
+    def deepest(self) -> int:
+        """The last cut that a device can have."""
+        return len(self.shapes) - (self.classifier is not None)
+
     def batch_bytes(self, cut: int) -> int:
-        """The most bytes one batch of activations, or of gradients, takes at ``cut``."""
-        shape = (self._settings.batch_size, *self.shapes[cut - 1])
+        """The most bytes one message about a batch takes at ``cut``.
+
+        Activations and their gradients; where devices keep the classifier last features, too.
+        """
+        shapes = self.shapes[cut - 1 : cut]
+        if self.classifier is not None:
+            shapes = [*shapes, self.shapes[-1]]
         codecs = (parse_codec(self._settings.codec), self._settings.codec_of_gradients)
-        return max(codec.max_bytes(shape) for codec in codecs) + OVERHEAD
+        images = self._settings.batch_size
+        return OVERHEAD + max(codec.max_bytes((images, *s)) for codec in codecs for s in shapes)
 
     def frame_limits(self, state: State) -> Limits:
         """Bounds on what has to be put together, of devices that hold parts of ``state``.
@@ -102,11 +118,17 @@ class Placement:
             )
         if hello.samples < 1:
             raise DeviceRefused("it has no training images")
-        deepest = len(self.shapes)
+        deepest = self.deepest
+        if hello.frozen and self.classifier is not None:
+            raise DeviceRefused(
+                "it does not train (engine = onnxruntime), and with labels = device every device "
+                "has to train the classifier: set labels = server, or engine = torch there"
+            )
         if hello.cut is not None:
             if hello.cut > deepest:
                 raise DeviceRefused(
                     f"its cut layer {hello.cut} does not exist: the network has cuts 1 to {deepest}"
+                    + (" with labels = device" if self.classifier is not None else "")
                 )
             return hello.cut
         if current is None and hello.frozen:

@@ -19,16 +19,17 @@ from tensors.networks import State
 from tensors.parameters import pack_parameters
 
 
-def whole_half(state: State, cut: int, codec: Codec) -> bytes:
-    """The pack of all that a device with this cut needs."""
+def whole_half(state: State, cut: int, codec: Codec, *, classifier: int | None = None) -> bytes:
+    """The pack of all that a device with this cut needs; see ``half_of``."""
     name = "fp32" if sends_deltas(codec) else codec.name
-    return pack_parameters(half_of(state, cut), codec=name)
+    return pack_parameters(half_of(state, cut, classifier=classifier), codec=name)
 
 
 class Published:
     """A version of the model, packed once for each cut that asks for it.
 
-    ``residual`` is what the versions up to this one still owe to the devices.
+    ``residual`` is what the versions up to this one still owe to the devices. ``classifier`` is the
+    last block, where devices keep that.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Published:
         trained: set[int],
         codec: Codec,
         residual: State,
+        classifier: int | None = None,
     ) -> None:
         self._run = run
         self._codec = codec
+        self._classifier = classifier
         self._delta: Delta | None = None
         self._delta_cuts: frozenset[int] = frozenset()
         self._whole: dict[int, bytes] = {}
@@ -58,7 +61,7 @@ class Published:
         self._delta, self._delta_cuts = None, frozenset(cuts)
         sent: set[str] = set()
         if sends_deltas(self._codec):
-            sent = {name for cut in self._delta_cuts for name in half_of(model.state, cut)}
+            sent = {name for cut in self._delta_cuts for name in self._half(model.state, cut)}
             self._delta = encode_delta(
                 {name: model.state[name] for name in sent},
                 {name: self.model.state[name] for name in sent},
@@ -79,7 +82,7 @@ class Published:
     def manifest(self, cut: int) -> Envelope:
         """Which parameters a device with this cut should hold."""
         if cut not in self._sums:
-            pack = whole_pack(half_of(self.model.state, cut))
+            pack = whole_pack(self._half(self.model.state, cut))
             self._sums[cut] = hashlib.sha256(pack).hexdigest(), len(pack)
         digest, size = self._sums[cut]
         return to_cut(
@@ -111,7 +114,7 @@ class Published:
         if base is None:
             return to_cut(cut, self._parameters(cut))
         assert self._delta is not None
-        pack = self._delta.pack(half_of(self.model.state, cut))
+        pack = self._delta.pack(self._half(self.model.state, cut))
         return to_cut(
             cut, Parameters(run=self._run, version=self.version, cut=cut, base=base, state=pack)
         )
@@ -120,10 +123,15 @@ class Published:
         """Manifest and whole parameters, to the one device that asked."""
         return [*self.news(cut), down(device, self._parameters(cut))]
 
+    def _half(self, state: State, cut: int) -> State:
+        return half_of(state, cut, classifier=self._classifier)
+
     def _base(self, cut: int) -> int | None:
         return self.version - 1 if self._delta is not None and cut in self._delta_cuts else None
 
     def _parameters(self, cut: int) -> Parameters:
         if cut not in self._whole:
-            self._whole[cut] = whole_half(self.model.state, cut, self._codec)
+            self._whole[cut] = whole_half(
+                self.model.state, cut, self._codec, classifier=self._classifier
+            )
         return Parameters(run=self._run, version=self.version, cut=cut, state=self._whole[cut])

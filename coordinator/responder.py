@@ -20,11 +20,20 @@ class Responder:
     """Server blocks of the last ``versions`` versions that were asked for, in evaluation mode.
 
     Every version has a copy of the blocks of its own, so that a change of version costs nothing. To
-    be used in one thread.
+    be used in one thread. Without ``classifier`` it answers with the last features, which that
+    would take.
     """
 
-    def __init__(self, network: CutNetwork, compute: Compute, *, versions: int = 3) -> None:
-        self._template = network.server_half(1)
+    def __init__(
+        self,
+        network: CutNetwork,
+        compute: Compute,
+        *,
+        versions: int = 3,
+        classifier: bool = True,
+    ) -> None:
+        self._template = network.server_half(1, classifier=classifier)
+        self._classifier = classifier
         self._compute = compute
         self._limit = versions
         self._networks: OrderedDict[int, CutNetwork] = OrderedDict()
@@ -47,6 +56,7 @@ class Responder:
     def answer(self, version: int, questions: Sequence[tuple[int, Tensor]]) -> list[np.ndarray]:
         """Cuts and features (N×…) → probabilities (float32, N×K) of each, in their order.
 
+        Without a classifier last features (float32, N×…).
         One forward pass: it begins at the lowest cut, the others join at theirs. Raises whatever
         torch does if that cannot be computed.
         """
@@ -62,10 +72,12 @@ class Responder:
             for start, stop in pairwise([*entering, network.stop]):
                 joined = [*flow, *entering[start]]
                 flow = [network(_cat(joined), start=start, stop=stop)]
-        with np.errstate(invalid="ignore"):  # one question's infinities are its own NaNs
-            probabilities = softmax(flow[0].float().cpu().numpy()).astype(np.float32)
+        answers = flow[0].float().cpu().numpy()
+        if self._classifier:
+            with np.errstate(invalid="ignore"):  # one question's infinities are its own NaNs
+                answers = softmax(answers).astype(np.float32)
         sizes = [len(questions[index][1]) for index in order]
-        parts = np.split(probabilities, np.cumsum(sizes)[:-1])
+        parts = np.split(answers, np.cumsum(sizes)[:-1])
         return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda p: p[0])]
 
 

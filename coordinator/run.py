@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from broker.envelopes import Envelope
 from broker.fields import RunPhase
-from broker.messages import Activations, DeviceParameters, Report
+from broker.messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator import orders
 from coordinator.aggregation import Model
 from coordinator.evaluation import Evaluator
@@ -124,6 +124,7 @@ class Run:
             set(checkpoint.trained_cuts),
             parse_codec(settings.parameter_codec),
             checkpoint.residual,
+            placement.classifier,
         )
         self._serving = serving
 
@@ -178,6 +179,17 @@ class Run:
         ours = message.run == self.name
         self._observer.batch_discarded("stale_attempt" if ours else "foreign_run")
         # With a barrier the announcement ends the attempt, and what was learnt so far comes still.
+        return [refusal(device.name, message.stamp)] if ours and not self._barrier else []
+
+    def gradients(self, device: Device, message: FeatureGradients) -> list[Envelope]:
+        """The gradient of a batch's last features, from the device that has the labels."""
+        found = self._rounds.find(message.stamp)
+        if found is not None and self._rounds.trains(found):
+            out = found.gradients(device.name, message)
+            self._note(found, device)
+            return out
+        self._observer.message_dropped("stale_attempt")
+        ours = message.run == self.name
         return [refusal(device.name, message.stamp)] if ours and not self._barrier else []
 
     def parameters(self, device: Device, message: DeviceParameters) -> list[Envelope]:
@@ -428,7 +440,8 @@ class Run:
 
     def _work(self, device: Device) -> Work:
         assert device.cut is not None
-        if self._settings.label_skew != "none" and device.labels is None:
+        known = self._settings.labels == "server"
+        if self._settings.label_skew != "none" and known and device.labels is None:
             device.labels = LabelCounts([0] * self._settings.network.classes)
         quota = orders.quota(self._settings, device)
         return Work(device.cut, quota, device.labels, device.frozen)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.defences.steps import StepLimits
 from coordinator.errors import BatchRefused
+from coordinator.open_batches import OpenBatches
 from tensors.errors import AveragingError
 from tensors.losses import cross_entropy
 from tensors.networks import CutNetwork, State, read_state, write_state
@@ -76,6 +77,7 @@ class ServerCopy:
         self.optimizer = make_optimizer(network, momentum=momentum, weight_decay=weight_decay)
         self._momentum, self._weight_decay = momentum, weight_decay
         self._gradient_weight = 1.0
+        self.open = OpenBatches(network, self.optimizer, compute, limits)
         self._buffers = list(network.buffers())
         self._norms = {
             index: [m for m in network.blocks[str(index)].modules() if isinstance(m, _NormBase)]
@@ -87,6 +89,7 @@ class ServerCopy:
         names = self.network.state_dict().keys()
         write_state(self.network, {name: model.state[name] for name in names})
         write_momentum(self.network, self.optimizer, model.momentum)
+        self.open.clear()
         self.pace(learning_rate)
 
     def pace(self, learning_rate: float, *, steps: int = 1) -> None:

@@ -28,6 +28,7 @@ from coordinator.aggregation import Model, block_of
 from coordinator.core import CoordinatorCore
 from coordinator.defences.rules import defences
 from coordinator.defences.steps import StepLimits
+from coordinator.device_labels import RoundWithDeviceLabels
 from coordinator.driving import drive_all
 from coordinator.engines import Engine, make_engine
 from coordinator.errors import ResumeError, StoreError
@@ -49,7 +50,7 @@ from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
 from coordinator.updates.rollouts import UPDATES, Rollouts
 from coordinator.watching import watch
-from tensors.codecs import Codec, Encode
+from tensors.codecs import Codec, Encode, parse_codec
 from tensors.datasets import IMAGE_FOLDER, Dataset, load_dataset
 from tensors.errors import DataError
 from tensors.networks import NetworkSpec, build_network, feature_shapes, read_state
@@ -129,6 +130,7 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             limits=limits,
+            classifier=settings.labels == "server",
         )
 
     return Parts(
@@ -136,7 +138,12 @@ def torch_parts(settings: CoordinatorSettings) -> Parts:
         first,
         new_engine,
         # Two more than are answered: for the version that was chosen, and the one chosen before.
-        Responder(network, compute, versions=settings.serving_versions + 2),
+        Responder(
+            network,
+            compute,
+            versions=settings.serving_versions + 2,
+            classifier=settings.labels == "server",
+        ),
         None
         if dataset is None
         else Evaluator(copy.deepcopy(network), compute, dataset, mechanism=settings.mechanism),
@@ -243,10 +250,15 @@ def build_core(
         classes=settings.network.classes,
         batch_size=settings.batch_size,
         channels_last=parts.channels_last,
+        classifier=placement.classifier,
     )
 
+    kind: Callable[..., RoundInProgress] = RoundInProgress
+    if settings.labels == "device":
+        kind = partial(RoundWithDeviceLabels, codec=parse_codec(settings.codec))
+
     def new_round(model: Model, server_rate: float) -> RoundInProgress:
-        return RoundInProgress(
+        return kind(
             parts.new_engine(),
             model,
             server_rate,

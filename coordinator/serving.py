@@ -38,7 +38,6 @@ log = logging.getLogger("splitfleet.coordinator")
 TRAINING, ANSWERING = "training", "answering"
 STARVED_S = 0.05
 """What waits to be computed is, after so long, even if messages keep coming."""
-_EXACT = parse_codec("fp32")
 _DTYPES = torch.float32, torch.bfloat16
 """No bytes decode to the latter."""
 
@@ -55,7 +54,7 @@ class Network(Protocol):
         ...
 
     def answer(self, version: int, questions: Sequence[tuple[int, Tensor]]) -> list[np.ndarray]:
-        """Cuts and features (N×…) → probabilities (N×K) of each."""
+        """Cuts and features (N×…) → probabilities (N×K) of each, or last features."""
         ...
 
 
@@ -104,6 +103,8 @@ class AnsweringMachine:
         self._network = answers.network
         self._shapes = shapes
         self._batch_size = settings.batch_size
+        # Probabilities are small; last features have to be coded as features are.
+        self._codec = parse_codec("fp32" if settings.labels == "server" else settings.codec)
         self._find = find
         self._observer = observer
         self._clock = clock
@@ -295,7 +296,7 @@ class AnsweringMachine:
         prediction = Prediction(
             request=question.request,
             version=question.version,
-            tensor=_EXACT.encode(answer),
+            tensor=self._codec.encode(answer),
             queue_ms=1000 * waited,
             forward_ms=max(0.0, 1000 * seconds),
         )

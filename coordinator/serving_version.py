@@ -67,8 +67,10 @@ class ServingVersion:
         versions: Versions,
         evaluator: Evaluator | None,
         observer: Observer,
+        classifier: int | None = None,
     ) -> None:
         self.versions = versions
+        self._classifier = classifier
         self._settings = settings
         self._run = run
         self._evaluator = evaluator
@@ -129,7 +131,7 @@ class ServingVersion:
         if key not in self._packs:
             self._packs = {known: pack for known, pack in self._packs.items() if known[0] == number}
             codec = parse_codec(self._settings.parameter_codec)
-            self._packs[key] = whole_half(serving.state, cut, codec)
+            self._packs[key] = whole_half(serving.state, cut, codec, classifier=self._classifier)
         pack = self._packs[key]
         message = Parameters(run=self._run, version=number, cut=cut, state=pack)
         return [down(device, message)]

@@ -36,6 +36,9 @@ class CoordinatorSettings(DefenceSettings):
     # What is trained
     network: Network = Network()
     strategy: Literal["averaging", "sequential", "cascade"] = "averaging"
+    labels: Literal["server", "device"] = "server"
+    """Who has the labels. device: each device keeps its own and the network's last block, the
+    classifier (strategy averaging or sequential; docs/method.md)."""
     feedback: Literal["gradient", "none"] = "gradient"
     """Whether the gradient at the cut goes back to the device."""
     feedback_weight: NotNegative = 1.0
@@ -258,6 +261,22 @@ class CoordinatorSettings(DefenceSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.labels == "server":
+            return self
+        if self.strategy == "cascade":
+            raise ValueError(
+                "labels = device needs strategy = averaging or sequential: a joint step of cascade "
+                "would have to wait for the slowest of its devices"
+            )
+        if self.loss_mads is not None:
+            raise ValueError(
+                "loss_mads needs labels = server: with labels = device the coordinator knows no "
+                "losses; take gradient_clip"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_server_rate(self) -> Self:
         if self.server_rate != "same" and self.strategy == "averaging":
             raise ValueError(
@@ -348,6 +367,7 @@ class CoordinatorSettings(DefenceSettings):
             "fleet",
             "network",
             "strategy",
+            "labels",
             "feedback",
             "feedback_weight",
             "feedback_schedule",

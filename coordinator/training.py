@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, DeviceParameters
+from broker.messages import Activations, DeviceParameters, FeatureGradients
 from coordinator import replies
 from coordinator.aggregation import Model
 from coordinator.cascade import TOGETHER
@@ -117,7 +117,10 @@ class RoundInProgress:
         for name, work in participants.items():
             self.admit(name, work, devices=len(participants))
         self._merging.begin(
-            version, first_server_block=first_server_block, device_copies=self._device_copies
+            version,
+            first_server_block=first_server_block,
+            device_copies=self._device_copies,
+            classifier=self._intake.classifier,
         )
         self._engine.begin(self._model, self._server_rate)
         self._training = True
@@ -205,20 +208,10 @@ class RoundInProgress:
 
     def activations(self, device: str, message: Activations) -> list[Envelope]:
         """Train on a batch; its gradient if wanted, and a receipt when one is due."""
-        ledger = self._part_of(device)
-        if ledger is None:
-            self._observer.batch_discarded("not_a_participant")
-            return [self.join(device)]
-        batch = message.batch
-        if ledger.seen(batch):
-            self._observer.message_dropped("redelivered")
-            answer = ledger.answer(batch)
-            return [self._receipt(device, complete=True) if answer is None else answer]
-        if batch >= ledger.quota:
-            self._observer.batch_discarded("beyond_quota")
-            return [self._receipt(device, complete=True)]
-        if ledger.finished or not self._training:
-            return self._refuse(device, batch, BatchRefused("late"))
+        known = self._known(device, message.batch)
+        if known is not None:
+            return known
+        ledger, batch = self._ledgers[device], message.batch
         started = self._clock()
         try:
             cut = self.participants[device]
@@ -237,6 +230,12 @@ class RoundInProgress:
         except BatchRefused as exc:
             return self._refuse(device, batch, exc)
         return self._applied(waiting, step, self._clock() - started)
+
+    def gradients(self, device: str, message: FeatureGradients) -> list[Envelope]:
+        """Nobody was sent last features; see ``coordinator.device_labels``."""
+        del device, message
+        self._observer.message_dropped("unexpected_topic")
+        return []
 
     @property
     def gathered(self) -> bool:
@@ -373,34 +372,73 @@ class RoundInProgress:
 
     # -- small parts ------------------------------------------------------------------------------
 
+    def _known(self, device: str, batch: int) -> list[Envelope] | None:
+        """The answer to a batch that is not to be looked at; None for a new one."""
+        ledger = self._part_of(device)
+        if ledger is None:
+            self._observer.batch_discarded("not_a_participant")
+            return [self.join(device)]
+        if ledger.seen(batch):
+            self._observer.message_dropped("redelivered")
+            answer = ledger.answer(batch)
+            return [self._receipt(device, complete=True) if answer is None else answer]
+        if batch >= ledger.quota:
+            self._observer.batch_discarded("beyond_quota")
+            return [self._receipt(device, complete=True)]
+        if ledger.finished or not self._training:
+            return self._refuse(device, batch, BatchRefused("late"))
+        return None
+
     def _refuse(self, device: str, batch: int, refused: BatchRefused) -> list[Envelope]:
+        self._discard(device, batch, refused)
+        return [self._receipt(device)]
+
+    def _discard(self, device: str, batch: int, refused: BatchRefused) -> None:
         self._ledgers[device].discard(batch, refused.reason)
         self._defences.refused(device, refused.reason)
         self._observer.batch_discarded(refused.reason)
         about = {"device": device, "reason": refused.reason}
         log.warning("batch %d of %s is not trained on: %s", batch, device, refused, extra=about)
-        return [self._receipt(device)]
 
     def _applied(self, waiting: _Waiting, step: Step, seconds: float) -> list[Envelope]:
         """Enter a batch that was trained on, and answer it."""
         entry, message = waiting.entry, waiting.message
-        ledger = self._ledgers[entry.device]
-        ledger.apply(message.batch, len(message.labels))
         if entry.device in self._labels:
             self._labels[entry.device].add(message.labels)
         self._losses.setdefault(entry.cut, []).append(step.loss)
         self._correct[entry.cut] = self._correct.get(entry.cut, 0) + step.correct
         self._images[entry.cut] = self._images.get(entry.cut, 0) + step.images
-        self._observer.batch_applied(entry.cut, step.images, step.loss, seconds)
-        out = []
-        gradients = self._encoder_for(entry.device)
+        gradients, answer = self._encoder_for(entry.device), None
         if gradients is not None:
-            answer = replies.gradients(self.stamp, entry.device, message, step, gradients)
-            ledger.remember(message.batch, answer)
+            assert step.gradient is not None
+            answer = replies.gradients(
+                self.stamp, entry.device, message, step.gradient, gradients, step
+            )
+        return self._enter(
+            entry.device, entry.cut, message.batch, step.images, step.loss, seconds, answer
+        )
+
+    def _enter(
+        self,
+        device: str,
+        cut: int,
+        batch: int,
+        images: int,
+        loss: float | None,
+        seconds: float,
+        answer: Envelope | None,
+    ) -> list[Envelope]:
+        """Enter an applied batch into the books; its answer, if it has one, and a due receipt."""
+        ledger = self._ledgers[device]
+        ledger.apply(batch, images)
+        self._observer.batch_applied(cut, images, loss, seconds)
+        out = []
+        if answer is not None:
+            ledger.remember(batch, answer)
             out.append(answer)
-        enough = RECEIPT_BATCHES if gradients else max(1, ledger.credits // 2)
+        enough = max(1, ledger.credits // 2) if answer is None else RECEIPT_BATCHES
         if ledger.unreported >= enough:
-            out.append(self._receipt(entry.device))
+            out.append(self._receipt(device))
         elif self.receipts_due is None:
             self.receipts_due = self._clock() + RECEIPT_WAIT_S
         return out

@@ -21,7 +21,7 @@ from broker.messages import Features, Prediction
 from edge_agent.answer_counts import REFUSED, Counts
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Unanswered
 from edge_agent.exit_policy import ExitPolicy, Policy
-from edge_agent.offloads import Asked, Offloads
+from edge_agent.offloads import Asked, Classify, Offloads
 from edge_agent.privacy import Release
 from edge_agent.tickets import By, Ticket, Waiting, wrong_shape
 from tensors.batches import image_key
@@ -39,6 +39,14 @@ class Predictor(Protocol):
         """Images (float32, N×C×H×W) → features at the cut and the exit's probabilities (N×K).
 
         The features (N×…) are an array or tensor that a boolean array can index.
+        """
+        ...
+
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """The whole network's probabilities (N×K) for last features (float32, N×…).
+
+        Asked only where the device keeps the classifier. Raises ``RuntimeError`` or ``ValueError``
+        for such as it does not take.
         """
         ...
 
@@ -89,6 +97,7 @@ class _Model:
     shape: tuple[int, ...] | None
     message_images: int
     release: Release | None
+    classify: Classify | None
 
 
 class Answers:
@@ -141,16 +150,19 @@ class Answers:
         shape: tuple[int, ...] | None = None,
         message_images: int | None = None,
         release: Release | None = None,
+        classifies: bool = False,
     ) -> None:
         """Answer with this version from now on; images have this shape (C, H, W), if it is given.
 
         The coordinator takes ``message_images`` at once, if that is less than this device sends;
-        features leave as ``release`` lets them. What is offloaded with another version of the same
+        features leave as ``release`` lets them. With ``classifies`` it sends last features back,
+        and the predictor's classifier answers. What is offloaded with another version of the same
         run may still be answered.
         """
         most = min(self._bounds.message_images, message_images or self._bounds.message_images)
         before = self._model
-        self._model = _Model(run, version, predictor, codec, shape, most, release)
+        classify = predictor.classify if classifies else None
+        self._model = _Model(run, version, predictor, codec, shape, most, release, classify)
         self._policy.use(policy, run=run, version=version)
         if before is not None and before.run != run:
             self._offloads.give_up("superseded")
@@ -340,7 +352,9 @@ class Answers:
             found = features[np.isin(np.arange(len(images)), [image.index for image in asked])]
             return model.codec.encode(found if model.release is None else model.release.of(found))
 
-        return self._offloads.ask(model.run, model.version, asking, admit, encode)
+        return self._offloads.ask(
+            model.run, model.version, asking, admit, encode, classify=model.classify
+        )
 
     def _due(self, ticket: Ticket, now: float) -> float:
         """When an image that is offloaded now gives up waiting."""

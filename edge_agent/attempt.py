@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,7 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from broker.envelopes import Envelope, up
-from broker.messages import Activations, Assignment, Gradients, Receipt, Report, Round
+from broker.messages import (
+    Activations,
+    Assignment,
+    FeatureGradients,
+    Gradients,
+    LastFeatures,
+    Receipt,
+    Report,
+    Round,
+)
 from edge_agent.answers import Predictor
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
@@ -21,10 +31,12 @@ from edge_agent.meters import Meters
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
 from edge_agent.quota import quota_of, stream_position
 from edge_agent.snapshots import Snapshot
-from tensors.codecs import Encode
+from tensors.codecs import Encode, parse_codec
 from tensors.decoding import nonzero
 from tensors.errors import CodecError, FormatError
 from tensors.format import Encoded, read_header
+
+log = logging.getLogger("splitfleet.agent")
 
 
 class Learner(Protocol):
@@ -60,6 +72,10 @@ class Learner(Protocol):
         ...
 
     def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome: ...
+
+    def classify(self, batch: int, features: Any, labels: Any) -> Any:
+        """A step of the classifier on a batch's last features; their gradient, to encode."""
+        ...
 
     @property
     def encode(self) -> Encode:
@@ -102,6 +118,15 @@ class _Pending:
     due: float
     learnt: int
     """How many batches had been learnt from when it was sent."""
+    labels: Any
+    """Until the classifier has learnt from them."""
+    answer: Envelope | None = None
+    """The gradient of its last features."""
+
+    @property
+    def last(self) -> Envelope:
+        """What was said last of it."""
+        return self.answer or self.envelope
 
 
 class Attempt:
@@ -148,6 +173,7 @@ class Attempt:
         self._pending: dict[int, _Pending] = {}
         self._kept = OfflineQueue(offline, clock)
         self._works_offline = assignment.feedback == "none" and offline.batches > 0
+        self._to_classify: dict[int, LastFeatures] = {}
         self._to_learn: deque[tuple[Gradients, _Pending]] = deque()
         self._figures = Figures(meters, clock)
         self._overdue: set[int] = set()
@@ -196,6 +222,11 @@ class Attempt:
         return len(self._pending) < allowed and (bool(self._kept) or not self._made_all)
 
     @property
+    def can_classify(self) -> bool:
+        """Whether last features wait for the classifier."""
+        return bool(self._to_classify)
+
+    @property
     def can_learn(self) -> bool:
         """Whether an answer waits to be learnt from."""
         return bool(self._to_learn)
@@ -226,6 +257,42 @@ class Attempt:
             return self._send(made)
         self._keep(made)
         return []
+
+    def features(self, features: LastFeatures) -> None:
+        """Enter the last features of a batch; what is not waited for any more is dropped."""
+        if features.batch in self._pending:
+            self._to_classify[features.batch] = features
+
+    def classify(self) -> list[Envelope]:
+        """Let the classifier learn from the features that have waited longest; their gradient.
+
+        A batch's features are learnt from once, however often they come.
+        """
+        batch = next(iter(self._to_classify))
+        features, pending = self._to_classify.pop(batch), self._pending.get(batch)
+        if pending is None or pending.labels is None:
+            return []
+        assert self._assignment.classifier is not None
+        labels, pending.labels = pending.labels, None
+        try:
+            last = self._learner.decode(features.tensor, None)
+            gradient = self._learner.classify(batch, last, labels)
+            codec = parse_codec(self._assignment.classifier.gradient_codec)
+            tensor = self._learner.encode(codec, gradient, seed=batch)
+        except (FormatError, TrainingError, CodecError) as exc:
+            log.warning("the last features of batch %d are of no use: %s", batch, exc)
+            del self._pending[batch]
+            self._lose([batch], "not_finite")
+            if self._assignment.feedback == "gradient":
+                self._learn(batch, None)
+            return []
+        run, number, attempt = self.stamp
+        message = FeatureGradients(
+            run=run, round=number, attempt=attempt, batch=batch, tensor=tensor
+        )
+        pending.answer = up(self._device, message)
+        pending.due = self._clock() + self._assignment.gradient_timeout_s
+        return [pending.answer]
 
     def gradient(self, gradients: Gradients) -> None:
         """Enter a gradient; one that comes after its time-out is counted and dropped."""
@@ -285,7 +352,7 @@ class Attempt:
         """The coordinator cannot be reached: without feedback, what is out is kept to be sent."""
         if self._works_offline:
             for batch, pending in self._pending.items():
-                self._keep(Kept(batch, pending.envelope, pending.made))
+                self._keep(Kept(batch, pending.last, pending.made, pending.labels))
             self._pending.clear()
 
     def unanswered(self) -> list[Envelope]:
@@ -293,7 +360,7 @@ class Attempt:
         now = self._clock()
         for pending in self._pending.values():
             pending.due = now + self._assignment.gradient_timeout_s
-        return [pending.envelope for pending in self._pending.values()]
+        return [pending.last for pending in self._pending.values()]
 
     def report(self) -> Report:
         """The books of this attempt."""
@@ -339,20 +406,23 @@ class Attempt:
         self._encoder.spent("forward", self._clock() - started)
         if self._assignment.feedback == "none":
             self._learn(batch, None)
+        keeps = self._assignment.classifier is not None
         message = Activations(
             run=run,
             round=number,
             attempt=attempt,
             batch=batch,
             version=self.version,
-            labels=labels.tolist(),
+            labels=[] if keeps else labels.tolist(),
             tensor=encoded.data,
         )
-        return Kept(batch, up(self._device, message), self._clock())
+        return Kept(batch, up(self._device, message), self._clock(), labels if keeps else None)
 
     def _send(self, made: Kept) -> list[Envelope]:
         due = self._clock() + self._assignment.gradient_timeout_s
-        self._pending[made.batch] = _Pending(made.envelope, made.made, due, self._figures.learnt)
+        self._pending[made.batch] = _Pending(
+            made.envelope, made.made, due, self._figures.learnt, made.labels
+        )
         return [made.envelope]
 
     def _keep(self, made: Kept) -> None:

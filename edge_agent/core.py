@@ -27,6 +27,7 @@ from broker.messages import (
     Coordinator,
     Gradients,
     Hello,
+    LastFeatures,
     Manifest,
     Measurement,
     Parameters,
@@ -167,8 +168,8 @@ class AgentCore:
                 known, self._round = self._round == message, message
                 # What it asks because of this one it says again by itself: no more is due to that.
                 return [] if known and self._question.open else self._advance()
-            case Gradients() if self.attempt is not None and message.stamp == self.attempt.stamp:
-                self.attempt.gradient(message)
+            case Gradients() | LastFeatures():
+                self._of_batch(message)
             case Receipt():
                 return self._receipt(message)
             case Parameters():
@@ -250,7 +251,12 @@ class AgentCore:
         attempt = self.attempt
         if attempt is None or self.phase is not Phase.TRAINING:
             return False
-        return attempt.complete or attempt.can_learn or attempt.can_produce(online=self._online)
+        return (
+            attempt.complete
+            or attempt.can_classify
+            or attempt.can_learn
+            or attempt.can_produce(online=self._online)
+        )
 
     def work(self) -> list[Effect]:
         """One unit of computing: a gradient, a new batch, the upload, or test images."""
@@ -264,6 +270,8 @@ class AgentCore:
         if attempt.complete:
             self._become(Phase.FINISHING)
             return self._ask(place.upload())
+        if attempt.can_classify:  # others may wait for the step that its gradient makes
+            return list[Effect](attempt.classify())
         if attempt.can_produce(online=self._online):
             return list[Effect](attempt.produce(online=self._online))
         if attempt.can_learn:
@@ -361,6 +369,15 @@ class AgentCore:
         self.problem = str(reason)
         self._become(Phase.FINISHED)
         return [self._status()]
+
+    def _of_batch(self, message: Gradients | LastFeatures) -> None:
+        attempt = self.attempt
+        if attempt is None or message.stamp != attempt.stamp:
+            return
+        if isinstance(message, LastFeatures):
+            attempt.features(message)
+        else:
+            attempt.gradient(message)
 
     def _coordinator(self, message: Coordinator) -> list[Effect]:
         was_online, self._coordinator_online = self._coordinator_online, message.state == "online"

@@ -42,6 +42,12 @@ class TorchPredictor:
             logits = self._half.exit(features, self._cut)
         return features.cpu(), softmax(logits.float().cpu().numpy())
 
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """The whole network's probabilities (float64, N×K) for last features (float32, N×…)."""
+        with torch.inference_mode(), self._compute.arithmetic():
+            logits = self._half.classify(self._compute.tensor(features))
+        return softmax(logits.float().cpu().numpy())
+
 
 class TorchLearner:
     """A :class:`DeviceTrainer` and the start of the round to which it can return."""
@@ -94,6 +100,10 @@ class TorchLearner:
     ) -> Outcome:
         """See :meth:`DeviceTrainer.backward`."""
         return self._trainer.backward(batch, gradient, teacher)
+
+    def classify(self, batch: int, features: Tensor, labels: np.ndarray | Tensor) -> Tensor:
+        """See :meth:`DeviceTrainer.classify`."""
+        return self._trainer.classify(batch, features, labels)
 
     @property
     def encode(self) -> Encode:
@@ -148,7 +158,7 @@ class LearnerFactory:
         _compute_with(self._threads)
         spec = self._spec(assignment)
         assert assignment.cut is not None
-        cut = assignment.cut
+        cut, classifier = assignment.cut, assignment.classifier is not None
         shape = (assignment.batch_size, spec.channels, spec.size, spec.size)
         self.compute = choose_compute(
             lambda: build_network(spec).device_half(cut),
@@ -157,7 +167,7 @@ class LearnerFactory:
             precision=self._precision,
             memory_format=self._memory_format,
         )
-        half = build_network(spec, seed=assignment.seed).device_half(cut)
+        half = build_network(spec, seed=assignment.seed).device_half(cut, classifier=classifier)
         if assignment.noise is not None and mixes_images(half):
             raise AssignmentError(
                 "BatchNorm lets every image of a batch into the features of all others, so noise "
@@ -193,7 +203,8 @@ class LearnerFactory:
             precision="fp32" if self._precision == "auto" else self._precision,
             memory_format=("contiguous" if self._memory_format == "auto" else self._memory_format),
         )
-        half = build_network(spec).device_half(assignment.cut)
+        classifier = assignment.classifier is not None
+        half = build_network(spec).device_half(assignment.cut, classifier=classifier)
         write_state(half, state)
         compute.place(half)
         return TorchPredictor(half, compute)

@@ -40,6 +40,10 @@ class OnnxPredictor:
         features, logits = self._half.run(images)
         return features, softmax(logits)
 
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """Never asked: it keeps no classifier."""
+        raise NotImplementedError
+
 
 class FrozenLearner:
     """Computes features and what its exit makes of them; nothing changes but by :meth:`load`."""
@@ -98,6 +102,10 @@ class FrozenLearner:
             raise TrainingError(f"the exit's loss of batch {batch} is {outcome.loss}")
         return outcome
 
+    def classify(self, batch: int, features: Any, labels: Any) -> Any:
+        """Never asked: it keeps no classifier."""
+        raise NotImplementedError
+
     @property
     def encode(self) -> Encode:
         """See :meth:`tensors.codecs.Codec.encode`."""
@@ -150,7 +158,15 @@ class LiteFactory:
             log.warning("after a restart this device has to fetch its program again: %s", exc)
 
     def build(self, assignment: Assignment) -> FrozenLearner:
-        """The learner for an assignment whose program is here."""
+        """The learner for an assignment whose program is here.
+
+        Raises :class:`AssignmentError` for one that wants the classifier trained here.
+        """
+        if assignment.classifier is not None:
+            raise AssignmentError(
+                "labels = device at the coordinator: a device that does not train cannot keep the "
+                "classifier; give this one engine = torch"
+            )
         return FrozenLearner(self._need(assignment), threads=self._threads)
 
     def predictor(self, assignment: Assignment, state: State) -> OnnxPredictor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from broker.envelopes import Envelope
 
@@ -21,11 +22,15 @@ class OfflineLimits:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A batch that waits to be sent, and when it was made, on the clock."""
+    """A batch that waits to be sent, and when it was made, on the clock.
+
+    ``labels`` (N,) are its own where the device keeps those, until they were needed.
+    """
 
     batch: int
     envelope: Envelope
     made: float
+    labels: Any = None
 
 
 class OfflineQueue:

@@ -19,6 +19,9 @@ from tensors.decoding import decode
 from tensors.errors import CodecError, TensorsError
 from tensors.format import Limits
 
+Classify = Callable[[NDArray[np.float32]], NDArray[Any]]
+"""Last features (N, …) → probabilities (N, K)."""
+
 LONGEST_MS = 600_000
 """The protocol's bound of a deadline."""
 
@@ -48,6 +51,7 @@ class _Sent:
     at: float
     due: float
     images: list[Asked]
+    classify: Classify | None
 
 
 class Offloads:
@@ -82,11 +86,14 @@ class Offloads:
         images: list[Asked],
         admit: Callable[[list[Asked]], NDArray[np.bool_]],
         encode: Callable[[list[Asked]], Any],
+        *,
+        classify: Classify | None = None,
     ) -> Features | None:
         """The message that asks about these images, or about those that may leave the device.
 
         ``admit`` says which of some may, (N,), and books that they do; ``encode`` makes the encoded
-        features of some. None if nothing is sent. What is offloaded and not asked about is settled.
+        features of some. With ``classify`` last features come back, for that to answer. None if
+        nothing is sent. What is offloaded and not asked about is settled.
         """
         if len(self._out) >= self._most:
             self._hold(images, "busy")
@@ -113,7 +120,7 @@ class Offloads:
                 image.due = now + self._policy.policy.timeout_s
         due = max(image.due for image in images)
         number, self._next = self._next, self._next + 1
-        self._out[number] = _Sent(version, now, due, images)
+        self._out[number] = _Sent(version, now, due, images, classify)
         self._policy.sent(len(encoded) + MESSAGE_BYTES)
         counts = self._counts
         counts.seconds["encode"].observe(now - began)
@@ -231,8 +238,11 @@ def _read(prediction: Prediction, sent: _Sent) -> NDArray[np.float32] | str:
         return REFUSED + "version"
     shape = len(sent.images), sent.images[0].ticket.probabilities.shape[1]
     try:
-        found = decode(prediction.tensor, limits=Limits(max_elements=shape[0] * shape[1]))
-    except TensorsError:
+        if sent.classify is None:
+            found = decode(prediction.tensor, limits=Limits(max_elements=shape[0] * shape[1]))
+        else:
+            found = sent.classify(decode(prediction.tensor).astype(np.float32, copy=False))
+    except (TensorsError, RuntimeError, ValueError, IndexError):
         return REFUSED + "nonsense"
     return found.astype(np.float32) if _are_probabilities(found, shape) else REFUSED + "nonsense"
 

@@ -35,6 +35,7 @@ class InferenceRun:
         cpu_clock: Callable[[], float] | None = None,
         pending: int = 4,
         release: Release | None = None,
+        classifies: bool = False,
     ) -> None:
         self._batches = batches
         self._threshold = policy.threshold
@@ -51,7 +52,9 @@ class InferenceRun:
             ),
             cpu_clock=cpu_clock,
         )
-        self._answers.use(run, version, predictor, policy, codec, release=release)
+        self._answers.use(
+            run, version, predictor, policy, codec, release=release, classifies=classifies
+        )
 
     @property
     def has_work(self) -> bool:

@@ -336,6 +336,7 @@ class ServingMachine:
             shape=(network.channels, network.size, network.size),
             message_images=served.assignment.batch_size,
             release=self._privacy.release(served.assignment),
+            classifies=served.assignment.classifier is not None,
         )
         self._served = served
         if self._save_at is None:

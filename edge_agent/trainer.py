@@ -25,6 +25,7 @@ from tensors.privacy_torch import clip_rows
 from tensors.slots import Slots
 from tensors.training import (
     Compute,
+    laid_out_like,
     make_optimizer,
     read_momentum,
     set_learning_rate,
@@ -39,6 +40,8 @@ class _InFlight:
     logits: Tensor
     loss: Tensor
     outcome: Outcome
+    teacher: Tensor | None = None
+    """The whole network's logits, where its classifier is here."""
 
 
 class DeviceTrainer:
@@ -120,13 +123,48 @@ class DeviceTrainer:
         detached: Tensor = features.detach()
         return detached
 
+    def classify(self, batch: int, features: Tensor, labels: np.ndarray | Tensor) -> Tensor:
+        """One step of the classifier on the last features of ``batch``; their gradient.
+
+        ``features`` (float, N×…) are what the coordinator made of the batch's, ``labels`` (N,) its
+        own. Both derivatives, of the mean cross entropy, are taken at the classifier of now.
+
+        Raises:
+            TrainingError: the classifier does not take the features, or the loss or a derivative is
+                not finite; then the step is left out.
+        """
+        assert self._half.classifier is not None
+        own = list(self._half.blocks[self._half.classifier].parameters())
+        targets = torch.as_tensor(labels).to(self._compute.device)
+        leaf = self._compute.tensor(features).float().detach().requires_grad_()
+        try:
+            with self._compute.arithmetic():
+                logits = self._half.classify(leaf)
+            loss = cross_entropy(logits.float(), targets, self._log_prior)
+        except (RuntimeError, ValueError) as exc:
+            raise TrainingError(
+                f"the last features of batch {batch} cannot be used: {exc}"
+            ) from exc
+        gradient, *steps = torch.autograd.grad(loss, [leaf, *own])
+        total = torch.stack([loss.detach(), *(each.sum() for each in (gradient, *steps))]).sum()
+        if not math.isfinite(total.item()):
+            raise TrainingError(f"the loss of batch {batch} or its gradient is not finite")
+        for parameter, step in zip(own, steps, strict=True):
+            parameter.grad = laid_out_like(parameter, step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if batch in self._in_flight:
+            self._in_flight[batch].teacher = logits.detach()
+        return gradient
+
     def backward(
         self, batch: int, gradient: Tensor | None, teacher: Tensor | None = None
     ) -> Outcome:
         """One optimizer step for ``batch``.
 
         Its exit's loss and, if given, the coordinator's ``gradient`` at the features (any float
-        dtype, the features' shape) and the whole network's logits ``teacher`` (N, K) are followed.
+        dtype, the features' shape) and the whole network's logits ``teacher`` (N, K), or those that
+        :meth:`classify` found, are followed.
 
         Raises:
             TrainingError: the exit's loss or what the coordinator sent is not finite, or a shape is
@@ -155,6 +193,8 @@ class DeviceTrainer:
             weights.append(torch.empty_like(flight.features).copy_(gradient))
             if self._feedback_weight != 1:
                 weights[-1].mul_(self._feedback_weight)
+        if teacher is None and gradient is not None:
+            teacher = flight.teacher
         if teacher is not None and self._distill_weight:
             outputs.append(self._distance(batch, flight.logits, teacher))
             weights.append(torch.tensor(self._distill_weight, device=outputs[-1].device))
@@ -209,13 +249,6 @@ class DeviceTrainer:
             outputs, parameters, weights, allow_unused=True
         )
         for own, gradient in zip(self._slots.parameters, gradients, strict=True):
-            own.grad = None if gradient is None else _laid_out_like(own, gradient)
+            own.grad = None if gradient is None else laid_out_like(own, gradient)
         self._optimizer.step()
         self._optimizer.zero_grad()
-
-
-def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the parameter's strides: the fused optimizer takes them to be the same."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)

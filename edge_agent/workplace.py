@@ -232,6 +232,7 @@ class Workplace:
             clock=self._clock,
             cpu_clock=self._cpu_clock,
             release=self._release,
+            classifies=assignment.classifier is not None,
         )
 
     def meter(self, meters: Meters) -> None:

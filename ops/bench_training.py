@@ -181,7 +181,7 @@ class _Stopwatch(Observer):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+    def batch_applied(self, cut: int, images: int, loss: float | None, seconds: float) -> None:
         del cut, images, loss, seconds
         self.times.append(time.perf_counter())
 

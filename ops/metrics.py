@@ -57,6 +57,7 @@ DISCARDED = (
     "outlier_loss",
     "quarantined",
     "stale_attempt",
+    "unanswered",
     "wrong_shape",
     "wrong_version",
 )
@@ -299,10 +300,12 @@ class Metrics(AnswerMetrics, IdentityMetrics, Collector):
 
     # -- observed ---------------------------------------------------------------------------------
 
-    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+    def batch_applied(self, cut: int, images: int, loss: float | None, seconds: float) -> None:
         self._samples.labels(cut).inc(images)
         self._batches.labels(cut).inc()
         self._step.labels(cut).observe(seconds)
+        if loss is None:
+            return
         of_round, total, count = self._losses.get(cut, (self._now, 0.0, 0))
         if of_round != self._now:
             total, count = 0.0, 0

@@ -127,16 +127,18 @@ class Bars(Silence):
             visible=True,
         )
 
-    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+    def batch_applied(self, cut: int, images: int, loss: float | None, seconds: float) -> None:
         self._samples += images
-        smooth = self._losses.get(cut, loss)
-        self._losses[cut] = SMOOTHING * smooth + (1 - SMOOTHING) * loss
+        if loss is not None:
+            smooth = self._losses.get(cut, loss)
+            self._losses[cut] = SMOOTHING * smooth + (1 - SMOOTHING) * loss
         elapsed = max(1e-9, self._clock() - self._opened)
         losses = " ".join(f"{c}:{value:.2f}" for c, value in sorted(self._losses.items()))
+        by_cut = f", loss by cut {losses}" if losses else ""
         self._progress.update(
             self._batches,
             advance=1,
-            note=f"{self._samples / elapsed:,.0f} samples/s, loss by cut {losses}",
+            note=f"{self._samples / elapsed:,.0f} samples/s{by_cut}",
         )
 
     def round_ended(self, number: int, outcome: str, record: dict[str, object]) -> None:

@@ -173,13 +173,24 @@ class CutNetwork(nn.Module):
     """A run of consecutive blocks and the exit heads that belong to it.
 
     ``blocks`` maps block index → module (consecutive), ``heads`` maps cut → exit head.
+    ``classifier`` is the whole network's last block with its index, where a device keeps that
+    besides its run; :meth:`forward` does not go through it.
     """
 
-    def __init__(self, blocks: Mapping[int, nn.Module], heads: Mapping[int, nn.Module]) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[int, nn.Module],
+        heads: Mapping[int, nn.Module],
+        *,
+        classifier: tuple[int, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.start, self.stop = min(blocks), max(blocks) + 1
         assert sorted(blocks) == list(range(self.start, self.stop))
         self.blocks = nn.ModuleDict({str(i): blocks[i] for i in sorted(blocks)})
+        self.classifier = None if classifier is None else str(classifier[0])
+        if classifier is not None:
+            self.blocks[str(classifier[0])] = classifier[1]
         self.heads = nn.ModuleDict({str(cut): heads[cut] for cut in sorted(heads)})
 
     @property
@@ -204,22 +215,43 @@ class CutNetwork(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return cast(Tensor, self.heads[str(cut)](features.float()))
 
-    def require_cut(self, cut: int) -> None:
-        """Raise :class:`NetworkError` unless ``cut`` is legal in this whole network."""
-        if cut not in self.cuts:
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of the classifier kept here, for the features before it; in float32."""
+        assert self.classifier is not None
+        with torch.autocast(features.device.type, enabled=False):
+            return cast(Tensor, self.blocks[self.classifier](features.float()))
+
+    def require_cut(self, cut: int, *, classifier: bool = False) -> None:
+        """Raise :class:`NetworkError` unless ``cut`` is legal in this whole network.
+
+        ``classifier``: the device keeps the last block, and the server must have one before it.
+        """
+        last = self.cuts.stop - 1 - classifier
+        if not self.cuts.start <= cut <= last:
             raise NetworkError(
-                f"cut layer {cut}: this network has cuts {self.cuts.start} to {self.cuts.stop - 1}"
+                f"cut layer {cut}: this network has cuts {self.cuts.start} to {last}"
             )
 
-    def device_half(self, cut: int) -> CutNetwork:
-        """Blocks before ``cut`` and the exit head there; modules are shared, not copied."""
-        self.require_cut(cut)
-        return CutNetwork(self._range(0, cut), {cut: self.heads[str(cut)]})
+    def device_half(self, cut: int, *, classifier: bool = False) -> CutNetwork:
+        """Blocks before ``cut`` and the exit head there; modules are shared, not copied.
 
-    def server_half(self, cut: int) -> CutNetwork:
-        """Blocks from ``cut`` on; modules are shared, not copied."""
-        self.require_cut(cut)
-        return CutNetwork(self._range(cut, self.stop), {})
+        With ``classifier`` also the last block.
+        """
+        self.require_cut(cut, classifier=classifier)
+        last = self.stop - 1
+        return CutNetwork(
+            self._range(0, cut),
+            {cut: self.heads[str(cut)]},
+            classifier=(last, self.blocks[str(last)]) if classifier else None,
+        )
+
+    def server_half(self, cut: int, *, classifier: bool = True) -> CutNetwork:
+        """Blocks from ``cut`` on; modules are shared, not copied.
+
+        Without ``classifier`` all but the last.
+        """
+        self.require_cut(cut, classifier=not classifier)
+        return CutNetwork(self._range(cut, self.stop - (not classifier)), {})
 
     def _range(self, start: int, stop: int) -> dict[int, nn.Module]:
         return {i: self.blocks[str(i)] for i in range(start, stop)}

@@ -137,6 +137,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the parameter's strides: the fused optimizer takes them to be the same."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def read_momentum(module: nn.Module, optimizer: torch.optim.SGD) -> State:
     """Momentum buffers by parameter name, as numpy copies; those not there yet are left out."""
     return {

@@ -58,6 +58,8 @@ class FakeLearner:
         self.counts: Array | None = None
         self.taught: list[Array | None] = []
         """The whole network's logits, of each batch learnt from."""
+        self.classified: list[tuple[int, list[int]]] = []
+        """(batch, its labels) of last features."""
         self.in_flight: set[int] = set()
         self.poisoned: set[int] = set()
         """Batches whose features are not finite."""
@@ -99,6 +101,12 @@ class FakeLearner:
         self.weight = self.weight + 1
         return Outcome(loss=0.5, correct=3, images=8)
 
+    def classify(self, batch: int, features: Any, labels: Any) -> Array:
+        if not bool(np.isfinite(np.asarray(features)).all()):
+            raise TrainingError("not finite")
+        self.classified.append((batch, list(labels)))
+        return np.asarray(features) / 2
+
     @property
     def encode(self) -> Encode:
         return Codec.encode
@@ -117,7 +125,13 @@ class FakeLearner:
 
 
 class FakePredictor:
-    """Takes the first pixel for the answer, and the second for how sure it is of it."""
+    """Takes the first pixel for the answer, and the second for how sure it is of it.
+
+    Its classifier takes last features for probabilities.
+    """
+
+    def classify(self, features: Array) -> Array:
+        return features
 
     def predict(self, images: Array) -> tuple[Array, Array]:
         answers, sure = images[:, 0, 0, 0].astype(int), images[:, 0, 0, 1]

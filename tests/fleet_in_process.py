@@ -50,8 +50,8 @@ class Watcher(Observer):
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
 
-    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
-        self.losses.append(loss)
+    def batch_applied(self, cut: int, images: int, loss: float | None, seconds: float) -> None:
+        self.losses.append(float("nan") if loss is None else loss)
         self._loop.call_soon_threadsafe(self._changed.set)
 
     def batch_discarded(self, reason: str) -> None:

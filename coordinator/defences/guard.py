@@ -22,7 +22,15 @@ log = logging.getLogger("splitfleet.coordinator")
 LINK_BREACHES = frozenset({"corrupt", "invalid", "malformed", "oversized", "reassembly_full"})
 """Reasons of dropped messages that only their sender can be the cause of."""
 NO_BREACH = frozenset(
-    {"diverged", "late", "not_computable", "outlier_loss", "quarantined", "wrong_version"}
+    {
+        "diverged",
+        "late",
+        "not_computable",
+        "outlier_loss",
+        "quarantined",
+        "unanswered",
+        "wrong_version",
+    }
 )
 """Reasons of refused batches that may befall a device that does as it is told."""
 RATE_LIMITED, QUARANTINED = "rate_limited", "quarantined"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from coordinator.aggregation import Aggregation, Model
 from coordinator.engines import Engine, Entry, Outcome, Step
@@ -56,6 +57,9 @@ class _ChargedPredictor:
     def predict(self, images: np.ndarray) -> tuple[Any, np.ndarray]:
         self._meter.spend(self._seconds)
         return self._predictor.predict(images)
+
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        return self._predictor.classify(features)
 
 
 class ChargedLearner:
@@ -116,6 +120,10 @@ class ChargedLearner:
         self._meter.spend(self._backward_s)
         return self._learner.backward(batch, gradient, teacher)
 
+    def classify(self, batch: int, features: Any, labels: Any) -> Any:
+        """Free of charge."""
+        return self._learner.classify(batch, features, labels)
+
     @property
     def encode(self) -> Encode:
         """Free of charge."""
@@ -163,6 +171,21 @@ class ChargedEngine:
         for batch in batches:
             self._meter.spend(self._cost.batch_s(batch.cut, self._blocks))
         return self._engine.step_together(batches, want_gradients=want_gradients)
+
+    def forward(
+        self, device: str, number: int, cut: int, features: Tensor, *, want_gradient: bool
+    ) -> Tensor:
+        """Takes a step: the whole of it."""
+        self._meter.spend(self._cost.batch_s(cut, self._blocks))
+        return self._engine.forward(device, number, cut, features, want_gradient=want_gradient)
+
+    def backward(self, device: str, number: int, gradient: Tensor, *, images: int) -> Tensor | None:
+        """Free of charge."""
+        return self._engine.backward(device, number, gradient, images=images)
+
+    def forget(self, device: str, number: int) -> None:
+        """Free of charge."""
+        self._engine.forget(device, number)
 
     def finish(self, device: str) -> tuple[State, State]:
         """Free of charge."""

@@ -136,6 +136,10 @@ class StubPredictor:
         sure = np.where(images[:, 0, 0, 0] > 0, 1.0, 0.5)
         return np.ones((len(images), *FEATURES), np.float32), np.stack([sure, 1 - sure], axis=1)
 
+    def classify(self, features: Array) -> Array:
+        """Never asked: the stub's labels are the server's."""
+        raise NotImplementedError
+
 
 class StubLearner:
     """A device's half: every batch adds one to all its weights and to its counter.
@@ -195,6 +199,10 @@ class StubLearner:
         for name, value in self._state.items():
             self._state[name] = value + value.dtype.type(1)
         return Outcome(1.0, 0, images)
+
+    def classify(self, batch: int, features: Any, labels: Any) -> Any:
+        """Never asked: the stub's labels are the server's."""
+        raise NotImplementedError
 
     @property
     def encode(self) -> Encode:

@@ -98,6 +98,22 @@ class _Counting:
                 outcomes.append(exc)
         return outcomes
 
+    def forward(
+        self, device: str, number: int, cut: int, features: torch.Tensor, *, want_gradient: bool
+    ) -> torch.Tensor:
+        """Never asked: the stub's labels are the server's."""
+        raise NotImplementedError
+
+    def backward(
+        self, device: str, number: int, gradient: torch.Tensor, *, images: int
+    ) -> torch.Tensor | None:
+        """Never asked: the stub's labels are the server's."""
+        raise NotImplementedError
+
+    def forget(self, device: str, number: int) -> None:
+        """Never asked: the stub's labels are the server's."""
+        raise NotImplementedError
+
     def count(self, device: str, cut: int, samples: int) -> None:
         """Enter a batch in the books."""
         raise NotImplementedError

@@ -74,9 +74,8 @@ def sent(answers: torch.Tensor, **encoder: Any) -> tuple[Gradients, Activations]
     gradient = 0.01 * torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     step = Step(1.0, 2, 8, gradient, answers)
     options = {"masked": False} | encoder
-    message = replies.gradients(
-        STAMP, "a", activations, step, GradientEncoder(parse_codec("int8+zstd"), **options)
-    ).message
+    encoder_ = GradientEncoder(parse_codec("int8+zstd"), **options)
+    message = replies.gradients(STAMP, "a", activations, gradient, encoder_, step).message
     assert isinstance(message, Gradients)
     return message, activations
 

@@ -52,7 +52,7 @@ class Counting(Observer):
     def late_work(self, outcome: str, samples: int) -> None:
         self.late.append((outcome, samples))
 
-    def batch_applied(self, cut: int, images: int, loss: float, seconds: float) -> None:
+    def batch_applied(self, cut: int, images: int, loss: float | None, seconds: float) -> None:
         self.applied += 1
 
     def batch_discarded(self, reason: str) -> None:

@@ -75,10 +75,13 @@ def assert_books_balance(history: list[dict[str, Any]], watcher: Watcher, *, cal
 
 @pytest.mark.parametrize("strategy", ["averaging", "sequential"])
 @pytest.mark.parametrize("feedback", ["gradient", "none"])
+@pytest.mark.parametrize("labels", ["server", "device"])
 async def test_a_run_from_the_first_hello_to_the_result(
-    tmp_path: Path, strategy: str, feedback: str
+    tmp_path: Path, strategy: str, feedback: str, labels: str
 ) -> None:
-    fleet = make_fleet(tmp_path, MemoryBroker(), strategy=strategy, feedback=feedback)
+    fleet = make_fleet(
+        tmp_path, MemoryBroker(), strategy=strategy, feedback=feedback, labels=labels
+    )
     fleet.start()
     result = await fleet.finish()
 
@@ -105,6 +108,7 @@ async def test_a_run_from_the_first_hello_to_the_result(
         assert traffic[f"up/activation/{name}"] > 0
         assert traffic[f"up/parameter/{name}"] > 0
         assert (f"down/gradient/{name}" in traffic) is (feedback == "gradient")
+        assert (f"up/gradient/{name}" in traffic) is (labels == "device")
     checkpoint = fleet.checkpoint()
     assert checkpoint.trained_cuts == sorted(DEVICES.values())
     assert all(np.isfinite(values).all() for values in checkpoint.model.state.values())

@@ -17,10 +17,13 @@ from broker.messages import (
     Coordinator,
     CutPolicy,
     DeviceParameters,
+    FeatureGradients,
     Features,
     Gradients,
     Hello,
     Inference,
+    KeptClassifier,
+    LastFeatures,
     Manifest,
     Measurement,
     Network,
@@ -168,10 +171,12 @@ def _up() -> list[tuple[str, Envelope]]:
             ),
             ("online", Status(state="online", connection="9f8e7d6c5b4a3921", phase="training")),
             ("last will", Status(state="offline", connection="9f8e7d6c5b4a3921")),
+            ("a batch without labels", Activations(**STAMP, batch=0, version=5, tensor=tensor)),
             (
                 "a batch of two",
                 Activations(**STAMP, batch=300, version=5, labels=[7, 2**31], tensor=tensor),
             ),
+            ("of last features", FeatureGradients(**STAMP, batch=300, tensor=tensor)),
             ("a pack", DeviceParameters(**STAMP, version=5, produced=300, state=PACK)),
             ("a delta", DeviceParameters(**STAMP, version=5, produced=9, base=5, state=PACK)),
             ("nothing usable", DeviceParameters(**STAMP, version=5, produced=0, state=b"")),
@@ -221,6 +226,7 @@ def _down() -> list[tuple[str, Envelope]]:
     gradient = parse_codec("int4").encode(FEATURES / 8 - 0.125, keep=FEATURES != 0)
     answer = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]], np.float32)
     tensor = parse_codec("fp32").encode(answer)
+    features = parse_codec("int4").encode(FEATURES)
     logits = parse_codec("fp16").encode(8 * answer - 2)
     return [
         (what, down("cam-1", message))
@@ -240,6 +246,12 @@ def _down() -> list[tuple[str, Envelope]]:
                 Assignment(**assignment, cut=3, noise=Noise(clip_norm=30.0, noise_std=1.5)),
             ),
             (
+                "with the classifier",
+                Assignment(
+                    **assignment, cut=3, classifier=KeptClassifier(gradient_codec="int6+zstd")
+                ),
+            ),
+            (
                 "with exits that are taught",
                 Assignment(
                     **assignment,
@@ -249,10 +261,12 @@ def _down() -> list[tuple[str, Envelope]]:
                     label_skew="calibrated",
                 ),
             ),
+            ("of a batch", LastFeatures(**STAMP, batch=300, tensor=features)),
             (
                 "masked",
                 Gradients(**STAMP, batch=300, loss=1.5, correct=1, tensor=gradient),
             ),
+            ("without a loss", Gradients(**STAMP, batch=302, tensor=gradient)),
             (
                 "with the network's answers",
                 Gradients(**STAMP, batch=301, loss=1.5, correct=1, logits=logits, tensor=gradient),
@@ -285,6 +299,7 @@ def _down() -> list[tuple[str, Envelope]]:
                 "answered, with its times",
                 Prediction(request=14, version=5, tensor=tensor, queue_ms=1.5, forward_ms=12.25),
             ),
+            ("answered with last features", Prediction(request=15, version=5, tensor=features)),
             ("refused", Prediction(request=13, version=6, refused="version")),
             ("a pack", Parameters(run=RUN, version=5, cut=3, state=PACK)),
             ("a delta", Parameters(run=RUN, version=5, cut=3, base=4, state=PACK)),

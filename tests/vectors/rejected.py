@@ -248,7 +248,6 @@ def _messages() -> list[dict[str, Any]]:
         ("batch above 2^53", "up/activations", {"batch": 2**53 + 1}),
         ("batch a float", "up/activations", {"batch": 1.0}),
         ("batch a bool", "up/activations", {"batch": True}),
-        ("no labels", "up/activations", {"labels": []}),
         ("4097 labels", "up/activations", {"labels": [0] * 4097}),
         ("label negative", "up/activations", {"labels": [-1]}),
         ("tensor a text", "up/activations", {"tensor": "text"}),
@@ -300,7 +299,7 @@ def _messages() -> list[dict[str, Any]]:
         *(
             _entry("message", f"on {topic}", changed("up/status"), "unexpected_topic", topic=topic)
             for topic in (
-                "splitfleet/fleet-1/device/cam-1/down/features",
+                "splitfleet/fleet-1/device/cam-1/down/hello",
                 "splitfleet/fleet-1/device/coordinator/up/status",
                 "splitfleet/fleet-1/device/cam-1/up",
                 "splitfleet/fleet-1/cut/03/manifest",
