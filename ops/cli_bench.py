@@ -323,6 +323,29 @@ def bench_inference_link(
         print(json.dumps(rows, indent=1))
 
 
+@bench.command("labels")
+def bench_labels(
+    *,
+    codecs: Annotated[
+        str, typer.Option(help="of gradients; default is that of the settings")
+    ] = "default,int2+zstd,fp32",
+    rounds: Annotated[int, typer.Option(help="before the one that is attacked", min=1)] = 5,
+    batches: Annotated[int, typer.Option(help="of a device in a round", min=1)] = 12,
+    width: Annotated[int, typer.Option(help="channels of the first stage")] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+    append: Annotated[Path | None, typer.Option(help="append dated rows to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Infer the labels that devices keep (labels = device) from the gradients that they send."""
+    from ops.bench_labels import Scale, run_bench
+
+    rows = run_bench(
+        codecs.split(","), Scale(rounds, batches, width, seed), append=append, quiet=as_json
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+
+
 @bench.command("attacks")
 def bench_attacks(
     *,

@@ -20,6 +20,7 @@ from tests.tiny import assert_same, make_device_data
 DEVICES = {"a": 2, "b": 3, "c": 5}
 QUOTA = 4
 ROUNDS = 2
+LABELS = pytest.mark.parametrize("labels", ["server", "device"])
 
 
 def make_fleet(folder: Path, broker: MemoryBroker, **settings: Any) -> Fleet:
@@ -75,7 +76,7 @@ def assert_books_balance(history: list[dict[str, Any]], watcher: Watcher, *, cal
 
 @pytest.mark.parametrize("strategy", ["averaging", "sequential"])
 @pytest.mark.parametrize("feedback", ["gradient", "none"])
-@pytest.mark.parametrize("labels", ["server", "device"])
+@LABELS
 async def test_a_run_from_the_first_hello_to_the_result(
     tmp_path: Path, strategy: str, feedback: str, labels: str
 ) -> None:
@@ -186,9 +187,12 @@ async def test_activations_and_gradients_keep_to_their_bytes_per_sample(tmp_path
         assert 1 < device["activation_bits"] < 8 * budget / values
 
 
-async def test_a_restarted_coordinator_goes_on_with_a_raised_attempt(tmp_path: Path) -> None:
+@LABELS
+async def test_a_restarted_coordinator_goes_on_with_a_raised_attempt(
+    tmp_path: Path, labels: str
+) -> None:
     broker = MemoryBroker()
-    fleet = make_fleet(tmp_path, broker, batches_per_round=QUOTA)
+    fleet = make_fleet(tmp_path, broker, labels=labels, batches_per_round=QUOTA)
     fleet.start()
     await fleet.watcher.applied(len(DEVICES) * QUOTA + 2)
     await fleet.kill("coordinator")
@@ -206,9 +210,12 @@ async def test_a_restarted_coordinator_goes_on_with_a_raised_attempt(tmp_path: P
         ), attempt
 
 
-async def test_a_device_cut_off_in_the_middle_of_a_round_comes_back(tmp_path: Path) -> None:
+@LABELS
+async def test_a_device_cut_off_in_the_middle_of_a_round_comes_back(
+    tmp_path: Path, labels: str
+) -> None:
     broker = MemoryBroker()
-    fleet = make_fleet(tmp_path, broker)
+    fleet = make_fleet(tmp_path, broker, labels=labels)
     fleet.start()
     for batches in (2, 6, 11, 15):
         await fleet.watcher.applied(batches)
@@ -218,9 +225,12 @@ async def test_a_device_cut_off_in_the_middle_of_a_round_comes_back(tmp_path: Pa
     assert len(fleet.watcher.losses) == ROUNDS * len(DEVICES) * QUOTA, "none twice, none lost"
 
 
-async def test_a_coordinator_cut_off_in_the_middle_of_a_round_comes_back(tmp_path: Path) -> None:
+@LABELS
+async def test_a_coordinator_cut_off_in_the_middle_of_a_round_comes_back(
+    tmp_path: Path, labels: str
+) -> None:
     broker = MemoryBroker()
-    fleet = make_fleet(tmp_path, broker)
+    fleet = make_fleet(tmp_path, broker, labels=labels)
     fleet.start()
     for batches in (3, 14):
         await fleet.watcher.applied(batches)
@@ -231,9 +241,12 @@ async def test_a_coordinator_cut_off_in_the_middle_of_a_round_comes_back(tmp_pat
     assert all(report.timeouts == 0 for report in fleet.watcher.reports.values())
 
 
-async def test_a_killed_device_goes_on_where_the_coordinator_saw_it_last(tmp_path: Path) -> None:
+@LABELS
+async def test_a_killed_device_goes_on_where_the_coordinator_saw_it_last(
+    tmp_path: Path, labels: str
+) -> None:
     broker = MemoryBroker()
-    fleet = make_fleet(tmp_path, broker)
+    fleet = make_fleet(tmp_path, broker, labels=labels)
     fleet.start()
     await fleet.watcher.applied(4)
     await fleet.kill("c")
@@ -243,9 +256,10 @@ async def test_a_killed_device_goes_on_where_the_coordinator_saw_it_last(tmp_pat
     assert len(fleet.watcher.losses) <= ROUNDS * len(DEVICES) * QUOTA
 
 
-async def test_a_broker_that_goes_away_and_comes_back(tmp_path: Path) -> None:
+@LABELS
+async def test_a_broker_that_goes_away_and_comes_back(tmp_path: Path, labels: str) -> None:
     broker = MemoryBroker()
-    fleet = make_fleet(tmp_path, broker)
+    fleet = make_fleet(tmp_path, broker, labels=labels)
     fleet.start()
     await fleet.watcher.applied(5)
     broker.stop()
