@@ -54,7 +54,9 @@ class Intake:
         """
         if message.version != version:
             raise BatchRefused("wrong_version")
-        images = len(message.labels) or self._unlabelled(message)
+        if bool(message.labels) is (self.classifier is not None):
+            raise BatchRefused("bad_labels")
+        images = len(message.labels) or self._images(message)
         if images > self._batch_size:
             raise BatchRefused("batch_too_large")
         if max(message.labels, default=0) >= self._classes:
@@ -68,10 +70,8 @@ class Intake:
         """
         return self._open(message.tensor, (images, *self._shapes[-1]))
 
-    def _unlabelled(self, message: Activations) -> int:
-        """Images of a batch without labels."""
-        if self.classifier is None:
-            raise BatchRefused("bad_labels")
+    def _images(self, message: Activations) -> int:
+        """Of a batch without labels."""
         try:
             shape = read_header(message.tensor).shape
         except FormatError as exc:

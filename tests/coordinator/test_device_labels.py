@@ -211,7 +211,11 @@ def test_a_bad_gradient_costs_its_batch(tensor: bytes, reason: str) -> None:
     assert desk.observer.applied == 0
 
 
-def test_a_batch_may_come_without_labels_only_where_devices_keep_them() -> None:
+def test_labels_come_where_the_coordinator_has_the_classifier_and_nowhere_else() -> None:
+    desk = Desk()
+    (receipt,) = desk.send(0, labels=[0] * 8)
+    assert isinstance(receipt, Receipt)
+    assert desk.account()["discarded"] == {"bad_labels": 1}
     intake = Intake(SHAPES, classes=CLASSES, batch_size=9, channels_last=False)
     message = make_activations(STAMP, 0, cut=2, version=VERSION, labels=[])
     with pytest.raises(BatchRefused, match="bad_labels"):
