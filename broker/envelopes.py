@@ -113,12 +113,10 @@ def decode_message(address: Address, data: Buffer) -> Message:
     """The validated message that arrived at ``address``; its blobs are views of ``data``.
 
     Raises:
-        MessageError: with reason ``unexpected_topic``, ``malformed`` (not MessagePack, not a map)
-            or ``invalid`` (a field missing, of the wrong type or out of bounds).
+        MessageError: with reason ``malformed`` (not MessagePack, not a map) or ``invalid`` (a field
+            missing, of the wrong type or out of bounds).
     """
-    model = KINDS.get(channel(address))
-    if model is None:
-        raise MessageError("unexpected_topic", f"nothing is expected on {address}")
+    model = KINDS[channel(address)]
     fields = unpack_map(data)
     try:
         return model.model_validate(fields)

@@ -213,15 +213,6 @@ async def test_topics_that_do_not_exist_are_counted(topic: str) -> None:
         assert server.observer.drops == [("unexpected_topic", None)]
 
 
-async def test_a_topic_of_the_tree_on_which_nothing_is_expected_yet() -> None:
-    broker = MemoryBroker()
-    async with coordinator(broker) as server, device(broker) as agent:
-        await server.transport.publish(TOPICS.down("d", "features"), single_frame(STATUS), qos=1)
-        await server.link.send(to_all(Coordinator(state="online", boot="b1")))
-        await agent.arrival()
-        assert [reason for reason, _ in agent.observer.drops] == ["unexpected_topic"]
-
-
 async def test_garbage_is_acknowledged_and_does_not_block_the_sender() -> None:
     broker = MemoryBroker()
     async with coordinator(broker) as server, device(broker) as agent:

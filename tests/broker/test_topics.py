@@ -97,7 +97,7 @@ def test_topics_are_those_of_the_protocol() -> None:
         "splitfleet/lab/cut/03/manifest",
         "splitfleet/lab/cut/-1/manifest",
         "splitfleet/lab/cut/٣/manifest",
-        "splitfleet/lab/device/d1/up/gradients",
+        "splitfleet/lab/device/d1/up/receipt",
         "splitfleet/lab/device/d1/down/activations",
         "splitfleet/lab/device/coordinator/up/status",
         "splitfleet/lab/device/a b/up/status",

@@ -178,21 +178,20 @@ def _check_message(message: Message, size: int) -> None:
 
 
 class Messages(Target):
-    reasons = frozenset(("unexpected_topic", "malformed", "invalid"))
+    reasons = frozenset(("malformed", "invalid"))
     memory = 1_000_000
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)
         self._contents = _Contents(rng)
         self._addresses = [TOPICS.parse(topic) for topic, _ in self._contents.seeds]
-        self._unexpected = Address("device", "features", device="d", direction="down")
 
     def once(self) -> str:
         rng = self.rng
         at = below(len(self._addresses), rng)
         address = self._addresses[at]
         if rng.random() < 0.03:
-            address = rng.choice((self._unexpected, rng.choice(self._addresses)))
+            address = rng.choice(self._addresses)
         self.input = self._contents.damaged(at)
         try:
             message = decode_message(address, self.input)
