@@ -24,6 +24,7 @@ from edge_agent.updates.bundle import (
     WheelFile,
 )
 from ops.errors import DiskTrouble, SettingsWrong
+from ops.files import check_output
 
 SIGNER_DAYS = 3 * 365
 
@@ -36,6 +37,7 @@ def make_bundle(
     It is signed with a key that is forgotten afterwards, certified by the fleet CA. Raises
     SettingsWrong for a folder that no device can install from, DiskTrouble.
     """
+    check_output(out)
     files = sorted(wheels.glob("*.whl"))
     ours = [file for file in files if file.name.startswith("splitfleet-")]
     if len(ours) != 1:

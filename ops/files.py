@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.atomic_files import make_folder, write_file
-from ops.errors import DiskTrouble
+from ops.errors import DiskTrouble, SettingsWrong
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -18,6 +18,15 @@ def write_whole(path: Path, text: str) -> None:
         write_file(path, text.encode())
     except OSError as exc:
         raise DiskTrouble(f"cannot write {path}: {exc.strerror}; choose another place") from exc
+
+
+def check_output(path: Path) -> None:
+    """Raise ``SettingsWrong`` if replacing ``path`` would replace a device or link of the system.
+
+    To write a file whole is to put a new one in its place: of ``/dev/stdout``, too.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise SettingsWrong(f"{path} is a link or no file: name a file to be made")
 
 
 def to_toml(sections: Mapping[str, Mapping[str, Any]]) -> str:

@@ -32,7 +32,7 @@ from coordinator.identity.keys import key_to_pem, new_key, to_pem
 from coordinator.identity.registration import Applicant, Lifetimes, Registration
 from coordinator.identity.roster import FILE, Roster
 from coordinator.identity.standing import Expiry
-from ops.files import to_toml
+from ops.files import check_output, to_toml
 from ops.identity_files import complete
 
 
@@ -118,6 +118,8 @@ class FleetFolder:
 
     def write_token(self, uses: int, days: float, out: Path | None = None) -> Path:
         """A new join token's file, its owner's alone; in ``tokens/`` under its name by default."""
+        if out is not None:
+            check_output(out)
         pem = self.token(uses, days)
         if out is None:
             claim = common_name(x509.load_pem_x509_certificates(pem)[1])

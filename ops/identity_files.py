@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import tarfile
 import tempfile
 from pathlib import Path
@@ -37,7 +38,7 @@ from coordinator.identity.keys import (
     to_pem,
 )
 from coordinator.identity.roster import FILE
-from ops.files import to_toml
+from ops.files import check_output, to_toml
 
 
 def complete(fleet: Fleet) -> None:
@@ -98,6 +99,7 @@ def save(fleet: Fleet, stream: BinaryIO) -> None:
 
 def save_to(fleet: Fleet, file: Path) -> None:
     """:func:`save` to a file, its owner's alone, that is there whole or not at all."""
+    check_output(file)
     new = file.with_name(f".{file.name}.new")
     with told(file):
         new.unlink(missing_ok=True)
@@ -130,7 +132,9 @@ def _is_ours(fleet: Fleet, server: Server) -> bool:
         raise IdentityError(f"cannot read {exc.filename}: {exc.strerror}") from exc
     certificate = certificate_from_pem(pem, str(fleet.server_file(server)))
     key = key_from_pem(key_pem, None, str(_key_file(fleet, server)))
-    if server == "broker" and _hosts(certificate) != set(fleet.settings.broker_names):
+    if server == "broker" and _hosts(certificate) != {
+        _plain(name) for name in fleet.settings.broker_names
+    }:
         return False
     ca = fleet.authority.ca("fleet")
     return certified_key(certificate) == key.public_key() and signed_by(certificate, ca)
@@ -140,6 +144,14 @@ def _hosts(certificate: x509.Certificate) -> set[str]:
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     addresses = names.get_values_for_type(x509.IPAddress)
     return {*names.get_values_for_type(x509.DNSName), *map(str, addresses)}
+
+
+def _plain(host: str) -> str:
+    """A name as certificates have it: addresses in the one form there is for each."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
 
 
 def _key_file(fleet: Fleet, server: Server) -> Path:

@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from cryptography import x509
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from broker.config import load_settings
 from broker.fields import Name
@@ -88,6 +88,13 @@ class FleetSettings(Lifetimes):
     set."""
     broker_dir: Path = Path("broker")
     """Where certificates and lists for the broker are written; below the fleet's folder."""
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        ports = [self.port, self.claims_port, self.loopback_port]
+        if len(set(ports)) != len(ports):
+            raise ValueError("port, claims_port and loopback_port must be different")
+        return self
 
     @property
     def broker_url(self) -> str:

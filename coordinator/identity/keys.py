@@ -12,6 +12,8 @@ from coordinator.errors import IdentityError
 
 Key = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
+LONGEST_PASSPHRASE = 1023
+"""Bytes; OpenSSL takes no more."""
 
 
 def new_key() -> Key:
@@ -20,9 +22,11 @@ def new_key() -> Key:
 
 
 def key_to_pem(key: Key, passphrase: str | None = None) -> bytes:
-    """PKCS #8 as PEM, encrypted if there is a passphrase."""
+    """PKCS #8 as PEM, encrypted if there is a passphrase. Raises :class:`IdentityError`."""
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase is not None:
+        if len(passphrase.encode()) > LONGEST_PASSPHRASE:
+            raise IdentityError(f"a passphrase has at most {LONGEST_PASSPHRASE} bytes")
         encryption = serialization.BestAvailableEncryption(passphrase.encode())
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption

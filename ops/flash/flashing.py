@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from broker.topics import check_device
+from coordinator.identity.authority import check_identity
 from ops.errors import DiskTrouble, SettingsWrong
 from ops.flash import payload
 from ops.flash.classes import DeviceClass
@@ -39,7 +39,7 @@ def files_of_device(
             "network there, or --index URL of a package index"
         )
     if device is not None:
-        check_device(device)
+        check_identity(device)
     settings = payload.agent_settings(fleet_folder, device, device_class, config)
     wheels = [] if wheelhouse is None else choose_wheels(wheelhouse, device_class)
     return [

@@ -232,9 +232,13 @@ def _sections(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}
     try:
-        return tomllib.loads(_read(config).decode())
+        sections = tomllib.loads(_read(config).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise SettingsWrong(f"the settings file {config} is not valid TOML: {exc}") from exc
+    for name, values in sections.items():
+        if not isinstance(values, dict):
+            raise SettingsWrong(f"in {config}, {name!r} must be a table: write [{name}] above it")
+    return sections
 
 
 def _read(path: Path) -> bytes:

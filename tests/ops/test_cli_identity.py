@@ -161,6 +161,34 @@ def test_what_an_operator_got_wrong_is_one_clear_line(
     assert not (tmp_path / "x").exists(), "nothing was made"
 
 
+@pytest.mark.parametrize("command", [["token", "--out"], ["backup"]])
+def test_nothing_of_the_system_is_replaced(
+    fleet: Command, tmp_path: Path, command: list[str]
+) -> None:
+    link = tmp_path / "stdout"
+    link.symlink_to("/proc/self/fd/1")
+    for place in (link, tmp_path):
+        assert "name a file" in fleet(*command, str(place), code=2)
+    assert link.is_symlink()
+    assert json.loads(fleet("status", "--json"))["tokens"] == []
+
+
+def test_a_port_is_for_one_listener(fleet: Command, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    for port in ("--claims-port", "--loopback-port"):
+        said = fleet("init", other, "--broker-name", "b", port, "8883", code=2)
+        assert "must be different" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_passphrase_that_is_too_long_is_said(
+    fleet: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPLITFLEET_CA_PASSPHRASE", "x" * 1024)
+    said = fleet("init", str(tmp_path / "other"), "--broker-name", "b", code=2)
+    assert "at most 1023 bytes" in said
+
+
 def test_a_fleet_is_not_made_twice(fleet: Command, tmp_path: Path) -> None:
     assert "already" in fleet("init", str(tmp_path / "plant"), "--broker-name", "b", code=2)
 

@@ -128,6 +128,15 @@ def test_a_damaged_key_of_the_broker_is_named(folder: Path) -> None:
         finish(folder)
 
 
+def test_an_address_in_another_form_is_the_same(tmp_path: Path) -> None:
+    made = init_fleet(tmp_path / "plant", "plant", broker_names=["2001:DB8::0001"])
+    made.close()
+    key = tmp_path / "plant" / "broker" / "broker-key.pem"
+    before = key.read_bytes()
+    finish(tmp_path / "plant")
+    assert key.read_bytes() == before
+
+
 def test_another_name_of_the_broker_is_certified(folder: Path) -> None:
     settings = folder / "fleet.toml"
     settings.write_text(settings.read_text().replace('"localhost"', '"broker.example", "::1"'))

@@ -47,7 +47,8 @@ fi
 wipe() {
     for file in "$@"; do
         size=$(wc -c <"$file")
-        dd if=/dev/zero of="$file" bs="$size" count=1 conv=notrunc,fsync 2>/dev/null
+        [ "$size" -eq 0 ] ||
+            dd if=/dev/zero of="$file" bs="$size" count=1 conv=notrunc,fsync 2>/dev/null
         rm -f "$file"
     done
     sync
@@ -69,9 +70,16 @@ if [ -d "$here/identity" ]; then
             done
             sync
         fi
-        wipe "$@"
     fi
-    rmdir "$here/identity"
+    # Zeros that a power cut leaves must not be taken for an identity.
+    rm -rf "$here/used"
+    mv "$here/identity" "$here/used"
+    sync
+fi
+if [ -d "$here/used" ]; then
+    set -- "$here"/used/*.pem
+    [ ! -f "$1" ] || wipe "$@"
+    rm -rf "$here/used"
 fi
 
 place=$opt/versions/$version

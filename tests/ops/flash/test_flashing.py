@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker.config import load_settings
+from broker.errors import TopicError
 from edge_agent.settings import AgentSettings
 from ops.cli import main
 from ops.errors import SettingsWrong
@@ -304,6 +305,16 @@ def test_who_is_not_of_the_fleet_is_refused(files: Files, tmp_path: Path) -> Non
         files(None, token=tmp_path / "no-token")
     with pytest.raises(SettingsWrong, match="--wheelhouse FOLDER"):
         files(indexes=())
+    with pytest.raises(TopicError, match="no room"):
+        files("c" * 60)
+
+
+@pytest.mark.parametrize("text", ["agent = 5", "broker = 5", "rounds = 1", "[[agent]]"])
+def test_settings_that_are_no_sections_are_refused(files: Files, tmp_path: Path, text: str) -> None:
+    config = tmp_path / "more.toml"
+    config.write_text(text)
+    with pytest.raises(SettingsWrong, match="must be a table"):
+        files(config=config)
 
 
 def test_a_bundle_is_for_its_owner_only_and_complete(

@@ -143,6 +143,41 @@ def test_after_a_failure_it_goes_on_and_the_secret_is_gone_already(card: Card) -
     assert "key.pem" in card.names
 
 
+@pytest.mark.parametrize("token", [False, True])
+def test_a_power_cut_while_it_wipes_loses_no_identity(
+    card: Card, fleet_folder: Path, *, token: bool
+) -> None:
+    card.flash(fleet_folder, None if token else "cam-1", token=token)
+    wiped = {path.name: path.stat().st_size for path in (card.here / "identity").iterdir()}
+    assert card.install().returncode == 0
+    before = {path.name: path.read_bytes() for path in card.identity.iterdir()}
+    # Zeros are on the card, that the files were removed is not.
+    (card.here / "used").mkdir()
+    for name, size in wiped.items():
+        (card.here / "used" / name).write_bytes(bytes(size))
+    assert card.install().returncode == 0
+    assert {path.name: path.read_bytes() for path in card.identity.iterdir()} == before
+    assert not (card.here / "used").exists()
+
+
+def test_what_is_wiped_is_no_identity_any_more(card: Card, tmp_path: Path) -> None:
+    places = tmp_path / "bin"
+    places.mkdir()
+    (places / "dd").write_text("#!/bin/sh\nkill $PPID\n")
+    (places / "dd").chmod(0o755)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{places}:{path}"
+    try:
+        assert card.install().returncode != 0
+    finally:
+        os.environ["PATH"] = path
+    assert not (card.here / "identity").exists()
+    assert (card.here / "used" / "key.pem").exists()
+    assert card.install().returncode == 0
+    assert not (card.here / "used").exists()
+    assert "key.pem" in card.names
+
+
 def test_a_device_that_is_enrolled_needs_no_token(card: Card, fleet_folder: Path) -> None:
     assert card.install().returncode == 0
     (card.identity / "device.pem").write_text("renewed")
