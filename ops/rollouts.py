@@ -54,13 +54,7 @@ def start(
     if manifest.fleet != fleet.settings.name:
         raise SettingsWrong(f"{bundle} is for fleet {manifest.fleet}, not {fleet.settings.name}")
     book = RolloutBook(fleet.roster, clock=clock)
-    under_way = [rollout for rollout in book.rollouts() if rollout.state == "running"]
-    if under_way:
-        raise SettingsWrong(
-            f"version {under_way[0].version} is being rolled out; wait, or end that with "
-            "splitfleet rollout --stop"
-        )
-    digest = _keep(bundle, state_dir(fleet.folder) / BUNDLES)
+    digest = _digest(bundle)
     rollout = Rollout(
         id=f"{time.strftime('%Y%m%d', time.gmtime(clock()))}-{secrets.token_hex(3)}",
         made=clock(),
@@ -75,6 +69,13 @@ def start(
     )
     _check_sendable(rollout)
     with fleet.roster.change():
+        under_way = [rollout for rollout in book.rollouts() if rollout.state == "running"]
+        if under_way:
+            raise SettingsWrong(
+                f"version {under_way[0].version} is being rolled out; wait, or end that with "
+                "splitfleet rollout --stop"
+            )
+        _keep(bundle, bundle_file(state_dir(fleet.folder) / BUNDLES, digest))
         book.put(rollout)
         fleet.roster.record("rollout", rollout.id, f"version {rollout.version}")
     return rollout
@@ -177,16 +178,21 @@ def _check_sendable(rollout: Rollout) -> None:
         raise SettingsWrong(f"--url {rollout.url!r}: give http://… or https://…") from None
 
 
-def _keep(bundle: Path, folder: Path) -> str:
+def _digest(bundle: Path) -> str:
     try:
         with bundle.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        make_folder(folder)
-        kept = bundle_file(folder, digest)
-        if not kept.exists():
-            temporary = kept.with_suffix(".new")
-            shutil.copyfile(bundle, temporary)
-            temporary.replace(kept)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as exc:
-        raise DiskTrouble(f"cannot keep {bundle} in {folder}: {exc.strerror}") from exc
-    return digest
+        raise DiskTrouble(f"cannot read {bundle}: {exc.strerror}") from exc
+
+
+def _keep(bundle: Path, place: Path) -> None:
+    if place.exists():
+        return
+    try:
+        make_folder(place.parent)
+        temporary = place.with_suffix(".new")
+        shutil.copyfile(bundle, temporary)
+        temporary.replace(place)
+    except OSError as exc:
+        raise DiskTrouble(f"cannot keep {bundle} as {place}: {exc.strerror}") from exc

@@ -9,7 +9,6 @@ while a broker whose certificate held by it accepted the connection.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,8 @@ log = logging.getLogger("splitfleet.identity")
 
 RELEASED = 1_767_225_600.0
 """2026-01-01: this software is not older."""
+_LATEST = 4_102_444_800.0
+"""2100-01-01: what says that it is later has lost its mind, or wants a device to."""
 _COARSE_S = 60.0
 """The kept floor is not rewritten for less."""
 
@@ -46,7 +47,9 @@ class ClockFloor:
 
         It is kept for the next start; a disk that will not have it is only complained of.
         """
-        self.floor = max(self.floor, self._wall() if now is None else now)
+        certain = self._wall() if now is None else now
+        if certain < _LATEST:
+            self.floor = max(self.floor, certain)
         if self.floor < self._kept + _COARSE_S:
             return
         try:
@@ -77,7 +80,7 @@ def _kept(path: Path) -> float:
         kept = float(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0.0
-    return kept if math.isfinite(kept) else 0.0
+    return kept if 0 <= kept < _LATEST else 0.0
 
 
 def _begins(path: Path) -> float:

@@ -43,6 +43,14 @@ def test_what_the_coordinator_told_outlives_the_process(tmp_path: Path) -> None:
     assert floor_of(tmp_path).now() == NOW
 
 
+def test_a_time_that_cannot_be_is_not_believed(tmp_path: Path) -> None:
+    floor = floor_of(tmp_path, wall=NOW)
+    floor.confirm(2.0**53)
+    assert floor.now() == NOW
+    (tmp_path / "clock").write_text("99999999999999999999\n")
+    assert floor_of(tmp_path).now() == RELEASED
+
+
 def test_the_floor_never_falls(tmp_path: Path) -> None:
     floor = floor_of(tmp_path, wall=NOW)
     floor.confirm()
