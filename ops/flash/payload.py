@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import tomllib
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ MARK = "splitfleet flash"
 """In each file of the seed that is ours alone."""
 STATE = Path("/var/lib/splitfleet")
 _TEMPLATES = Path(__file__).parent / "device"
+_PASSWORD = re.compile(r"^password\s*=|://[^/\s@]*:[^/\s@]*@", re.MULTILINE)
+"""A setting, or a part of the URL of a package index, that is not to be shown."""
 _NO_USER_DATA = b"#cloud-config\n{}\n"
 
 
@@ -167,7 +170,10 @@ def device_files(
     }
     return [
         *(File(f"{FOLDER}/wheels/{one.path.name}", one.path) for one in wheels),
-        *(File(f"{FOLDER}/{name}", text.encode()) for name, text in texts.items()),
+        *(
+            File(f"{FOLDER}/{name}", text.encode(), secret=bool(_PASSWORD.search(text)))
+            for name, text in texts.items()
+        ),
     ]
 
 

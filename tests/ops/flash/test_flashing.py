@@ -392,3 +392,15 @@ def test_a_wireless_network_that_cannot_be_is_refused(
     assert ended.value.code == SettingsWrong.exit_code
     assert says in capsys.readouterr().err
     assert not (boot_dir / FOLDER).exists()
+
+
+def test_passwords_in_settings_and_indexes_are_secret(files: Files, tmp_path: Path) -> None:
+    config = tmp_path / "more.toml"
+    config.write_text('[broker]\nusername = "cam"\npassword = "hunter2"\n')
+    made = files(config=config, indexes=["https://user:hunter2@index.example/simple"])
+    assert {file.path for file in made if file.secret} >= {
+        "splitfleet/agent.toml",
+        "splitfleet/requirements.txt",
+    }
+    assert not any(b"hunter2" in file.read() for file in made if not file.secret)
+    assert not any(file.secret for file in files() if file.path.endswith((".toml", ".txt")))
