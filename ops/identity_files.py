@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 
 from broker.mosquitto import FLEET_CA, write_mosquitto_config
 from broker.topics import COORDINATOR
@@ -38,6 +37,7 @@ from coordinator.identity.keys import (
     to_pem,
 )
 from coordinator.identity.roster import FILE
+from edge_agent.identity.keys import issued_by
 from ops.files import check_output, to_toml
 
 
@@ -112,15 +112,6 @@ def save_to(fleet: Fleet, file: Path) -> None:
             new.unlink(missing_ok=True)
 
 
-def signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
-    """Whether ``ca`` has signed it."""
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
-
-
 def _is_ours(fleet: Fleet, server: Server) -> bool:
     """Whether it has a key and a certificate for it from this authority, for the right names."""
     try:
@@ -137,7 +128,7 @@ def _is_ours(fleet: Fleet, server: Server) -> bool:
     }:
         return False
     ca = fleet.authority.ca("fleet")
-    return certified_key(certificate) == key.public_key() and signed_by(certificate, ca)
+    return certified_key(certificate) == key.public_key() and issued_by(certificate, ca)
 
 
 def _hosts(certificate: x509.Certificate) -> set[str]:

@@ -27,11 +27,12 @@ from broker.mosquitto import CLAIMS_PORT, PORT
 from coordinator.identity.fleet import SETTINGS, find_passphrase
 from coordinator.identity.keys import certified_key, fingerprint
 from coordinator.identity.roster import Member
+from edge_agent.identity.keys import issued_by
 from ops import run
 from ops.errors import DiskTrouble, FleetFailed, OpsError, SettingsWrong
 from ops.files import to_toml, write_whole
 from ops.identity import FleetFolder, init_fleet
-from ops.identity_files import complete, signed_by
+from ops.identity_files import complete
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
@@ -117,7 +118,7 @@ def _is_of(opened: FleetFolder, member: Member, certificate: Path) -> bool:
         raise DiskTrouble(
             f"{certificate} is not as it was written ({exc}); remove it for a new identity"
         ) from exc
-    ours = signed_by(found, opened.fleet.authority.ca("fleet"))
+    ours = issued_by(found, opened.fleet.authority.ca("fleet"))
     return ours and fingerprint(certified_key(found)) == member.key
 
 

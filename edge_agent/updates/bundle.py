@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from broker.update_messages import Digest, Version
 from edge_agent.errors import BundleError
+from edge_agent.identity.keys import issued_by
 
 MANIFEST, SIGNER, SIGNATURE = "manifest.json", "signer.pem", "manifest.sig"
 FORMAT = 1
@@ -134,7 +135,7 @@ def _check_signer(pem: bytes, authorities: Sequence[x509.Certificate]) -> _Verif
         usage = signer.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except (ValueError, x509.ExtensionNotFound) as exc:
         raise BundleError(f"the bundle is not signed by this fleet: {exc}") from exc
-    if not any(_issued(signer, ca) for ca in authorities):
+    if not any(issued_by(signer, ca) for ca in authorities):
         raise BundleError("the bundle is not signed by this fleet")
     key = signer.public_key()
     if list(usage) != [ExtendedKeyUsageOID.CODE_SIGNING] or not isinstance(
@@ -142,14 +143,6 @@ def _check_signer(pem: bytes, authorities: Sequence[x509.Certificate]) -> _Verif
     ):
         raise BundleError("the bundle is signed by a certificate that is for something else")
     return _Verifier(key)
-
-
-def _issued(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
 
 
 def _copy(stream: IO[bytes], path: Path, file: WheelFile) -> None:

@@ -13,8 +13,9 @@ from broker.topics import Topics
 from broker.transport import Connected, Packet
 from coordinator.errors import IdentityError
 from coordinator.identity.fleet import authority_dir
+from edge_agent.identity.keys import issued_by
 from ops.identity import FleetFolder, init_fleet
-from ops.identity_files import complete, signed_by
+from ops.identity_files import complete
 from tests.mosquitto_process import Mosquitto, free_port
 
 TOPICS = Topics("lab")
@@ -106,7 +107,7 @@ def test_what_another_authority_has_signed_is_replaced(folder: Path, tmp_path: P
     ca = x509.load_pem_x509_certificate((authority_dir(folder) / "fleet-ca.pem").read_bytes())
     for file in ("broker/broker.pem", "coordinator/coordinator.pem"):
         certificate = x509.load_pem_x509_certificate((folder / file).read_bytes())
-        assert signed_by(certificate, ca)
+        assert issued_by(certificate, ca)
     crl = x509.load_pem_x509_crl((folder / "broker" / "fleet-crl.pem").read_bytes())
     key = ca.public_key()
     assert crl.is_signature_valid(key)  # type: ignore[arg-type]

@@ -15,10 +15,10 @@ from broker.config import BrokerConfig, load_settings
 from broker.errors import TopicError
 from coordinator.settings import CoordinatorSettings
 from edge_agent.identity.keeper import with_name
+from edge_agent.identity.keys import issued_by
 from edge_agent.settings import AgentSettings
 from ops.errors import DiskTrouble, FleetFailed, SettingsWrong
 from ops.identity import FleetFolder
-from ops.identity_files import signed_by
 from ops.places import lay_out, take
 
 
@@ -45,7 +45,7 @@ def good(folder: Path, number: int) -> bool:
     ca = x509.load_pem_x509_certificate((folder / "broker" / "fleet-ca.pem").read_bytes())
     revoked = x509.load_pem_x509_crl((folder / "broker" / "fleet-crl.pem").read_bytes())
     listed = revoked.get_revoked_certificate_by_serial_number(certificate.serial_number)
-    return signed_by(certificate, ca) and listed is None
+    return issued_by(certificate, ca) and listed is None
 
 
 @contextlib.contextmanager
