@@ -91,8 +91,8 @@ def simulate(plan: Plan) -> dict[str, Any]:
 
 def run_simulation(plan: Plan, *, as_json: bool) -> None:
     """Simulate and print the summary."""
-    logging.getLogger("splitfleet").setLevel(logging.ERROR)  # failures are what is simulated
-    result = simulate(plan)
+    with _errors_only():  # failures are what is simulated
+        result = simulate(plan)
     if as_json:
         print(json.dumps(result, indent=1))
     else:
@@ -144,6 +144,17 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(cuts)
     for problem in result["problems"]:
         console.print(f"[red]problem:[/red] {problem}")
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    logger = logging.getLogger("splitfleet")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -48,6 +49,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     asyncio.run(main())
     assert not complaints, f"asyncio complained: {complaints}"
     return True
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """A test that runs a command within this process leaves the loggers as they were."""
+    ours = [logging.getLogger(), logging.getLogger("splitfleet")]
+    before = [logger.level for logger in ours]
+    yield
+    for logger, level in zip(ours, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

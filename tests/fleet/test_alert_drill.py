@@ -17,7 +17,7 @@ from broker.frames import split
 from broker.link import DEFAULT_CHUNK_BYTES
 from tensors.codecs import encode_exact
 from tensors.decoding import decode
-from tests.fleet.alert_drill import Drill, start_drill
+from tests.fleet.alert_drill import FASTER, Drill, start_drill
 from tests.fleet_processes import FLEET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -31,7 +31,14 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     with start_drill(
         folder,
         cuts=(1, 3, 1, 3),
-        coordinator={"rounds": 1000, "batches_per_round": QUOTA, "round_deadline_s": 120},
+        coordinator={
+            "rounds": 1000,
+            "batches_per_round": QUOTA,
+            "round_deadline_s": 120,
+            "breach_window_s": 60 / FASTER,
+            "quarantine_s": 60 / FASTER,
+            "quarantine_max_s": 3600 / FASTER,
+        },
         agent={"will_delay_s": 1},
         broker={"keepalive_s": 5, "connect_timeout_s": 3},
     ) as running:
@@ -66,6 +73,18 @@ def test_device_sends_nan(drill: Drill) -> None:
         drill.resolves("SplitfleetNaN/warning")
 
 
+def test_device_breaks_rules(drill: Drill) -> None:
+    with drill.only("SplitfleetDevicesQuarantined/warning"):
+
+        def fires() -> bool:
+            for _ in range(30):
+                drill.fleet.hears.publish(activations_of("device-0"), b"no frame")
+            return "SplitfleetDevicesQuarantined/warning" in drill.told.firing
+
+        drill.wait(fires, "SplitfleetDevicesQuarantined to fire")
+        drill.resolves("SplitfleetDevicesQuarantined/warning")
+
+
 def test_coordinator_dies(drill: Drill) -> None:
     with drill.only("SplitfleetCoordinatorDown/critical"):
         drill.fleet.kill("coordinator")
@@ -81,4 +100,8 @@ def send_nan(drill: Drill, device: str, batch: int) -> None:
     tensor = encode_exact(np.full_like(decode(good.tensor), np.nan))
     bad = encode_message(good.model_copy(update={"batch": batch, "tensor": tensor}))
     for frame in split(bad, random.getrandbits(32), DEFAULT_CHUNK_BYTES):
-        hears.publish(f"splitfleet/{FLEET}/device/{device}/up/activations", frame)
+        hears.publish(activations_of(device), frame)
+
+
+def activations_of(device: str) -> str:
+    return f"splitfleet/{FLEET}/device/{device}/up/activations"

@@ -28,14 +28,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("splitfleet")
-    handlers, level, our_level = root.handlers, root.level, ours.level
+def _handlers_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers = root.handlers
     root.handlers = []  # those of pytest shall not be closed
     yield
     root.handlers = handlers
-    root.setLevel(level)
-    ours.setLevel(our_level)
 
 
 class Log:
