@@ -4,62 +4,52 @@ On the wire a message is a MessagePack map of its fields, carried in frames (``b
 Unknown fields are ignored, so that a newer peer may add some; everything else is checked here,
 once, at the border.
 A tensor is opaque at this level: the bytes of ``tensors.format``.
+
+Here are the messages about a device and what it holds, and which message each topic carries;
+``training_messages``, ``serving_messages``, ``identity_messages`` and ``update_messages`` have the
+others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import FailFast, Field, StringConstraints
 
-from broker.errors import MessageError
 from broker.fields import (
-    BY_CUT,
     BY_LABEL,
     BY_METRIC,
     BY_PARAMETER,
-    BY_REASON,
     MAX_BATCH,
     MAX_BLOCKS,
     MAX_PROGRAM_BYTES,
     Amount,
     Blob,
     Count,
-    Cut,
     Duration,
-    ExitRule,
-    Label,
     Message,
     Name,
-    Range,
-    Ranges,
     Real,
-    RunPhase,
-    Share,
-    Tensor,
     Text,
     blob,
 )
 from broker.identity_messages import Certificate, Enrol, Renew
 from broker.logs import LogLevel
 from broker.maps import Buffer
+from broker.serving_messages import Features, Prediction, Serving
+from broker.training_messages import (
+    Activations,
+    DeviceParameters,
+    FeatureGradients,
+    Gradients,
+    LastFeatures,
+    Receipt,
+    Report,
+    Round,
+)
 from broker.update_messages import Fetch, Piece, Software, Update
 
 PROTOCOL = 1
-
-
-class Stamp(Message):
-    """Which try at which round of which run a message belongs to."""
-
-    run: Name
-    round: Count
-    attempt: Count
-
-    @property
-    def stamp(self) -> tuple[str, int, int]:
-        """``(run, round, attempt)``, to compare."""
-        return self.run, self.round, self.attempt
 
 
 class Measurement(Message):
@@ -105,88 +95,6 @@ class Status(Message):
     state: Literal["online", "offline"]
     connection: Name
     phase: Text = ""
-
-
-class Activations(Stamp):
-    """Activations at the cut for one batch, with the labels the coordinator trains on.
-
-    Without labels where the device keeps the classifier.
-    """
-
-    batch: Count
-    version: Count
-    labels: Annotated[list[Label], FailFast(), Field(max_length=MAX_BATCH)] = Field(
-        default_factory=list
-    )
-    tensor: Tensor
-
-
-class FeatureGradients(Stamp):
-    """The gradient of a device's loss at the last features of one batch (:class:`LastFeatures`)."""
-
-    batch: Count
-    tensor: Tensor
-
-
-class DeviceParameters(Stamp):
-    """A device's blocks and exit head after its last batch of the round.
-
-    With ``base``, ``state`` holds what changed since that version (``tensors.deltas``); it must be
-    the version of the round.
-    """
-
-    version: Count
-    produced: Count
-    base: Count | None = None
-    state: Blob
-
-
-class Features(Message):
-    """Features of images that the server is asked about; answered with a prediction, if that."""
-
-    run: Name
-    request: Count
-    version: Count
-    deadline_ms: Annotated[int, Field(ge=1, le=600_000)]
-    tensor: Tensor
-
-
-class Inference(Message):
-    """What a device measured while it answered its share of the test images."""
-
-    version: Count
-    threshold: float
-    images: Count
-    exits: Count
-    offloads: Count
-    answered: Count
-    refused: Count
-    timeouts: Count
-    correct: Count
-    exit_correct: Count
-    bytes_up: Count
-    bytes_down: Count
-    exit_ms: Amount
-    offload_ms: Amount
-
-
-class Report(Stamp):
-    """A device's own account of an attempt (or, with ``inference``, of answering test images)."""
-
-    produced: Count = 0
-    applied: Count = 0
-    discarded: Annotated[dict[Name, Count], BY_REASON] = Field(default_factory=dict)
-    expired: Count = 0
-    late_gradients: Count = 0
-    timeouts: Count = 0
-    exit_loss: Amount | None = None
-    exit_accuracy: Amount | None = None
-    activation_bytes: Count = 0
-    """Encoded activations of the batches produced here, and how many values they stand for."""
-    activation_values: Count = 0
-    activation_levels: Amount | None = None
-    """Mean number of levels of a batch; absent for floats."""
-    inference: Inference | None = None
 
 
 class Buckets(Message):
@@ -299,66 +207,6 @@ class Assignment(Message):
     seed: int
 
 
-class LastFeatures(Stamp):
-    """What the coordinator's blocks made of one batch of activations, for the device's classifier.
-
-    Answered with :class:`FeatureGradients`.
-    """
-
-    batch: Count
-    tensor: Tensor
-
-
-class Gradients(Stamp):
-    """The gradient of the server's loss at the cut, for one batch of activations.
-
-    ``logits``: what the whole network answered before the step, (N, K), for the exit to learn from.
-    ``loss`` and ``correct`` are left out where the device keeps the classifier: it knows them.
-    """
-
-    batch: Count
-    loss: float | None = None
-    correct: Count | None = None
-    logits: Blob | None = None
-    tensor: Tensor
-
-
-class Receipt(Stamp):
-    """What became of a device's batches in this attempt.
-
-    ``applied`` and ``discarded`` (reason → batches) name what is new since the last receipt; in a
-    ``complete`` one (the answer to a join, and the final one) they name all. ``next_batch`` is the
-    first number the coordinator has not seen, where a device that lost its memory goes on.
-    ``quota``, in the answer to a join, are the device's batches in this round; without it those of
-    its assignment.
-    """
-
-    applied: Ranges = Field(default_factory=list)
-    discarded: Annotated[dict[Name, Ranges], BY_REASON] = Field(default_factory=dict)
-    credits: Annotated[int, Field(ge=0, le=1024)]
-    next_batch: Count = 0
-    quota: Count | None = None
-    complete: bool = False
-    participant: bool = True
-    final: bool = False
-
-
-class Prediction(Message):
-    """The full network's answer to offloaded features: ``(N, K)`` probabilities, or a refusal.
-
-    Where the device keeps the classifier: the last features ``(N, …)``, for that to answer.
-    ``version`` is that of the features. ``queue_ms`` and ``forward_ms``: how long they waited for
-    their turn, and how long the network then took for all that it answered together.
-    """
-
-    request: Count
-    version: Count
-    tensor: Tensor | None = None
-    refused: Text | None = None
-    queue_ms: Amount | None = None
-    forward_ms: Amount | None = None
-
-
 class Parameters(Message):
     """The blocks and the exit head a device with this cut needs, as one parameter pack.
 
@@ -403,53 +251,6 @@ class Command(Message):
 
 
 # -- all and cut ----------------------------------------------------------------------------------
-
-
-class Round(Stamp):
-    """Retained: what the fleet is doing now, and with which version of the parameters.
-
-    With ``train_s`` a device produces batches for so many seconds, at least one and at most its
-    quota. Without a ``barrier`` it finishes the round it is in before it enters this one. A
-    ``feedback_weight`` is for this round, in place of the assignment's.
-    """
-
-    phase: RunPhase
-    version: Count
-    rounds: Count
-    learning_rate: Amount = 0.0
-    feedback_weight: Amount | None = None
-    deadline_s: Amount = 0.0
-    train_s: Amount = 0.0
-    barrier: bool = True
-
-
-class CutPolicy(Message):
-    """When the exit at a cut answers, and what that came to on held-out images, if there are any.
-
-    ``agreement``: of the images it answers, at least this share gets the whole network's answer
-    (the lower end of a 95 % interval, so that few images promise little).
-    ``accuracy``: that of device and server together. ``offload_rate``: what is left to the server.
-    """
-
-    threshold: Annotated[float, Field(ge=-1, le=1)]
-    agreement: Share | None = None
-    accuracy: Share | None = None
-    offload_rate: Share | None = None
-
-
-class Serving(Message):
-    """Retained: the version of the parameters that images are answered with, and how.
-
-    ``cuts`` has an entry for every cut whose exit has been trained; any other never answers. Of the
-    images that an exit is sure of, the server is asked about a share ``audit_share`` all the same.
-    """
-
-    run: Name
-    version: Count
-    exit_rule: ExitRule
-    offload_timeout_s: Duration
-    audit_share: Share = 0.0
-    cuts: Annotated[dict[Cut, CutPolicy], BY_CUT] = Field(default_factory=dict)
 
 
 class Coordinator(Message):
@@ -510,24 +311,3 @@ KINDS: dict[tuple[str, str], type[Message]] = {
 
 LOSSY = {("up", "report"), ("up", "telemetry"), ("up", "features"), ("down", "prediction")}
 """Sent with QoS 0: nothing is trained from them, and of questions the newest matter most."""
-
-
-def to_ranges(numbers: Iterable[int]) -> list[Range]:
-    """Sorted runs of consecutive numbers."""
-    ranges: list[Range] = []
-    for number in sorted(set(numbers)):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1] = (ranges[-1][0], number)
-        else:
-            ranges.append((number, number))
-    return ranges
-
-
-def from_ranges(ranges: Iterable[Range], *, limit: int) -> set[int]:
-    """The numbers in ``ranges``; at most ``limit`` of them, else :class:`MessageError`."""
-    numbers: set[int] = set()
-    for first, last in ranges:
-        if last < first or last - first >= limit or len(numbers) + last - first >= limit:
-            raise MessageError("invalid", f"batch range {first}–{last} is not plausible")
-        numbers.update(range(first, last + 1))
-    return numbers

@@ -12,18 +12,8 @@ import logging
 from collections.abc import Callable
 
 from broker.envelopes import Envelope, down, to_all
-from broker.messages import (
-    Activations,
-    Command,
-    Coordinator,
-    DeviceParameters,
-    FeatureGradients,
-    Hello,
-    Report,
-    Request,
-    Status,
-    Telemetry,
-)
+from broker.messages import Command, Coordinator, Hello, Request, Status, Telemetry
+from broker.training_messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator.aggregation import Model
 from coordinator.defences.guard import QUARANTINED, Guard
 from coordinator.errors import DeviceRefused

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, DeviceParameters, FeatureGradients
+from broker.training_messages import Activations, DeviceParameters, FeatureGradients
 from coordinator import replies
 from coordinator.aggregation import Model
 from coordinator.contribution import Contribution

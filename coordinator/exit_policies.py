@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from broker.messages import CutPolicy
+from broker.serving_messages import CutPolicy
 from tensors.calibration import (
     ANSWER_ALL,
     OFFLOAD_ALL,

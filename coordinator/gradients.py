@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from broker.messages import Activations
+from broker.training_messages import Activations
 from tensors.codecs import Codec, Encode, parse_codec
 from tensors.decoding import relu_mask
 from tensors.errors import CodecError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from broker.messages import Report
+from broker.training_messages import Report
 from coordinator.ledger import Stamp
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from broker.messages import Activations, DeviceParameters, FeatureGradients
+from broker.training_messages import Activations, DeviceParameters, FeatureGradients
 from coordinator.aggregation import half_of
 from coordinator.errors import BatchRefused
 from tensors.decoding import decode_torch

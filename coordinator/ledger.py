@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from broker.envelopes import Envelope
 from broker.fields import Range
-from broker.messages import to_ranges
+from broker.training_messages import to_ranges
 
 Stamp = tuple[str, int, int]
 

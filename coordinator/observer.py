@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-from broker.messages import CutPolicy, Report
+from broker.serving_messages import CutPolicy
+from broker.training_messages import Report
 from coordinator.identity.standing import Standing
 from coordinator.telemetry import Gain
 

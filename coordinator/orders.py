@@ -6,7 +6,9 @@ import math
 
 from broker.envelopes import Envelope, down, to_all
 from broker.fields import RunPhase
-from broker.messages import Assignment, KeptClassifier, Noise, Round, Serving
+from broker.messages import Assignment, KeptClassifier, Noise
+from broker.serving_messages import Serving
+from broker.training_messages import Round
 from coordinator.registry import Device
 from coordinator.rounds import (
     MAX_QUOTA,

@@ -7,7 +7,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from broker.messages import Hello, Inference, Report, Status
+from broker.messages import Hello, Status
+from broker.serving_messages import Inference
+from broker.training_messages import Report
 from coordinator.label_counts import LabelCounts
 from coordinator.rounds import Load
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from broker.envelopes import Envelope, down, down_later
-from broker.messages import Activations, Gradients, LastFeatures, Receipt
+from broker.training_messages import Activations, Gradients, LastFeatures, Receipt
 from coordinator.gradients import GradientEncoder
 from coordinator.ledger import Ledger, Stamp
 from coordinator.server_copy import Step

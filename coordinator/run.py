@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from broker.envelopes import Envelope
 from broker.fields import RunPhase
-from broker.messages import Activations, DeviceParameters, FeatureGradients, Report
+from broker.training_messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator import orders
 from coordinator.aggregation import Model
 from coordinator.evaluation import Evaluator

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from broker.envelopes import Envelope, down
-from broker.messages import Features, Prediction
+from broker.serving_messages import Features, Prediction
 from broker.telemetry import RefusalReason
 from broker.topics import Address
 from coordinator.answering import Question, Refusal, Waiting

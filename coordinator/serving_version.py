@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from broker.envelopes import Envelope, down
-from broker.messages import Parameters, Serving
+from broker.messages import Parameters
+from broker.serving_messages import Serving
 from coordinator import exit_policies, orders
 from coordinator.errors import StoreError
 from coordinator.evaluation import Evaluator

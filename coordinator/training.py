@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, DeviceParameters, FeatureGradients
+from broker.training_messages import Activations, DeviceParameters, FeatureGradients
 from coordinator import replies
 from coordinator.aggregation import Model
 from coordinator.cascade import TOGETHER

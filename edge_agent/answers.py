@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.messages import Features, Prediction
+from broker.serving_messages import Features, Prediction
 from edge_agent.answer_counts import REFUSED, Counts
 from edge_agent.errors import AgentError, InputError, NotReady, Overloaded, Unanswered
 from edge_agent.exit_policy import ExitPolicy, Policy

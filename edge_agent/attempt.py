@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from broker.envelopes import Envelope, up
-from broker.messages import (
+from broker.messages import Assignment
+from broker.training_messages import (
     Activations,
-    Assignment,
     FeatureGradients,
     Gradients,
     LastFeatures,

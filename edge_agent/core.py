@@ -25,21 +25,17 @@ from broker.messages import (
     Assignment,
     Command,
     Coordinator,
-    Gradients,
     Hello,
-    LastFeatures,
     Manifest,
     Measurement,
     Parameters,
-    Prediction,
     Program,
-    Receipt,
     Request,
-    Round,
-    Serving,
     Status,
 )
+from broker.serving_messages import Prediction, Serving
 from broker.topics import Topics
+from broker.training_messages import Gradients, LastFeatures, Receipt, Round
 from edge_agent.asking import Question
 from edge_agent.attempt import Attempt, Learner
 from edge_agent.errors import AssignmentError

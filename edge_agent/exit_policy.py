@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.messages import Serving
+from broker.serving_messages import Serving
 from tensors.calibration import OFFLOAD_ALL
 from tensors.exit_rules import ExitRule, exits
 

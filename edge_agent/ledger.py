@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from broker.messages import Receipt, from_ranges
+from broker.training_messages import Receipt, from_ranges
 
 
 @dataclass(frozen=True, slots=True)

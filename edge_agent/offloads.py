@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.messages import Features, Prediction
+from broker.serving_messages import Features, Prediction
 from broker.telemetry import REFUSALS
 from edge_agent.answer_counts import REFUSED, Counts
 from edge_agent.encoding import MESSAGE_BYTES

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from broker.messages import Features, Inference, Prediction
+from broker.serving_messages import Features, Inference, Prediction
 from edge_agent.answer_counts import Counts
 from edge_agent.answers import Answers, Bounds, Predictor
 from edge_agent.exit_policy import ExitPolicy, Limits, Policy

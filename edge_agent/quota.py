@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from broker.errors import MessageError
-from broker.messages import Assignment, Receipt
+from broker.messages import Assignment
+from broker.training_messages import Receipt
 
 MAX_QUOTA = 1 << 20
 """Batches of one device in one round that make sense, all its legs together."""

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 from pydantic import ValidationError
 
-from broker.messages import Assignment, Serving
+from broker.messages import Assignment
+from broker.serving_messages import Serving
 from edge_agent.disk import make_folder
 from edge_agent.errors import StateError
 from edge_agent.snapshots import read_tensors, write_tensors

@@ -17,15 +17,8 @@ import numpy as np
 
 from broker.drive import Effect
 from broker.envelopes import Envelope, up
-from broker.messages import (
-    Assignment,
-    Coordinator,
-    Manifest,
-    Parameters,
-    Prediction,
-    Request,
-    Serving,
-)
+from broker.messages import Assignment, Coordinator, Manifest, Parameters, Request
+from broker.serving_messages import Prediction, Serving
 from edge_agent.answer_meters import enter_counts
 from edge_agent.answers import Answers, Predictor
 from edge_agent.asking import Question

@@ -10,15 +10,9 @@ import numpy as np
 
 from broker.envelopes import Envelope, up
 from broker.errors import MessageError
-from broker.messages import (
-    Assignment,
-    DeviceParameters,
-    Receipt,
-    Report,
-    Request,
-    Round,
-    Serving,
-)
+from broker.messages import Assignment, Request
+from broker.serving_messages import Serving
+from broker.training_messages import DeviceParameters, Receipt, Report, Round
 from edge_agent.answer_meters import enter_counts
 from edge_agent.attempt import Attempt, Learner, Stream
 from edge_agent.encoding import ActivationEncoder

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from broker.messages import CutPolicy
+from broker.serving_messages import CutPolicy
 from broker.telemetry import REFUSALS
 from coordinator.observer import Observer
 

@@ -24,8 +24,9 @@ import torch
 from broker.config import BrokerConfig
 from broker.envelopes import up
 from broker.link import Arrival, Link
-from broker.messages import Assignment, CutPolicy, Features, Hello, Network, Prediction
+from broker.messages import Assignment, Hello, Network
 from broker.mqtt import MqttTransport
+from broker.serving_messages import CutPolicy, Features, Prediction
 from broker.topics import Topics
 from broker.transport import Connected
 from coordinator.observer import Observer

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import Metric
 
-from broker.messages import CutPolicy
+from broker.serving_messages import CutPolicy
 from broker.telemetry import METRICS, PREFIX
 from broker.telemetry import Metric as Reported
 from coordinator.identity.standing import CONDITIONS, Expiry, Standing

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, Gradients, Network
+from broker.messages import Network
+from broker.training_messages import Activations, Gradients
 from coordinator.evaluation import Evaluator
 from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings

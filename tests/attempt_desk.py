@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from broker.messages import Activations, Gradients, Report
+from broker.training_messages import Activations, Gradients, Report
 from edge_agent.attempt import Attempt
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.meters import Meters

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from broker.envelopes import Envelope, up
 from broker.fields import Message
-from broker.messages import Features, Inference, Report, Round, Status
+from broker.messages import Status
+from broker.serving_messages import Features, Inference
+from broker.training_messages import Report, Round
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import build_core

@@ -12,21 +12,16 @@ import numpy as np
 from broker.drive import Effect, Subscribe
 from broker.envelopes import Envelope, down, to_all, to_cut
 from broker.fields import Message
-from broker.messages import (
+from broker.messages import Assignment, Hello, Manifest, Measurement, Parameters, Telemetry
+from broker.topics import Topics
+from broker.training_messages import (
     Activations,
-    Assignment,
     DeviceParameters,
     Gradients,
-    Hello,
-    Manifest,
-    Measurement,
-    Parameters,
     Receipt,
     Report,
     Round,
-    Telemetry,
 )
-from broker.topics import Topics
 from edge_agent.answers import Predictor
 from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from broker.errors import TransportError
 from broker.memory import MemoryBroker, MemoryTransport
-from broker.messages import Report
+from broker.training_messages import Report
 from broker.transport import Transport, Will
 from coordinator import service as coordinator_service
 from coordinator.identity.enrolment import Enrolment, open_enrolment

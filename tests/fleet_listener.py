@@ -16,8 +16,9 @@ from broker.envelopes import decode_message
 from broker.errors import MessageError
 from broker.fields import Message
 from broker.frames import Limits, Reassembler
-from broker.messages import Activations, Coordinator, Report, Round, Status
+from broker.messages import Coordinator, Status
 from broker.topics import Topics
+from broker.training_messages import Activations, Report, Round
 
 CONNECT_TIMEOUT_S = 10.0
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from broker.messages import Activations, DeviceParameters
+from broker.training_messages import Activations, DeviceParameters
 from coordinator.aggregation import Model, block_of
 from tensors.codecs import parse_codec
 from tensors.networks import build_network, feature_shapes, read_state

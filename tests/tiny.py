@@ -10,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from broker.messages import Assignment, CutPolicy, Hello, Network, Round, Serving
+from broker.messages import Assignment, Hello, Network
+from broker.serving_messages import CutPolicy, Serving
+from broker.training_messages import Round
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data import DeviceData
 from tensors.datasets import Dataset

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from broker.messages import Report
+from broker.training_messages import Report
 from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from broker.drive import Machine
 from broker.envelopes import Envelope
-from broker.messages import Network, Report
+from broker.messages import Network
 from broker.topics import COORDINATOR, Topics
+from broker.training_messages import Report
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer, Observers
 from coordinator.service import Parts, torch_parts

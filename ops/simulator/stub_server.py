@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, DeviceParameters, Gradients, Parameters
+from broker.messages import Parameters
+from broker.training_messages import Activations, DeviceParameters, Gradients
 from coordinator.aggregation import Aggregation, Model, block_of
 from coordinator.engines import Entry, Outcome, Step
 from coordinator.errors import BatchRefused

@@ -11,7 +11,8 @@ from broker.envelopes import Envelope, up
 from broker.identity_messages import Renew
 from broker.link import Arrival, Link
 from broker.memory import MemoryBroker, MemoryTransport
-from broker.messages import Features, Request, Status
+from broker.messages import Request, Status
+from broker.serving_messages import Features
 from broker.topics import COORDINATOR, Address, Topics
 from broker.transport import Connected, Disconnected
 from tests.broker.test_drive import Puppet, Witness

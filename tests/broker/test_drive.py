@@ -17,7 +17,8 @@ from broker.errors import ConnectRefused
 from broker.frames import split
 from broker.link import Arrival, Link
 from broker.memory import MemoryBroker, MemoryTransport
-from broker.messages import Command, Parameters, Prediction, Request, Status
+from broker.messages import Command, Parameters, Request, Status
+from broker.serving_messages import Prediction
 from broker.topics import COORDINATOR, Address, Topics
 from tests.tiny import Clock
 

@@ -15,8 +15,9 @@ from broker.frames import OVERHEAD, Limits, split
 from broker.link import Arrival, Link, single_frame
 from broker.maps import Pieces
 from broker.memory import MemoryBroker, MemoryTransport
-from broker.messages import Activations, Coordinator, Parameters, Report, Request, Status
+from broker.messages import Coordinator, Parameters, Request, Status
 from broker.topics import Address, Topics
+from broker.training_messages import Activations, Report
 from broker.transport import Connected, Disconnected
 from tests.server_side import make_activations
 from tests.tiny import Clock

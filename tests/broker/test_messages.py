@@ -24,26 +24,8 @@ from broker.envelopes import (
 from broker.errors import MessageError
 from broker.fields import MAX_BATCH, MAX_BLOCKS, Message
 from broker.link import single_frame
-from broker.messages import (
-    KINDS,
-    LOSSY,
-    PROTOCOL,
-    Activations,
-    Command,
-    CutPolicy,
-    Features,
-    Gradients,
-    Hello,
-    Prediction,
-    Receipt,
-    Report,
-    Round,
-    Serving,
-    Status,
-    Telemetry,
-    from_ranges,
-    to_ranges,
-)
+from broker.messages import KINDS, LOSSY, PROTOCOL, Command, Hello, Status, Telemetry
+from broker.serving_messages import CutPolicy, Features, Prediction, Serving
 from broker.topics import (
     ALL_KINDS,
     CLAIM_DOWN_KINDS,
@@ -53,6 +35,15 @@ from broker.topics import (
     UP_KINDS,
     Address,
     Topics,
+)
+from broker.training_messages import (
+    Activations,
+    Gradients,
+    Receipt,
+    Report,
+    Round,
+    from_ranges,
+    to_ranges,
 )
 from tests.fake_device import make_manifest, make_measurement, make_parameters, receipt_of
 from tests.server_side import make_activations, make_upload

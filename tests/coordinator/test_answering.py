@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from broker.messages import Features, Prediction, Report, Round
+from broker.serving_messages import Features, Prediction
+from broker.training_messages import Report, Round
 from coordinator.run import REPORTS_S
 from tensors.codecs import encode_exact
 from tensors.decoding import decode

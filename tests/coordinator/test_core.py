@@ -6,18 +6,9 @@ from typing import Any
 
 import pytest
 
-from broker.messages import (
-    Assignment,
-    Command,
-    Coordinator,
-    Gradients,
-    Manifest,
-    Parameters,
-    Prediction,
-    Receipt,
-    Request,
-    Round,
-)
+from broker.messages import Assignment, Command, Coordinator, Manifest, Parameters, Request
+from broker.serving_messages import Prediction
+from broker.training_messages import Gradients, Receipt, Round
 from coordinator.aggregation import half_of
 from coordinator.run import SAY_AGAIN_S
 from tensors.deltas import apply_delta, fingerprint, whole_pack

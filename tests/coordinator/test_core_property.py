@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from broker.envelopes import Envelope
 from broker.fields import Message
-from broker.messages import Coordinator, Features, Report, Request, Status
+from broker.messages import Coordinator, Request, Status
+from broker.serving_messages import Features
+from broker.training_messages import Report
 from tensors.codecs import encode_exact
 from tests.fake_coordinator import Harness, inference_report
 from tests.fake_device import make_measurement

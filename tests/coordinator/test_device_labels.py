@@ -11,13 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.fields import Message
-from broker.messages import (
-    FeatureGradients,
-    Gradients,
-    LastFeatures,
-    Receipt,
-    from_ranges,
-)
+from broker.training_messages import FeatureGradients, Gradients, LastFeatures, Receipt, from_ranges
 from coordinator.aggregation import Aggregation, block_of, half_of
 from coordinator.device_labels import RoundWithDeviceLabels
 from coordinator.engines import Averaging, Sequential

@@ -11,7 +11,8 @@ import torch
 
 from broker.config import load_settings
 from broker.errors import ConfigError
-from broker.messages import Activations, Assignment, Gradients
+from broker.messages import Assignment
+from broker.training_messages import Activations, Gradients
 from coordinator import replies
 from coordinator.cascade import Cascade
 from coordinator.engines import Averaging, Engine, Sequential

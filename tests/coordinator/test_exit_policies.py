@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from broker.messages import CutPolicy
+from broker.serving_messages import CutPolicy
 from coordinator import exit_policies
 from coordinator.evaluation import CutAnswers, Evaluator
 from coordinator.exit_policies import ExitPolicy, calibrate, parse_exit_policy

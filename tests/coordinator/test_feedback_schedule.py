@@ -8,7 +8,7 @@ import pytest
 
 from broker.config import load_settings
 from broker.errors import ConfigError
-from broker.messages import Round
+from broker.training_messages import Round
 from coordinator import orders
 from coordinator.rounds import feedback_share
 from coordinator.settings import CoordinatorSettings

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker.messages import Assignment, Gradients, Program, Receipt, Request
+from broker.messages import Assignment, Program, Request
+from broker.training_messages import Gradients, Receipt
 from coordinator import service
 from coordinator.aggregation import block_of
 from coordinator.errors import ProgramUnavailable

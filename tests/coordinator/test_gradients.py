@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from broker.messages import Activations
+from broker.training_messages import Activations
 from coordinator.gradients import GradientEncoder
 from tensors.codecs import parse_codec
 from tensors.decoding import decode, nonzero

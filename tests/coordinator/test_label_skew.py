@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from broker.messages import Activations
+from broker.training_messages import Activations
 from coordinator.cascade import Cascade
 from coordinator.engines import Averaging, Sequential
 from coordinator.gradients import GradientEncoder

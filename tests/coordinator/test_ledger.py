@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.envelopes import down
-from broker.messages import Gradients, Receipt, from_ranges
+from broker.training_messages import Gradients, Receipt, from_ranges
 from coordinator.ledger import Ledger
 
 QUOTA = 10

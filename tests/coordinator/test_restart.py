@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from broker.messages import Network, Parameters, Round
+from broker.messages import Network, Parameters
+from broker.training_messages import Round
 from coordinator.errors import ResumeError
 from tensors.errors import DataError
 from tests.fake_coordinator import Harness, inference_report, only

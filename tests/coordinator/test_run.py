@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from broker.messages import Assignment, Gradients, Manifest, Receipt, Request, Round
+from broker.messages import Assignment, Manifest, Request
+from broker.training_messages import Gradients, Receipt, Round
 from coordinator.contribution import discount
 from coordinator.rounds import Work
 from coordinator.workload import Workload

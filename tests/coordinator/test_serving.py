@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from broker.envelopes import Envelope, up
-from broker.messages import CutPolicy, Features, Parameters, Prediction, Request, Serving, Status
+from broker.messages import Parameters, Request, Status
+from broker.serving_messages import CutPolicy, Features, Prediction, Serving
 from coordinator import exit_policies, service
 from coordinator.serving import ANSWERING, STARVED_S, TRAINING, route
 from coordinator.serving_choice import ServingChoice, write_choice

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from broker.envelopes import Envelope, up
-from broker.messages import Features, Prediction
+from broker.serving_messages import Features, Prediction
 from broker.telemetry import REFUSALS
 from coordinator.observer import Observer
 from coordinator.registry import Device

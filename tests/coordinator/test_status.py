@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from broker.messages import Report, Status, Telemetry
+from broker.messages import Status, Telemetry
+from broker.training_messages import Report
 from coordinator import snapshot
 from coordinator.health import Health
 from coordinator.status import DeviceStatus, FleetStatus

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from broker.envelopes import Envelope
 from broker.fields import Message
-from broker.messages import Activations, DeviceParameters, Gradients, Receipt, from_ranges
+from broker.training_messages import Activations, DeviceParameters, Gradients, Receipt, from_ranges
 from coordinator.aggregation import Aggregation, Model, block_of, half_of
 from coordinator.contribution import Contribution
 from coordinator.engines import Averaging, Entry, Step

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from broker.messages import Features, Prediction
+from broker.serving_messages import Features, Prediction
 from edge_agent.answer_counts import Counts
 from edge_agent.answer_meters import enter_counts
 from edge_agent.answers import Answer, Answers, Bounds

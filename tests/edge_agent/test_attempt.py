@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import MessageError
-from broker.messages import to_ranges
+from broker.training_messages import to_ranges
 from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from tensors.codecs import parse_codec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from broker.envelopes import encode_message
-from broker.messages import Activations
+from broker.training_messages import Activations
 from edge_agent.encoding import LINK_SHARE
 from edge_agent.figures import Outcome
 from tensors.format import read_header

@@ -3,16 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from broker.messages import (
-    Activations,
-    Coordinator,
-    DeviceParameters,
-    Hello,
-    Report,
-    Request,
-    Status,
-)
+from broker.messages import Coordinator, Hello, Request, Status
 from broker.topics import Topics
+from broker.training_messages import Activations, DeviceParameters, Report
 from edge_agent.asking import LAST_RETRY_S
 from edge_agent.phases import Phase
 from tensors.parameters import unpack_parameters

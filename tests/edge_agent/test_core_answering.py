@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from broker.messages import Activations, Features, Prediction, Report
+from broker.serving_messages import Features, Prediction
+from broker.training_messages import Activations, Report
 from edge_agent.phases import Phase
 from tests.fake_device import (
     Harness,

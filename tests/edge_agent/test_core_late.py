@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from broker.fields import Message
-from broker.messages import Activations, Coordinator, DeviceParameters, Report, Request, Round
+from broker.messages import Coordinator, Request
+from broker.training_messages import Activations, DeviceParameters, Report, Round
 from edge_agent.phases import Phase
 from tensors.parameters import unpack_parameters
 from tests.fake_device import (

@@ -7,15 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.fields import Message
-from broker.messages import (
-    Activations,
-    Coordinator,
-    DeviceParameters,
-    Gradients,
-    Prediction,
-    Report,
-    Request,
-)
+from broker.messages import Coordinator, Request
+from broker.serving_messages import Prediction
+from broker.training_messages import Activations, DeviceParameters, Gradients, Report
 from edge_agent.attempt import Learner
 from edge_agent.offline import OfflineLimits
 from tensors.codecs import parse_codec

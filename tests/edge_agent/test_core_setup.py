@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from broker.logs import LogLevel
-from broker.messages import Activations, Assignment, Command, Hello, Request
+from broker.messages import Assignment, Command, Hello, Request
+from broker.training_messages import Activations
 from edge_agent.attempt import Learner
 from edge_agent.errors import AssignmentError
 from edge_agent.phases import Phase

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from broker.messages import Gradients
+from broker.training_messages import Gradients
 from edge_agent.errors import TrainingError
 from edge_agent.trainer import DeviceTrainer
 from tensors.codecs import parse_codec

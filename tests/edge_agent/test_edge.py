@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from broker.memory import MemoryBroker
-from broker.messages import CutPolicy
+from broker.serving_messages import CutPolicy
 from broker.topics import Address
 from edge_agent.answers import Answer
 from edge_agent.edge import Edge, EdgeService

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from broker.messages import DeviceParameters, Manifest, Parameters, Request
+from broker.messages import Manifest, Parameters, Request
+from broker.training_messages import DeviceParameters
 from edge_agent.phases import Phase
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import parse_codec

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, FeatureGradients, KeptClassifier, LastFeatures, Prediction
+from broker.messages import KeptClassifier
+from broker.serving_messages import Prediction
+from broker.training_messages import Activations, FeatureGradients, LastFeatures
 from edge_agent.answers import Answers
 from edge_agent.errors import TrainingError
 from edge_agent.exit_policy import ExitPolicy, Limits, Policy

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import MessageError
-from broker.messages import Receipt, to_ranges
+from broker.training_messages import Receipt, to_ranges
 from edge_agent.ledger import Ledger
 
 QUOTA = 12

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.envelopes import up
-from broker.messages import Activations, Coordinator, DeviceParameters, Report, Request
+from broker.messages import Coordinator, Request
+from broker.training_messages import Activations, DeviceParameters, Report
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
 from edge_agent.phases import Phase
 from tests.attempt_desk import Desk, balanced, batches

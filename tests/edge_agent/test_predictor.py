@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.messages import Features, Prediction
+from broker.serving_messages import Features, Prediction
 from edge_agent.exit_policy import Policy
 from edge_agent.learner import LearnerFactory, TorchPredictor
 from edge_agent.predictor import InferenceRun

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker.messages import Activations, Features, Noise, Report, Serving, Telemetry
+from broker.messages import Noise, Telemetry
+from broker.serving_messages import Features, Serving
+from broker.training_messages import Activations, Report
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import AssignmentError, StateError
 from edge_agent.learner import LearnerFactory

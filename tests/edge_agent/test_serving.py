@@ -12,16 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from broker.envelopes import Envelope, down, to_all, to_cut
 from broker.fields import Message
-from broker.messages import (
-    Assignment,
-    Coordinator,
-    CutPolicy,
-    Features,
-    Manifest,
-    Prediction,
-    Request,
-    Serving,
-)
+from broker.messages import Assignment, Coordinator, Manifest, Request
+from broker.serving_messages import CutPolicy, Features, Prediction, Serving
 from edge_agent.answers import Answer, Answers, Predictor
 from edge_agent.enquiries import Enquiry
 from edge_agent.errors import AgentError, AssignmentError, NotReady, StateError

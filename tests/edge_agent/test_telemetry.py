@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from broker.envelopes import decode_message, encode_message, up
-from broker.messages import Coordinator, Features, Telemetry
+from broker.messages import Coordinator, Telemetry
+from broker.serving_messages import Features
 from broker.topics import Address
 from edge_agent.meters import Distribution, Meters
 from edge_agent.readings import LinkMeters, hottest, read_process, resident_bytes

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, DeviceParameters, Request
+from broker.messages import Request
+from broker.training_messages import Activations, DeviceParameters
 from ops.simulator import Device, DeviceCost, Fault, LinkProfile, SimulatedFleet
 from tests.faults.trial import ALL, DEADLINE_S, QUOTA, ROUNDS, SEED, UNTROUBLED_S, Outcome, Trial
 from tests.tiny import make_settings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from broker.memory import MemoryBroker
-from broker.messages import Report
+from broker.training_messages import Report
 from coordinator.aggregation import half_of
 from edge_agent.snapshots import DiskSnapshots
 from ops.report import summarize

@@ -16,9 +16,11 @@ from broker.config import BrokerConfig
 from broker.envelopes import up
 from broker.fields import Message
 from broker.link import Arrival, Link, single_frame
-from broker.messages import Features, Prediction, Receipt, Request, Round, Serving, Status
+from broker.messages import Request, Status
 from broker.mqtt import MqttTransport
+from broker.serving_messages import Features, Prediction, Serving
 from broker.topics import Topics
+from broker.training_messages import Receipt, Round
 from broker.transport import Connected, Will
 from coordinator.observer import Observer
 from coordinator.service import build_core, last_will, new_boot, run_coordinator

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from broker.messages import CutPolicy, Network, Serving
+from broker.messages import Network
+from broker.serving_messages import CutPolicy, Serving
 from edge_agent.served import DiskServed, Served
 from ops.cli import main
 from tensors.networks import NetworkSpec, build_network, read_state

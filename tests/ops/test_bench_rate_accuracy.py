@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from broker.envelopes import Envelope
-from broker.messages import Activations
+from broker.training_messages import Activations
 from ops import bench_rate_accuracy, rate_accuracy
 from ops.bench_rate_accuracy import make_rows, parse_pair, run_bench
 from ops.cli import main

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker.messages import CutPolicy
+from broker.serving_messages import CutPolicy
 from broker.telemetry import REFUSALS
 from broker.topics import Address
 from coordinator.settings import CoordinatorSettings

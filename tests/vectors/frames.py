@@ -10,7 +10,7 @@ import msgpack
 from broker.envelopes import encode_message
 from broker.frames import split
 from broker.maps import Pieces
-from broker.messages import Report
+from broker.training_messages import Report
 from tests.vectors.messages import INFERENCE, STAMP
 
 LIMITS: dict[str, Any] = {

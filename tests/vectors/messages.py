@@ -10,36 +10,34 @@ from broker.envelopes import Envelope, channel, down, encode_message, to_all, to
 from broker.identity_messages import Certificate, Enrol, Renew
 from broker.messages import (
     LOSSY,
-    Activations,
     Assignment,
     Buckets,
     Command,
     Coordinator,
-    CutPolicy,
-    DeviceParameters,
-    FeatureGradients,
-    Features,
-    Gradients,
     Hello,
-    Inference,
     KeptClassifier,
-    LastFeatures,
     Manifest,
     Measurement,
     Network,
     Noise,
     Parameters,
-    Prediction,
     Program,
-    Receipt,
-    Report,
     Request,
-    Round,
-    Serving,
     Status,
     Telemetry,
 )
+from broker.serving_messages import CutPolicy, Features, Inference, Prediction, Serving
 from broker.topics import Address, Topics
+from broker.training_messages import (
+    Activations,
+    DeviceParameters,
+    FeatureGradients,
+    Gradients,
+    LastFeatures,
+    Receipt,
+    Report,
+    Round,
+)
 from broker.update_messages import Fetch, Piece, Software, Update
 from tensors.codecs import parse_codec
 from tensors.parameters import pack_parameters

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from broker.messages import Receipt
+from broker.training_messages import Receipt
 from coordinator.defences.settings import DefenceSettings
 from coordinator.health import Health
 from tests.fake_coordinator import Harness, every, only

@@ -11,7 +11,7 @@ import pytest
 
 from broker.envelopes import Envelope
 from broker.fields import Message
-from broker.messages import Activations, Gradients, Round
+from broker.training_messages import Activations, Gradients, Round
 from coordinator.store import Checkpoint
 from ops.simulator import Device, SimulatedFleet
 from tensors.networks import NetworkSpec, build_network, read_state

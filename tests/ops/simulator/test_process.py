@@ -6,7 +6,8 @@ import pytest
 
 from broker.drive import INBOX, Subscribe
 from broker.envelopes import down, to_all, to_cut
-from broker.messages import Coordinator, Manifest, Receipt, Request, Status
+from broker.messages import Coordinator, Manifest, Request, Status
+from broker.training_messages import Receipt
 from coordinator.errors import StoreError
 from ops.simulator import Fault, Killed, LinkProfile
 from ops.simulator.connection import SILENCE

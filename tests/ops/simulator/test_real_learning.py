@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from broker.envelopes import Envelope
-from broker.messages import Activations, Gradients, Report
+from broker.training_messages import Activations, Gradients, Report
 from ops.errors import FleetFailed
 from ops.simulator import Device, SimulatedFleet
 from tests.tiny import assert_same, make_device_data, make_settings
