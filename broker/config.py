@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class BrokerConfig(BaseModel):
     """How to reach the MQTT broker; durations in seconds, sizes in bytes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     url: str = "mqtt://127.0.0.1:1883"
     """mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS."""

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from broker.fields import Name
 from broker.logs import LogFormat, LogLevel
 from broker.messages import Network
-from coordinator.defences.settings import CHANGE_THE_MODEL, DefenceSettings
+from coordinator.defences.settings import (
+    CHANGE_THE_MODEL,
+    DefenceSettings,
+    NotNegative,
+    Positive,
+)
 from coordinator.exit_policies import parse_exit_policy
 from coordinator.server_momentum import MomentumRule
 from tensors.codecs import MAX_LEVELS, Codec, parse_codec
 from tensors.errors import TensorsError
 from tensors.exit_rules import ExitRule
 from tensors.privacy import GaussianMechanism
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class CoordinatorSettings(DefenceSettings):
@@ -140,7 +142,7 @@ class CoordinatorSettings(DefenceSettings):
     """What the exits' thresholds are chosen for after each round, on held-out images: threshold
     (nothing, it is given), accuracy:0.9 (the fewest offloads with this accuracy of device and
     server together), offload:0.2 (at most this share offloaded)."""
-    threshold: float = 0.7
+    threshold: float = Field(default=0.7, allow_inf_nan=True)
     """With exit_policy = threshold, and until the first round has closed."""
     exit_rule: ExitRule = "entropy"
     calibration_images: int = Field(default=1000, ge=0, le=10_000_000)

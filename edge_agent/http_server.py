@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from broker.errors import ConfigError
 from edge_agent.errors import ListenError, StateError
 
 if TYPE_CHECKING:
@@ -67,15 +68,15 @@ def read_token(path: Path) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises :class:`ListenError`."""
+    """A socket that listens there. Raises :class:`ListenError`, ConfigError for no host."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listening = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as exc:
         why = getattr(exc, "strerror", None) or exc
-        raise ListenError(f"cannot listen on {host}:{port}: {why}") from exc
+        raise ConfigError(f"agent.http: there is no host {host!r} here ({why})") from exc
+    listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)

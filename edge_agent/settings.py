@@ -20,7 +20,9 @@ AUTO = "auto"
 class AgentSettings(BaseModel):
     """Section ``[agent]``; durations in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     fleet: Name = "fleet"
     """The fleet's name in the topic tree."""
@@ -68,14 +70,14 @@ class AgentSettings(BaseModel):
     threads: int | None = Field(default=None, ge=1, le=1024)
 
     # What leaves it of its images
-    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    clip_norm: float | None = Field(default=None, gt=0)
     """L2 norm to which the features of every image are clipped; needs noise_std."""
-    noise_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    noise_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the noise on every value of them; needs clip_norm. Of these and what
     the coordinator wants, the smaller clip and the larger noise hold (docs/security.md)."""
-    privacy_rho: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    privacy_rho: float | None = Field(default=None, gt=0)
     """Budget of an image in zCDP: what would go beyond it is not released."""
-    privacy_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    privacy_epsilon: float | None = Field(default=None, gt=0)
     """The same budget as the ε of (ε, δ)-differential privacy at privacy_delta."""
     privacy_delta: float = Field(default=1e-5, gt=0, lt=1)
     privacy_images: int = Field(default=1_000_000, ge=1, le=1_000_000_000)

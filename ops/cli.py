@@ -171,7 +171,7 @@ def coordinator(
     """Run the coordinator: it trains with the fleet for the given rounds, then ends."""
     from ops.services import serve_coordinator
 
-    flags = run.parse_assignments(assignments or []) | {
+    given = {
         "fleet": fleet,
         "state_dir": state_dir,
         "dataset": dataset,
@@ -194,7 +194,7 @@ def coordinator(
         "log_format": log_format,
     }
     serve_coordinator(
-        flags,
+        run.with_assignments(assignments or [], given),
         {"name": network, "width": width},
         {"url": broker},
         config,
@@ -241,7 +241,7 @@ def agent(
     """Run one device's agent."""
     from ops.services import serve_agent
 
-    flags = run.parse_assignments(assignments or []) | {
+    given = {
         "device": device,
         "fleet": fleet,
         "cut": int(cut) if cut is not None and cut.isdecimal() else cut,
@@ -261,6 +261,7 @@ def agent(
         "log_format": log_format,
         "metrics_port": metrics_port,
     }
+    flags = run.with_assignments(assignments or [], given)
     serve_agent(flags, {"url": broker}, config, until_eof=until_eof)
 
 

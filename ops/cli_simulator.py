@@ -40,7 +40,7 @@ def simulate(
     """Run a whole fleet on virtual time; the same seed gives the same output, byte for byte."""
     from ops.simulate import Plan, parse_learning, run_simulation
 
-    settings = run.parse_assignments(assignments or []) | {"rounds": rounds}
+    settings = run.with_assignments(assignments or [], {"rounds": rounds})
     plan = Plan(devices, profile, seed, parse_learning(learning), settings)
     run_simulation(plan, as_json=as_json)
 

@@ -6,6 +6,7 @@ file of the user's own; docs/cost.md says what the estimate leaves out.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -22,7 +23,7 @@ Entry = TypeVar("Entry", bound="DeviceClass | Radio")
 class DeviceClass(BaseModel):
     """A board: what it draws doing nothing and with all its cores busy, in watts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     idle_watts: float = Field(ge=0)
     load_watts: float = Field(gt=0)
@@ -38,7 +39,7 @@ class DeviceClass(BaseModel):
 class Radio(BaseModel):
     """A radio: what a byte of payload costs on its device, in joules."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     joules_per_byte: float = Field(ge=0)
     source: str = Field(min_length=1)
@@ -47,7 +48,7 @@ class Radio(BaseModel):
 class EnergyTable(BaseModel):
     """Device classes and radios by name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     device: dict[str, DeviceClass] = Field(default_factory=dict)
     radio: dict[str, Radio] = Field(default_factory=dict)
@@ -55,10 +56,10 @@ class EnergyTable(BaseModel):
     def rates(self, device: str, radio: str, *, slower: float = 1.0) -> EnergyRates:
         """Of one class and one radio, for CPU seconds that take the class ``slower`` times as long.
 
-        Raises :class:`SettingsWrong` for a name that is not here or a factor not above 0.
+        Raises :class:`SettingsWrong` for a name that is not here or a factor that is none above 0.
         """
-        if not slower > 0:
-            raise SettingsWrong(f"--slower {slower}: it must be above 0")
+        if not 0 < slower < math.inf:
+            raise SettingsWrong(f"--slower {slower}: it must be a number above 0")
         board = _named("--device-class", device, self.device)
         link = _named("--radio", radio, self.radio)
         return EnergyRates(
@@ -71,7 +72,7 @@ class EnergyTable(BaseModel):
 class EnergyRates(BaseModel):
     """What turns CPU seconds and bytes into joules."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     watts_per_core: float = Field(ge=0)
     joules_per_byte: float = Field(ge=0)

@@ -6,6 +6,7 @@ does holds up the fleet.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import socket
@@ -20,7 +21,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from coordinator.health import Vitals
-from ops.errors import PortInUse
+from ops.errors import PortInUse, SettingsWrong
 
 if TYPE_CHECKING:
     from coordinator.core import CoordinatorCore
@@ -94,15 +95,21 @@ def serve_http(
 ) -> HttpServer:
     """Serve ``http://host:port/metrics`` and the pages; port 0 takes a free one.
 
-    Raises :class:`PortInUse`.
+    Raises :class:`SettingsWrong` for a host that this machine is not, :class:`PortInUse`.
     """
     try:
         return HttpServer(registry, pages, host, port)
     except (OSError, UnicodeError) as exc:
         why = getattr(exc, "strerror", None) or exc
+        unknown = isinstance(exc, UnicodeError | socket.gaierror)
+        if unknown or getattr(exc, "errno", None) == errno.EADDRNOTAVAIL:
+            raise SettingsWrong(
+                f"metrics_host = {host!r} is no name or address of this machine ({why}): take "
+                "127.0.0.1 for this machine alone, 0.0.0.0 for whoever reaches it"
+            ) from exc
         raise PortInUse(
             f"metrics cannot be served on {host}:{port} ({why}): stop the program "
-            "that listens there, or choose another --metrics-port or --metrics-host"
+            "that listens there, or choose another metrics_port"
         ) from exc
 
 

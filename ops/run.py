@@ -58,6 +58,18 @@ def parse_assignments(pairs: list[str]) -> dict[str, Any]:
     return flags
 
 
+def with_assignments(pairs: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """``flags`` of their own, None if not given, and beside them what ``--set`` says.
+
+    Raises :class:`SettingsWrong` for what both say.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    assigned = parse_assignments(pairs)
+    for key in assigned.keys() & given.keys():
+        raise SettingsWrong(f"--set {key}: another flag gives {key} already; leave one of them out")
+    return assigned | given
+
+
 def transport_for(broker: BrokerConfig, client_id: str, will: Will) -> Transport:
     """The MQTT transport; the name is also the user name unless one is configured."""
     from broker.mqtt import MqttTransport

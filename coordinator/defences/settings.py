@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.defences.robust import AggregationRule
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 CHANGE_THE_MODEL = (
     "aggregation_rule",
@@ -25,7 +25,9 @@ CHANGE_THE_MODEL = (
 class DefenceSettings(BaseModel):
     """See docs/security.md; durations in seconds unless the name says otherwise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     aggregation_rule: AggregationRule = "mean"
     """How blocks are merged at a round's end. trimmed-mean and median bear liars among the holders

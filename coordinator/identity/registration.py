@@ -34,13 +34,15 @@ DAY_S = 86_400.0
 class Lifetimes(BaseModel):
     """How long what is signed is good for, in days."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-    device_days: float = Field(default=30.0, gt=0, le=3650, allow_inf_nan=False)
+    device_days: float = Field(default=30.0, gt=0, le=3650)
     """A device's certificate; it is renewed when a third of that is left."""
-    server_days: float = Field(default=90.0, gt=0, le=3650, allow_inf_nan=False)
+    server_days: float = Field(default=90.0, gt=0, le=3650)
     """Those of broker and coordinator; they are signed anew when two thirds are left."""
-    list_days: float = Field(default=LIST_DAYS, gt=0, le=3650, allow_inf_nan=False)
+    list_days: float = Field(default=LIST_DAYS, gt=0, le=3650)
     """The revocation lists; likewise. A broker whose lists have ended lets nobody in."""
 
 

@@ -52,6 +52,7 @@ def test_other_sections_and_variables_do_not_matter(tmp_path: Path) -> None:
         ("[broker]\nca_file = 'ca.pem'", ["mqtts://"]),
         ("[broker]\nurl = 'mqtts://x'\ncert_file = 'c.pem'", ["key_file", "together"]),
         ("[broker]\nbackoff_initial_s = 60.0", ["backoff_max_s"]),
+        ("[broker]\nconnect_timeout_s = inf", ["broker.connect_timeout_s", "finite"]),
         ("broker = 1", ["[broker]"]),
         ("[broker", ["splitfleet.toml", "TOML"]),
     ],

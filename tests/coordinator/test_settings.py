@@ -39,6 +39,13 @@ def test_a_budget_that_cannot_be_kept(flags: dict[str, Any], words: list[str]) -
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["momentum", "learning_rate", "quarantine_s"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"coordinator\.{key}.*finite"):
+        load(**{key: value})
+
+
 def test_floats_are_fine_without_a_budget() -> None:
     assert load(codec="fp32").bytes_per_sample is None
     both = load(codec="int4+zstd", bytes_per_sample=100, follow_link=True)

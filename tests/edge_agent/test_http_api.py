@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.errors import ConfigError
 from edge_agent import http_server
 from edge_agent.errors import (
     AgentError,
@@ -381,7 +382,7 @@ class TestAddresses:
             taken.listen()
             with pytest.raises(ListenError, match="choose another address"):
                 listen("127.0.0.1", taken.getsockname()[1])
-        with pytest.raises(ListenError, match="cannot listen on"):
+        with pytest.raises(ConfigError, match=r"agent\.http.*no\.such\.host\.invalid"):
             listen("no.such.host.invalid", 0)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ops.cli import main
 from tests.mosquitto_process import free_port
 
 
@@ -63,6 +64,24 @@ def test_what_a_user_got_wrong_is_one_clear_line_and_an_exit_code(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists(), "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["coordinator", "--set", "rounds="], "coordinator.rounds = ''"),
+        (["coordinator", "--set", "rounds=3", "--rounds", "4"], "leave one of them out"),
+        (["agent", "--device", "a", "--set", "share=-1"], "agent.share = '-1'"),
+        (["simulate", "--set", "rounds=0"], "coordinator.rounds = '0'"),
+    ],
+)
+def test_a_setting_with_a_flag_of_its_own_may_be_set_too(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_taken_port_is_said_plainly() -> None:

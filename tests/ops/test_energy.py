@@ -51,6 +51,8 @@ def test_a_class_or_radio_that_is_not_there_is_named_with_those_that_are() -> No
         table.rates("raspberry-pi-4", "smoke")
     with pytest.raises(SettingsWrong, match=r"--slower 0"):
         table.rates("raspberry-pi-4", "wifi", slower=0)
+    with pytest.raises(SettingsWrong, match=r"--slower inf"):
+        table.rates("raspberry-pi-4", "wifi", slower=float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,7 @@ def test_a_class_or_radio_that_is_not_there_is_named_with_those_that_are() -> No
         (GOOD.replace('source = "a test"\n[radio', "[radio"), r"device\.board\.source"),
         (GOOD.replace("load_watts = 5.0", "load_watts = 0.5"), r"load_watts = 0\.5.*1\.0"),
         (GOOD.replace("joules_per_byte = 1e-6", "joules_per_byte = -1"), r"joules_per_byte = -1"),
+        (GOOD.replace("load_watts = 5.0", "load_watts = inf"), r"load_watts = inf.*finite"),
         (GOOD + "price = 3", "price"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
 from coordinator.health import Vitals
-from ops.errors import PortInUse
+from ops.errors import PortInUse, SettingsWrong
 from ops.http_status import AT_ONCE, FleetPages, HttpServer, serve_http
 
 
@@ -94,11 +94,14 @@ def test_clients_that_say_nothing_take_no_more_room_than_there_is(server: HttpSe
 
 
 def test_a_port_taken_is_said_plainly(server: HttpServer, registry: CollectorRegistry) -> None:
-    with pytest.raises(PortInUse, match=rf"{server.port}.*--metrics-port") as caught:
+    with pytest.raises(PortInUse, match=rf"{server.port}.*metrics_port") as caught:
         serve_http(registry, {}, "127.0.0.1", server.port)
     assert caught.value.exit_code == 6
 
 
-def test_a_host_that_does_not_exist_is_said_plainly(registry: CollectorRegistry) -> None:
-    with pytest.raises(PortInUse, match="--metrics-host"):
-        serve_http(registry, {}, "no-such-host.invalid", 0)
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 64, "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_is_a_wrong_setting(
+    registry: CollectorRegistry, host: str
+) -> None:
+    with pytest.raises(SettingsWrong, match=f"metrics_host = '{host}'"):
+        serve_http(registry, {}, host, 0)
