@@ -83,6 +83,7 @@ def fleet_status(
         online=sum(device.online for device in devices),
         known=len(devices),
         states=dict(Counter(device.state for device in devices)),
+        quarantined=sum(guard.is_held(device.name) for device in devices),
         devices=rows,
         left_out=len(devices) - len(rows),
     )
@@ -176,6 +177,7 @@ def _device_row(
         bytes_down=sizes.get((device.name, "down"), 0),
         breaches=guard.breaches(device.name),
         quarantine_s=round(guard.remaining(device.name), 3),
+        frozen=device.frozen,
     )
 
 

@@ -23,6 +23,7 @@ class DeviceStatus(_Model):
     ``predictions``: images answered since the coordinator began, by ``exit``, ``server`` or
     ``fallback``. ``bytes_up`` and ``bytes_down`` are of this run, what goes to several devices left
     out. ``breaches``: how often it broke a rule; it is in quarantine for ``quarantine_s`` yet.
+    ``frozen``: it computes its half of the network and does not train it (``agent --lite``).
     """
 
     name: str
@@ -43,6 +44,7 @@ class DeviceStatus(_Model):
     bytes_down: int
     breaches: int = 0
     quarantine_s: float = 0.0
+    frozen: bool = False
 
 
 class RoundStatus(_Model):
@@ -85,7 +87,11 @@ class ServingStatus(_Model):
 
 
 class FleetStatus(_Model):
-    """All of it. ``time`` is UTC, ``uptime_s`` this process's; bytes by ``direction/role``."""
+    """All of it. ``time`` is UTC, ``uptime_s`` this process's; bytes by ``direction/role``.
+
+    ``quarantined`` of the ``known`` devices are in quarantine; ``left_out`` have no place in
+    ``devices``.
+    """
 
     time: str
     uptime_s: float
@@ -104,5 +110,6 @@ class FleetStatus(_Model):
     online: int
     known: int
     states: dict[str, int]
+    quarantined: int = 0
     devices: list[DeviceStatus]
     left_out: int

@@ -21,6 +21,7 @@ class Order(StrEnum):
     samples = "samples"
     loss = "loss"
     bytes = "bytes"
+    breaches = "breaches"
 
 
 def ordered(
@@ -54,6 +55,8 @@ def _number(device: DeviceStatus, order: Order, rates: Rates | None) -> float | 
             largest = rates.of(device.name).bytes
         case Order.bytes:
             largest = device.bytes_up + device.bytes_down
+        case Order.breaches:
+            largest = device.breaches
         case Order.name | Order.state:
             return 0.0
     return None if largest is None else -largest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
@@ -15,6 +15,8 @@ from ops.units import MISSING, amount, percent, seconds, short_size
 
 LATE_S = 90.0
 """A device that is online and has not been heard of for so long stands out."""
+MOST_NAMED = 5
+"""So many of the devices that broke rules are named above the table."""
 
 
 def show(
@@ -53,8 +55,9 @@ def lines_around(status: FleetStatus, *, width: int) -> int:
 
 def _lines(status: FleetStatus, rates: Rates | None) -> list[str]:
     pinned = ", pinned" if status.serving.pinned else ""
+    held = f", {status.quarantined} in quarantine" if status.quarantined else ""
     facts = (
-        f"{status.online} of {status.known} devices online",
+        f"{status.online} of {status.known} devices online{held}",
         f"version {status.serving.version} serves{pinned}",
         f"broker {'connected' if status.health.broker_connected else 'away'}",
         f"up {seconds(status.uptime_s)}",
@@ -70,6 +73,7 @@ def _lines(status: FleetStatus, rates: Rates | None) -> list[str]:
         if status.closed.exit_accuracy:
             scores.append(f"exits {_by_cut(status.closed.exit_accuracy, percent)}")
         lines.append(f"after round {status.closed.number}: {', '.join(scores)}")
+    lines += _breaches(status.devices)
     answers = status.predictions if rates is None else rates.predictions
     per = "" if rates is None else "/s"
     if any(status.predictions.values()):
@@ -91,6 +95,25 @@ def _round(current: RoundStatus, rounds: int) -> list[str]:
         facts.append(f"{seconds(max(0.0, current.deadline_s))} left")
     losses = _by_cut(current.loss, "{:.2f}".format)
     return [", ".join(facts), *([f"whole network's loss {losses}"] if losses else [])]
+
+
+def _breaches(devices: Sequence[DeviceStatus]) -> list[str]:
+    """Who broke rules, in one line, if any did: those in quarantine first, then by how often."""
+    found = sorted(
+        (device for device in devices if device.breaches or device.quarantine_s),
+        key=lambda device: (not device.quarantine_s, -device.breaches, device.name),
+    )
+    parts = [
+        f"{device.name} {device.breaches:,}{f' ({_held(device)})' if device.quarantine_s else ''}"
+        for device in found[:MOST_NAMED]
+    ]
+    if len(found) > MOST_NAMED:
+        parts.append(f"{len(found) - MOST_NAMED} more")
+    return [f"breaches: {', '.join(parts)}"] if parts else []
+
+
+def _held(device: DeviceStatus) -> str:
+    return f"held {_ago(device.quarantine_s)}"
 
 
 def _by_cut(values: Mapping[str, float], text: Callable[[float], str]) -> str:
@@ -136,8 +159,8 @@ def _cells(device: DeviceStatus, rates: Rates | None) -> list[str]:
         of = rates.of(device.name)
     return [
         device.name,
-        MISSING if device.cut is None else str(device.cut),
-        device.state,
+        _cut(device),
+        _held(device) if device.quarantine_s else device.state,
         _ago(device.heard_s),
         amount(of.samples),
         MISSING if device.exit_loss is None else f"{device.exit_loss:.2f}",
@@ -147,6 +170,11 @@ def _cells(device: DeviceStatus, rates: Rates | None) -> list[str]:
     ]
 
 
+def _cut(device: DeviceStatus) -> str:
+    cut = MISSING if device.cut is None else str(device.cut)
+    return f"{cut} lite" if device.frozen else cut
+
+
 def _exits(predictions: Mapping[str, int]) -> str:
     """The share of a device's answers that its exit gave, because it was sure."""
     answers = sum(predictions.values())
@@ -154,6 +182,8 @@ def _exits(predictions: Mapping[str, int]) -> str:
 
 
 def _style(device: DeviceStatus) -> str:
+    if device.quarantine_s:
+        return "red"
     if device.state == "offline":
         return "dim"
     return "yellow" if device.heard_s is None or device.heard_s > LATE_S else ""

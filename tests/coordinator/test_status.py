@@ -125,6 +125,13 @@ def test_who_answered_and_on_what_kind_of_device() -> None:
     assert status(server).predictions == {"exit": 13, "server": 4, "fallback": 1}
 
 
+def test_who_does_not_train_is_marked() -> None:
+    server = Harness(min_devices=3)
+    server.join("a", 2)
+    server.join("small", 2, frozen=True)
+    assert [device.frozen for device in status(server).devices] == [False, True]
+
+
 def test_after_a_restart_devices_are_there_but_have_not_been_heard() -> None:
     first = Harness(rounds=3)
     first.join("a", 2)

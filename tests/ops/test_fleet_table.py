@@ -61,6 +61,34 @@ def test_what_is_wrong_stands_out() -> None:
     assert found[2] == "problem: no connection to the broker"
 
 
+def test_devices_in_quarantine_say_for_how_long_and_lite_ones_that_they_are() -> None:
+    """Also where there is least room: with rates, in 80 columns."""
+    found = lines(
+        make_status(
+            make_device("cam-1", breaches=3),
+            make_device("cam-2", breaches=1240, quarantine_s=3540.2),
+            make_device("cam-3", frozen=True),
+            make_device("cam-4", breaches=20, quarantine_s=41.7, state="offline"),
+            quarantined=2,
+        ),
+        rates=Rates({f"cam-{n}": DeviceRates(1500.4, 123_400.0, 123_400.0) for n in range(1, 5)}),
+    )
+    assert "3 of 4 devices online, 2 in quarantine; version 2 serves" in found[1]
+    assert "breaches: cam-2 1,240 (held 59 min), cam-4 20 (held 42 s), cam-1 3" in found
+    assert found[-5:] == [
+        "device           cut        state  heard  samples/s  loss  exits    up/s  down/s",
+        "cam-1              2     training    3 s      1,500  0.51   60 %  123 kB  123 kB",
+        "cam-2              2  held 59 min    3 s      1,500  0.51   60 %  123 kB  123 kB",
+        "cam-3         2 lite     training    3 s      1,500  0.51   60 %  123 kB  123 kB",
+        "cam-4              2    held 42 s    3 s      1,500  0.51   60 %  123 kB  123 kB",
+    ]
+
+
+def test_only_some_of_many_that_broke_rules_are_named() -> None:
+    found = lines(make_status(*(make_device(f"d{number}", breaches=1) for number in range(7))))
+    assert "breaches: d0 1, d1 1, d2 1, d3 1, d4 1, 2 more" in found
+
+
 def test_a_repeated_attempt_and_a_pinned_version_are_said() -> None:
     serving = ServingStatus(version=1, pinned=True, waiting_images=0)
     found = lines(make_status(round=make_round(attempt=2, deadline_s=None), serving=serving))
@@ -91,13 +119,16 @@ def test_a_page_has_as_many_lines_as_there_is_room_for() -> None:
         (Order.samples, ["c", "a", "b"]),
         (Order.loss, ["c", "b", "a"]),
         (Order.bytes, ["b", "c", "a"]),
+        (Order.breaches, ["c", "a", "b"]),
     ],
 )
 def test_devices_are_sorted_by_what_is_wanted(order: Order, names: list[str]) -> None:
     devices = [
         make_device("b", state="waiting", cut=1, heard_s=9, samples=1, bytes_up=9e7, exit_loss=1),
         make_device("a", state="offline", cut=2, heard_s=None, samples=2, bytes_up=1, exit_loss=0),
-        make_device("c", state="answering", cut=None, samples=3, bytes_up=2, exit_loss=2),
+        make_device(
+            "c", state="answering", cut=None, samples=3, bytes_up=2, exit_loss=2, breaches=1
+        ),
     ]
     assert [device.name for device in ordered(devices, order, None)] == names
 

@@ -129,8 +129,9 @@ def test_what_an_honest_device_may_run_into_is_none() -> None:
 def test_status_says_how_long_yet() -> None:
     server = fleet()
     misbehave(server)
-    health = Health(ok=True)
-    rows = {row.name: row for row in server.core.status(health).devices}
+    found = server.core.status(Health(ok=True))
+    assert found.quarantined == 1
+    rows = {row.name: row for row in found.devices}
     assert (rows["liar"].breaches, rows["liar"].quarantine_s) == (LIMIT, 60.0)
     assert (rows["a"].breaches, rows["a"].quarantine_s) == (0, 0.0)
 
