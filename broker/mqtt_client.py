@@ -7,6 +7,8 @@ tests/broker/test_mqtt_adapter.py fails when they move. What is changed, and why
 - the server's Receive Maximum and Maximum Packet Size, which the library drops, are kept;
 - arriving packets are acknowledged by their receiver, so that our Receive Maximum holds the broker
   back and nothing is acknowledged first and discarded later;
+- the properties of arriving packets are skipped (`broker.mqtt_packets`): the library rejects some
+  that a broker forwards, which would end the connection whenever that packet comes again;
 - a lost connection fails every waiting call at once, and every wait has a bound;
 - several packets are read and written in one turn of the event loop.
 """
@@ -39,6 +41,7 @@ from broker.errors import (
     SubscribeRefused,
     TransportError,
 )
+from broker.mqtt_packets import read_publish
 from broker.sockets import open_socket, secure
 from broker.tls import why_lost
 from broker.transport import SESSION_TAKEN_OVER, Capabilities, Packet, Will, packet_size
@@ -83,6 +86,7 @@ class Client(aiomqtt.Client):
         )
         self._client.manual_ack_set(on=True)
         self._client.disable_logger()  # what matters is raised or in `lost`
+        self._client._handle_publish = self._take_in  # type: ignore[method-assign]
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self.taken_over = False
         self.session_present = False
@@ -220,7 +224,7 @@ class Client(aiomqtt.Client):
             if not answer.done():
                 answer.set_exception(NotConnected(f"the connection to the broker ended: {reason}"))
 
-    # What follows replaces the library's callbacks.
+    # What follows replaces the library's reading of PUBLISH packets, and its callbacks.
 
     def _on_connect(
         self,
@@ -258,19 +262,21 @@ class Client(aiomqtt.Client):
         lost = why_lost(self._secured, answered=self._connected.done())
         self._lose(str(reason_code) if told else lost)
 
-    def _on_message(self, _client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
-        payload = bytes(message.payload)
-        if message.qos == 0:
-            self._deliver(Packet(message.topic, payload, 0, message.retain))
-            return
+    def _take_in(self) -> MQTTErrorCode:
+        arrived = self._client._in_packet
+        packet = read_publish(arrived["command"], arrived["packet"])
+        if not packet.qos:
+            self._deliver(Packet(packet.topic, packet.payload, 0, packet.retain))
+            return MQTTErrorCode.MQTT_ERR_SUCCESS
         self._arrived += 1
-        self._unacknowledged[self._arrived] = message.mid
+        self._unacknowledged[self._arrived] = packet.packet_id
         if len(self._unacknowledged) > self._config.receive_maximum:
             # A broker that ignores our Receive Maximum may stop answering, even our publishes, when
             # too much is unacknowledged (rumqttd at 100). The packets are safe with us.
             self._acknowledge(next(iter(self._unacknowledged)))
         acknowledge = partial(self._acknowledge, self._arrived)
-        self._deliver(Packet(message.topic, payload, message.qos, message.retain, acknowledge))
+        self._deliver(Packet(packet.topic, packet.payload, packet.qos, packet.retain, acknowledge))
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _on_publish(
         self,

@@ -49,9 +49,12 @@ class RawClient:
         self._client.subscribe(topic_filter, 1)
         self._answers.get(timeout=LIMIT_S)
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        """Without waiting for the answer."""
-        self._published.append(self._client.publish(topic, payload, 1))
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, **beside: Any) -> None:
+        """Without waiting for the answer; ``beside`` are MQTT 5 properties."""
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        for name, value in beside.items():
+            setattr(properties, name, value)
+        self._published.append(self._client.publish(topic, payload, 1, retain, properties))
 
     def wait_published(self) -> None:
         """Until the broker has acknowledged everything, or has had enough."""

@@ -180,6 +180,22 @@ async def test_more_than_the_packet_limit_reaches_nobody() -> None:
             assert (await packet(coordinator)).topic == TOPICS.up("d2", "hello")
 
 
+async def test_properties_that_the_library_refuses_cut_off_nobody() -> None:
+    with GuardedBroker() as broker:
+        odd = RawClient(broker.client("d1"))
+        # Kept by the broker: a coordinator that stumbled over it would do so at every start.
+        odd.publish(HELLO, b"1", retain=True, UserProperty=("\ufeff", ""))
+        odd.publish(HELLO, b"2", retain=True, ResponseTopic="\ufeff", ContentType="\ufeff")
+        await asyncio.to_thread(odd.wait_published)
+        async with client(broker.client("coordinator")) as coordinator:
+            await coordinator.subscribe(*TOPICS.coordinator_filters())
+            await up(coordinator)
+            assert (await packet(coordinator)).payload == b"2"
+            odd.publish(HELLO, b"3", UserProperty=("", "\ufeff"))
+            assert (await packet(coordinator)).payload == b"3"
+        odd.close()
+
+
 async def test_a_flood_is_bounded_and_holds_up_nobody_else() -> None:
     limits = BrokerLimits(queue_messages=100)
     with GuardedBroker(limits=limits) as broker:

@@ -276,6 +276,10 @@ async def test_a_client_that_was_taken_over_does_not_come_back() -> None:
         bytes([0xF0, 255, 255, 255, 255, 127]),
         bytes([0x32, 1, 0]),
         bytes([0x32, 5, 0, 200, 0, 0, 0]),
+        bytes([0x30, 7, 0, 1]) + b"t" + bytes([255, 255, 255, 255]),
+        bytes([0x30, 4, 0, 1]) + b"t" + bytes([9]),
+        bytes([0x34, 6, 0, 1]) + b"t" + bytes([0, 1, 0]),
+        bytes([0x30, 4, 0, 1]) + bytes([255, 0]),
         bytes([0x40, 1, 0]),
         bytes([0x90, 2, 0, 9]),
     ],
@@ -298,6 +302,36 @@ async def test_a_malformed_packet_ends_the_connection_and_nothing_else(garbage: 
         while not isinstance(happened := await event(transport), Packet):
             pass
         assert happened.payload == b"x"
+
+
+NO_STRING = bytes([0x26, 0, 3]) + "\ufeff".encode() + bytes([0, 0])
+"""A user property that the library refuses, Mosquitto does not."""
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [NO_STRING, bytes([0x03, 0, 1, 0xFF]), bytes([0x7F]), 20_000 * bytes([0x26, 0, 0, 0, 0])],
+)
+async def test_what_a_stranger_puts_into_properties_is_not_looked_at(properties: bytes) -> None:
+    count = len(properties)
+    length = bytes([count & 127 | 128, count >> 7 & 127 | 128, count >> 14])
+
+    async def forwards(session: Session) -> None:
+        await session.accept()
+        for first, mid in ((0x30, b""), (0x32, bytes([0, 1])), (0x33, bytes([0, 2]))):
+            body = bytes([0, 1]) + b"t" + mid + length + properties + b"x"
+            size = len(body)
+            packed = bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14])
+            await session.send(bytes([first]) + packed + body)
+        await session.expect(PUBACK)
+
+    async with against(forwards) as transport:
+        for qos, retain in ((0, False), (1, False), (1, True)):
+            packet = await event(transport)
+            assert isinstance(packet, Packet)
+            assert (packet.topic, packet.payload) == ("t", b"x")
+            assert (packet.qos, packet.retain) == (qos, retain)
+            packet.ack()
 
 
 async def test_many_packets_in_one_read_all_arrive() -> None:
@@ -433,7 +467,7 @@ def test_the_parts_of_the_library_we_replace_or_touch_are_there() -> None:
         for name, member in vars(Client).items()
         if name.startswith("_on_") and inspect.isfunction(member)
     ]
-    assert len(replaced) == 10
+    assert len(replaced) == 9
     for name in replaced:
         theirs = inspect.signature(getattr(aiomqtt.Client, name)).parameters
         ours = inspect.signature(getattr(Client, name)).parameters
@@ -443,6 +477,8 @@ def test_the_parts_of_the_library_we_replace_or_touch_are_there() -> None:
     library = paho.Client(CallbackAPIVersion.VERSION2)
     assert isinstance(library._in_packet, dict)
     assert library._max_inflight_messages > 0
+    assert not inspect.signature(library._handle_publish).parameters
+    assert "self._handle_publish()" in inspect.getsource(paho.Client._packet_handle)
 
 
 def test_the_library_replaces_a_complete_packet() -> None:
