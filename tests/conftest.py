@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from broker.embedded import EmbeddedBroker
@@ -18,6 +19,13 @@ from tests.mosquitto_process import Mosquitto
 
 SEED = int(os.environ.get("SPLITFLEET_TEST_SEED") or random.SystemRandom().randrange(2**32))
 COROUTINE_TIMEOUT_S = 90.0
+
+# How long an example takes, and making one, is the machine's affair. All else is as Hypothesis has
+# it; in a CI job that is the same examples every time, whatever the seed.
+hypothesis.settings.register_profile(
+    "splitfleet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("splitfleet")
 
 
 @pytest.hookimpl(tryfirst=True)

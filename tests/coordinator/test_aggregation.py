@@ -105,7 +105,7 @@ def merge(start: Model, holders: list[Holder], *, device_copies: bool, first: in
     return aggregation.result()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     devices=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 500)), min_size=1, max_size=5),

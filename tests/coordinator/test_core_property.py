@@ -44,7 +44,7 @@ def resolve(server: Harness, run: str) -> str:
     return server.round.run if run == "current" else "other"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), steps=st.integers(0, 25))
 def test_whatever_devices_say_in_whatever_order_nothing_breaks(
     data: st.DataObject, steps: int

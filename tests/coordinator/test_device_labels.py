@@ -261,7 +261,7 @@ def test_settings_that_do_not_go_with_it(changes: dict[str, Any], named: str) ->
         make_settings(labels="device", **changes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from("sgu"), st.integers(0, QUOTA)), max_size=25))
 def test_in_whatever_order_things_come_the_books_add_up(script: list[tuple[str, int]]) -> None:
     """``s`` activations, ``g`` a gradient, ``u`` the upload; batches may repeat or be missing."""

@@ -35,7 +35,7 @@ def alone(version: int, cut: int, features: Array) -> Array:
 SERVER = responder(1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from(CUTS), st.integers(1, 4)), min_size=1, max_size=6))
 def test_together_is_as_one_by_one(mix: list[tuple[int, int]]) -> None:
     asked = [(cut, features_at(cut, seed, size)) for seed, (cut, size) in enumerate(mix)]

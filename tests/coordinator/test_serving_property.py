@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -84,7 +84,6 @@ asking = st.tuples(
 passing = st.floats(0, 0.5)
 
 
-@settings(deadline=None)
 @given(
     steps=st.lists(st.one_of(asking, passing, st.none()), max_size=60),
     fails=st.lists(st.booleans(), max_size=10),

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.messages import Buckets, Telemetry
@@ -178,7 +178,6 @@ def test_what_is_not_known_is_left_out_and_named_once(odd: dict[str, Any]) -> No
     assert second.faults == set()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1e308)), max_size=20))
 def test_counters_never_fall_and_never_exceed_what_was_said(
     reports: list[tuple[int, float]],

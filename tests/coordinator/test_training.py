@@ -527,7 +527,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(events=EVENTS, feedback=st.booleans())
 def test_receipts_add_up_to_what_became_of_the_batches(
     events: list[tuple[Any, ...]], feedback: bool

@@ -70,7 +70,6 @@ def test_audits_are_the_wanted_share_of_sure_images_and_the_same_for_the_same_se
 # -- what an hour may cost ------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     per_h=st.floats(0, 1e5),
     burst_s=st.floats(0, 1000),
@@ -198,7 +197,6 @@ def test_a_slow_first_round_trip_is_soon_forgotten_when_others_are_quick() -> No
 # -- drift ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(trials=st.integers(0, 40), share=st.floats(0, 1), p=st.floats(0.01, 1))
 def test_the_binomial_test_is_exact(trials: int, share: float, p: float) -> None:
     k = int(share * trials)
@@ -358,4 +356,4 @@ class Deciding(RuleBasedStateMachine):
 
 
 TestDeciding = Deciding.TestCase
-TestDeciding.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestDeciding.settings = settings(max_examples=50, stateful_step_count=40)

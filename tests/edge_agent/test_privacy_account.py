@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.errors import StateError
@@ -149,7 +149,6 @@ def test_where_there_is_no_account_none_is_made_by_looking(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.lists(st.sampled_from([A, B, C]), max_size=4), st.floats(0.01, 2)), max_size=12

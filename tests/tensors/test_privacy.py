@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tensors import privacy_torch
@@ -35,7 +35,6 @@ def test_what_is_longer_than_the_clip_is_scaled_to_it_and_the_rest_is_left() -> 
     np.testing.assert_allclose(clipped[3] / norms(clipped)[3], x[3] / norms(x)[3], rtol=1e-5)
 
 
-@settings(deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e30))
 def test_no_two_images_are_further_apart_than_twice_the_clip(clip: float, scale: float) -> None:
     sent = GaussianMechanism(clip, 1.0).release(features(scale), nothing)
@@ -87,7 +86,6 @@ def test_features_that_are_all_zero_have_a_gradient() -> None:
     torch.testing.assert_close(x.grad, torch.ones(2, 5))
 
 
-@settings(deadline=None)
 @given(POSITIVE, POSITIVE)
 def test_a_release_costs_the_renyi_divergence_of_two_normals(clip: float, std: float) -> None:
     """D_α(N(μ, σ²) ‖ N(ν, σ²)) = α·‖μ − ν‖²/(2σ²), so ρ is that with ‖μ − ν‖ = 2C and α = 1."""
@@ -109,7 +107,6 @@ def test_epsilon_by_hand() -> None:
     assert epsilon_of(math.inf, 1e-5) == math.inf
 
 
-@settings(deadline=None)
 @given(st.floats(1e-6, 1e9), st.floats(1e-12, 0.5))
 def test_a_budget_in_epsilon_is_one_in_rho(epsilon: float, delta: float) -> None:
     assert epsilon_of(rho_of(epsilon, delta), delta) == pytest.approx(epsilon, rel=1e-9)

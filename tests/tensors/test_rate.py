@@ -56,7 +56,7 @@ SOURCES = st.sampled_from([noise, behind_a_relu, smooth, with_outliers])
 Source = Callable[[np.random.Generator], Array]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(CODECS, SOURCES, st.lists(BUDGETS, min_size=1, max_size=12), st.integers(0, 99))
 def test_no_budget_is_exceeded_unless_the_fewest_levels_do(
     name: str, source: Source, budgets: list[float], seed: int
@@ -75,7 +75,7 @@ def test_no_budget_is_exceeded_unless_the_fewest_levels_do(
         assert len(rated.data) <= budget * (1 + TOLERANCE) or rated.levels == GRID[0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(CODECS, SOURCES, st.lists(BUDGETS, max_size=6), BUDGETS, BUDGETS, st.integers(0, 99))
 def test_a_larger_budget_never_gives_fewer_levels(
     name: str, source: Source, before: list[float], one: float, other: float, seed: int
@@ -193,7 +193,7 @@ def test_a_budget_that_is_no_number_is_refused() -> None:
     assert controller.encode(x, float("inf")).levels == 256
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(["int3", "int8", "int5+channel", "levels100"]), st.floats(0, 1))
 def test_estimates_are_exact_without_the_lossless_stage(name: str, share: float) -> None:
     rng = np.random.default_rng(8)

@@ -61,7 +61,7 @@ def fleet(count: int, seed: int, server: Server) -> FleetModel:
 
 
 @given(st.lists(some_device, min_size=1, max_size=5), some_server, st.sampled_from([1, 2, 4]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_as_good_as_trying_everything(devices: list[Device], server: Server, window: int) -> None:
     model = model_of(devices, server, window)
     last = {1: 9, 2: 9, 3: 5, 4: 4, 5: 3}[len(devices)]
