@@ -23,7 +23,8 @@ from coordinator.log_levels import LogLevels, order, orders
 from coordinator.observer import Observer
 from coordinator.placement import Placement
 from coordinator.registry import Device, Registry
-from coordinator.run import Keeper, Run
+from coordinator.run import Run
+from coordinator.run_records import Keeper, RunRecords
 from coordinator.serving import AnsweringMachine, Answers
 from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
@@ -84,11 +85,19 @@ class CoordinatorCore:
             registry=self._registry,
             new_round=new_round,
             serving=self._serving,
-            evaluator=evaluator,
+            records=RunRecords(
+                settings,
+                run,
+                checkpoint,
+                registry=self._registry,
+                evaluator=evaluator,
+                store=store,
+                observer=observer,
+                traffic=traffic,
+                clock=clock,
+            ),
             placement=placement,
-            store=store,
             observer=observer,
-            traffic=traffic,
             clock=clock,
         )
         self.answering = AnsweringMachine(

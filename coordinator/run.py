@@ -10,37 +10,27 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 from broker.envelopes import Envelope
 from broker.fields import RunPhase
 from broker.training_messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator import orders
 from coordinator.aggregation import Model
-from coordinator.evaluation import Evaluator
-from coordinator.history import History
-from coordinator.label_counts import LabelCounts
+from coordinator.deadline import Deadline
 from coordinator.observer import Observer
 from coordinator.open_rounds import OpenRounds
+from coordinator.participation import Participation
 from coordinator.placement import Placement
 from coordinator.published import Published
 from coordinator.registry import Device, Registry
 from coordinator.replies import refusal
-from coordinator.results import device_results, round_scores
-from coordinator.rounds import (
-    Verdict,
-    Work,
-    judge,
-    judge_buffer,
-    quorum_of,
-    sample_devices,
-)
+from coordinator.rounds import Verdict, judge, judge_buffer, quorum_of
+from coordinator.run_records import RunRecords
 from coordinator.server_momentum import carry_over
 from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
 from coordinator.snapshot import Standing
 from coordinator.store import Checkpoint
-from coordinator.traffic import TrafficLog
 from coordinator.training import RoundInProgress
 from coordinator.workload import Workload
 from tensors.codecs import parse_codec
@@ -51,22 +41,6 @@ SAY_AGAIN_S = 1.0
 """The announcement is not said again to devices that ask for an old round more often than that."""
 REPORTS_S = 2.0
 """How long the result of a run without inference waits for the devices' last accounts."""
-
-
-class Keeper(Protocol):
-    """Where checkpoints go; ``coordinator.store.Store`` is the one on disk."""
-
-    def announce(self, round_number: int, attempt: int) -> None: ...
-
-    def announced(self) -> tuple[int, int]: ...
-
-    def save(self, checkpoint: Checkpoint) -> None: ...
-
-    def newest(self) -> tuple[int, float] | None: ...
-
-    def save_result(self, result: dict[str, Any]) -> None: ...
-
-    def result_version(self) -> int | None: ...
 
 
 class Run:
@@ -81,40 +55,35 @@ class Run:
         registry: Registry,
         new_round: Callable[[Model, float], RoundInProgress],
         serving: ServingVersion,
-        evaluator: Evaluator | None,
+        records: RunRecords,
         placement: Placement,
-        store: Keeper,
         observer: Observer,
-        traffic: Callable[[], dict[str, int]],
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._new_round = new_round
-        self._evaluator = evaluator
+        self._records = records
         self._placement = placement
-        self._store = store
         self._observer = observer
         self._clock = clock
         self._barrier = settings.aggregation == "rounds"
-        # An attempt announced before a crash is never announced again: its round gets a new one.
-        self._number = max(checkpoint.round, store.announced()[0] - 1)
+        self._number = records.last_round(checkpoint.round)
         self._attempt = 0
-        self._returning_until = clock() + settings.return_wait_s if checkpoint.registry else None
-        self._tell_of_checkpoint()
-        if checkpoint.history:
-            observer.resumed(checkpoint.history[-1])
-        self._history = History(name, checkpoint.history, recent=max(1, settings.staleness) + 1)
-        self._traffic = TrafficLog(checkpoint.traffic, traffic)
         self._workload = Workload(settings, checkpoint.scheduler)
         self._rounds = OpenRounds(settings, observer)
         self._phase: RunPhase = "gathering"
         observer.phase(self._phase)
-        self._due: float | None = None
-        self._away_since: float | None = None
+        self._deadline = Deadline(clock)
         self._said_again = -math.inf
-        self._turned_away: dict[str, None] = {}
-        """Without a barrier: devices that wait for room, in order."""
+        self._participation = Participation(
+            settings,
+            registry,
+            placement,
+            self._rounds,
+            restarted=bool(checkpoint.registry),
+            clock=clock,
+        )
         self._deadline_s = settings.round_deadline_s
         self.name = name
         self.published = Published(
@@ -139,35 +108,9 @@ class Run:
                 return []  # many ask at once when a round begins; one answer reaches them all
             self._said_again = self._clock()
             return [self.announcement()]
-        if not self._barrier and not self._admit(device, current):
-            self._turned_away[device.name] = None
+        if not self._barrier:
+            self._participation.ask(device, current)
         return [current.join(device.name)]
-
-    def _admit(self, device: Device, current: RoundInProgress) -> bool:
-        """Without a barrier: let a device in if the broker's queue has room for its batches."""
-        if device.cut is None:
-            return False
-        ready = self._registry.ready
-        room = self._placement.room(d.cut or 1 for d in ready)
-        others = self._rounds.at_work - {device.name}
-        taken = sum(self._rounds.credits(name) for name in others if self._registry[name].online)
-        if taken >= room:
-            return False
-        current.admit(device.name, self._work(device), devices=len(ready), most=room - taken)
-        return True
-
-    def _call_in(self) -> list[Envelope]:
-        """Tell devices that were turned away when there is room."""
-        current, out = self._rounds.current, list[Envelope]()
-        while self._turned_away and current is not None:
-            name = next(iter(self._turned_away))
-            device = self._registry[name]
-            if device.online and not self._admit(device, current):
-                break
-            del self._turned_away[name]
-            if device.online:
-                out.append(current.join(name))
-        return out
 
     def activations(self, device: Device, message: Activations) -> list[Envelope]:
         """A batch of this run, or of one that nobody knows any more."""
@@ -206,14 +149,14 @@ class Run:
 
     def expel(self, device: str) -> list[Envelope]:
         """A device is in quarantine: it has no part any more in the rounds that are open."""
-        self._turned_away.pop(device, None)
+        self._participation.expel(device)
         return [said for each in self._rounds for said in each.expel(device)]
 
     def report(self, device: Device, report: Report) -> None:
         """A device's own account of an attempt."""
         current = self._rounds.current
         running = current is not None and current.stamp == report.stamp
-        self._history.report(device.name, report, open_round=running)
+        self._records.report(device.name, report, open_round=running)
 
     # -- time -------------------------------------------------------------------------------------
 
@@ -234,16 +177,13 @@ class Run:
 
     def tick(self) -> list[Envelope]:
         """Receipts that have waited for company, and the end of waiting after a restart."""
-        if self._returning_until is not None and self._clock() >= self._returning_until:
-            self._returning_until = None
+        self._participation.tick()
         return self._rounds.receipts()
 
     @property
     def next_tick(self) -> float | None:
         """When something is due, on the clock."""
-        due = [self._returning_until, self._rounds.receipts_due]
-        if self._away_since is None:
-            due.append(self._due)
+        due = [self._participation.due, self._rounds.receipts_due, self._deadline.due]
         return min((time for time in due if time is not None), default=None)
 
     def advance(self) -> list[Envelope]:
@@ -257,10 +197,10 @@ class Run:
             return []
         verdict = self._verdict(current)
         if verdict is Verdict.WAIT:
-            return self._call_in()
+            return self._participation.call_in(current)
         if verdict is Verdict.EXTEND:
             current.extended = True
-            self._due = self._clock() + self._deadline_s
+            self._deadline.begin(self._deadline_s)
             self._observer.round_ended(self._number, "extended", {})
             log.warning("round %d is below quorum at its deadline: extended", self._number)
             return []
@@ -273,16 +213,15 @@ class Run:
 
     def standing(self) -> Standing:
         """Where it is; may be asked for in any thread."""
-        due, away = self._due, self._away_since
         return Standing(
             run=self.name,
             phase=self._phase,
             version=self.published.version,
             rounds=self._rounds,
             rounds_wanted=self._settings.rounds,
-            due_s=None if due is None or away is not None else due - self._clock(),
-            records=self._history.records,
-            traffic=self._traffic.totals(),
+            due_s=self._deadline.left_s,
+            records=self._records.rounds,
+            traffic=self._records.traffic(),
         )
 
     def announcement(self) -> Envelope:
@@ -302,22 +241,19 @@ class Run:
 
     def connected(self) -> list[Envelope]:
         """The broker is there (again), maybe without its retained messages: say them all."""
-        if self._away_since is not None and self._due is not None:
-            self._due += self._clock() - self._away_since
-        self._away_since = None
+        self._deadline.resume()
         self.published.say_again()
         said = [*self._manifests(), *self._serving.say_again(), self.announcement()]
         return said + self.advance()
 
     def disconnected(self) -> None:
         """Nobody can be heard: the time until the connection is back is nobody's fault."""
-        if self._away_since is None:
-            self._away_since = self._clock()
+        self._deadline.pause()
 
     # -- rounds -----------------------------------------------------------------------------------
 
     def _verdict(self, current: RoundInProgress) -> Verdict:
-        overdue = self._overdue
+        overdue = self._deadline.overdue
         if not self._barrier:
             return judge_buffer(
                 contributions=len(current.added),
@@ -338,56 +274,23 @@ class Run:
     def _gather(self) -> list[Envelope]:
         if self._number >= self._settings.rounds:
             return self._begin_inference()
-        needed = self._settings.min_devices
-        if self._number or self._registry.quarantined:
-            needed = quorum_of(needed, self._settings.quorum)
-        if self._registry.online < needed:
-            return []
-        ready = self._registry.ready
-        if len(ready) < needed:
-            return []
-        if self._returning_until is not None and len(ready) < len(self._registry.devices):
-            return []  # after a restart the devices come back one by one
-        self._returning_until = None
-        return self._open_round(ready)
+        ready = self._participation.gathered(first=not self._number)
+        return self._open_round(ready) if ready else []
 
     def _open_round(self, ready: Sequence[Device]) -> list[Envelope]:
         settings = self._settings
         self._number += 1
-        last_number, last_attempt = self._store.announced()
-        self._attempt = last_attempt + 1 if last_number == self._number else 0
-        self._store.announce(self._number, self._attempt)
-        work: dict[str, Work] = {}
-        if self._barrier:
-            room = self._placement.room(device.cut or 1 for device in ready)
-            if settings.participation * len(ready) > room:
-                log.warning(
-                    "only %d of %d devices take part at a time: more batches would not fit the "
-                    "broker's queue; raise max_queued_messages there and queue_chunks here",
-                    room,
-                    len(ready),
-                )
-            chosen = sample_devices(
-                [device.name for device in ready],
-                settings.participation,
-                most=room,
-                seed=settings.seed,
-                round_number=self._number,
-                attempt=self._attempt,
-            )
-            work = {name: self._work(self._registry[name]) for name in chosen}
+        self._attempt = self._records.begin_attempt(self._number)
+        stamp = (self.name, self._number, self._attempt)
+        work = self._participation.draw(ready, stamp) if self._barrier else {}
         self._deadline_s = self._workload.deadline(work.values())
         rate = orders.server_rate(settings, self._number, len(work))
         current = self._new_round(self.published.model, rate)
-        current.open(
-            (self.name, self._number, self._attempt),
-            self.published.version,
-            work,
-            first_server_block=min(device.cut or 1 for device in ready),
-        )
-        self._history.begin()
+        first = min(device.cut or 1 for device in ready)
+        current.open(stamp, self.published.version, work, first_server_block=first)
+        self._records.begin_round()
         self._set_phase("training")
-        self._due = self._clock() + self._deadline_s
+        self._deadline.begin(self._deadline_s)
         self._observer.round_opened(
             self._number, settings.rounds, self._attempt, sum(w.quota for w in work.values())
         )
@@ -395,8 +298,9 @@ class Run:
         return [self.announcement()]
 
     def _end_round(self, current: RoundInProgress, *, closed: bool) -> list[Envelope]:
-        self._rounds.current = self._due = None
-        self._turned_away.clear()
+        self._rounds.current = None
+        self._deadline.end()
+        self._participation.end_round()
         changed = self._workload.note(current, self._registry, self._deadline_s, closed=closed)
         for device in changed:
             self._observer.work_changed(device.name, device.cut or 0, device.load.share)
@@ -419,14 +323,15 @@ class Run:
         )
         self.published.replace(model, current.trained_cuts, self._cuts())
         self._rounds.remember(current, self.published.version)
-        record = self._record(current)
+        record = self._records.close_round(current, self.published, self._deadline_s)
         for folded in current.added:
             device = self._registry[folded.device]
             device.rounds += 1
             device.samples += folded.samples
         policies = self._serving.close(self.published)
-        self._store.save(self._checkpoint(record, policies))
-        self._tell_of_checkpoint()
+        self._records.save(
+            record, self.published, policies=policies, scheduler=self._workload.dump()
+        )
         self._serving.publish()
         self._observer.round_ended(self._number, "closed", record)
         self._set_phase("gathering")
@@ -438,38 +343,31 @@ class Run:
         out += [self.assignment(device) for device in changed]
         return out + (self.advance() or [self.announcement()])
 
-    def _work(self, device: Device) -> Work:
-        assert device.cut is not None
-        known = self._settings.labels == "server"
-        if self._settings.label_skew != "none" and known and device.labels is None:
-            device.labels = LabelCounts([0] * self._settings.network.classes)
-        quota = orders.quota(self._settings, device)
-        return Work(device.cut, quota, device.labels, device.frozen)
-
     # -- the end ----------------------------------------------------------------------------------
 
     def _begin_inference(self) -> list[Envelope]:
         self._rounds.end()
-        if self._store.result_version() == self.published.version:  # before a restart
+        if self._records.has_result(self.published.version):  # before a restart
             return self._end()
         if not self._settings.inference:
-            if self._due is None:
-                self._due = self._clock() + REPORTS_S
-            return [] if self._history.unreported and not self._overdue else self._finish()
+            if not self._deadline.running:
+                self._deadline.begin(REPORTS_S)
+            waits = self._records.unreported and not self._deadline.overdue
+            return [] if waits else self._finish()
         self._set_phase("inference")
-        self._due = self._clock() + self._settings.inference_deadline_s
+        self._deadline.begin(self._settings.inference_deadline_s)
         return [self.announcement()]
 
     def _await_answers(self) -> list[Envelope]:
         ready = self._registry.ready
         waiting = [d for d in ready if d.inference is None and d.hello and d.hello.test_samples]
-        if (waiting or not ready) and not self._overdue:
+        if (waiting or not ready) and not self._deadline.overdue:
             return []
         return self._finish()
 
     def _finish(self) -> list[Envelope]:
-        self._due = None
-        self._store.save_result(self._result())
+        self._deadline.end()
+        self._records.save_result(self._number, self.published)
         return self._end()
 
     def _end(self) -> list[Envelope]:
@@ -478,59 +376,9 @@ class Run:
 
     # -- small parts ------------------------------------------------------------------------------
 
-    @property
-    def _overdue(self) -> bool:
-        away = self._away_since is not None
-        return self._due is not None and not away and self._clock() >= self._due
-
     def _note(self, found: RoundInProgress, device: Device) -> None:
-        """The record of a round that has closed keeps up with what its devices still do."""
-        if found is not self._rounds.current and device.name in found.participants:
-            self._history.update(found.stamp, device.name, found.entry(device.name))
-
-    def _record(self, current: RoundInProgress) -> dict[str, Any]:
-        record = current.record(self._clock())
-        record["round"], record["version"] = self._number, self.published.version
-        record["learning_rate"] = orders.rate(self._settings, self._number)
-        record["deadline_s"] = self._deadline_s
-        record["bytes"] = self._traffic.since_mark()
-        record |= round_scores(self.published, self._evaluator)
-        self._history.close(record)
-        return record
-
-    def _checkpoint(self, record: dict[str, Any], policies: dict[str, Any]) -> Checkpoint:
-        return Checkpoint(
-            version=self.published.version,
-            round=self._number,
-            model=self.published.model,
-            trained_cuts=sorted(self.published.trained),
-            history=self._history.records,
-            registry=self._registry.dump(),
-            traffic=self._traffic.totals(),
-            residual=self.published.residual,
-            scheduler=self._workload.dump(),
-            score=record.get("server_accuracy"),
-            policies=policies,
-        )
-
-    def _result(self) -> dict[str, Any]:
-        return {
-            "run": self.name,
-            "settings": self._settings.model_dump(mode="json"),
-            "rounds": self._number,
-            "version": self.published.version,
-            "history": self._history.records,
-            "traffic": self._traffic.totals(),
-            "devices": device_results(
-                self._registry, self.published, self._evaluator, self._settings
-            ),
-        }
-
-    def _tell_of_checkpoint(self) -> None:
-        newest = self._store.newest()
-        if newest is not None:
-            size, written = newest
-            self._observer.checkpoint(size, written=written)
+        if found is not self._rounds.current:
+            self._records.update(found, device.name)
 
     def _manifests(self) -> list[Envelope]:
         return [manifest for cut in self._cuts() for manifest in self.published.news(cut)]

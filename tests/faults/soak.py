@@ -280,7 +280,7 @@ class Soak:
         """Objects that coordinator and devices hold, the record of the rounds left out."""
         fleet = self.fleet
         machines = [process.machine for process in fleet.processes if process.machine is not None]
-        history = fleet.core._run._history.records if fleet.coordinator.machine else []
+        history = fleet.core._run.standing().records if fleet.coordinator.machine else []
         outside = [fleet, self, fleet.world, fleet.broker, fleet.witnesses, self.watcher, history]
         outside += [*fleet.programs.values(), *fleet.processes]
         return _reachable(machines, outside)
