@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from broker.envelopes import Envelope, up
 from broker.messages import Assignment
@@ -22,93 +20,20 @@ from broker.training_messages import (
     Report,
     Round,
 )
-from edge_agent.answers import Predictor
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.errors import TrainingError
-from edge_agent.figures import Figures, Outcome
+from edge_agent.figures import Figures
+from edge_agent.learning import Learner, Stream
 from edge_agent.ledger import Ledger
 from edge_agent.meters import Meters
 from edge_agent.offline import Kept, OfflineLimits, OfflineQueue
 from edge_agent.quota import quota_of, stream_position
-from edge_agent.snapshots import Snapshot
-from tensors.codecs import Encode, parse_codec
+from tensors.codecs import parse_codec
 from tensors.decoding import nonzero
 from tensors.errors import CodecError, FormatError
 from tensors.format import Encoded, read_header
 
 log = logging.getLogger("splitfleet.agent")
-
-
-class Learner(Protocol):
-    """The device's half, as the state machine sees it; ``edge_agent.learner`` has torch's."""
-
-    def load(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take new parameters; this is where :meth:`rewind` returns to."""
-        ...
-
-    @property
-    def start(self) -> Snapshot:
-        """The start of the round: what :meth:`rewind` returns to."""
-        ...
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Take parameters and momentum as the start of the next round."""
-        ...
-
-    def rewind(self) -> None:
-        """Return to the start of the round: parameters, buffers and optimizer."""
-        ...
-
-    def calibrate(self, counts: np.ndarray) -> None:
-        """Account for how many images (K,) of each class this device has."""
-        ...
-
-    def set_learning_rate(self, rate: float) -> None: ...
-
-    def set_feedback_weight(self, weight: float) -> None: ...
-
-    def forward(self, batch: int, images: Any, labels: Any) -> Any:
-        """Features at the cut, to encode."""
-        ...
-
-    def backward(self, batch: int, gradient: Any | None, teacher: Any | None = None) -> Outcome: ...
-
-    def classify(self, batch: int, features: Any, labels: Any) -> Any:
-        """A step of the classifier on a batch's last features; their gradient, to encode."""
-        ...
-
-    @property
-    def encode(self) -> Encode:
-        """How features are encoded."""
-        ...
-
-    def decode(self, data: Encoded, keep: np.ndarray | None) -> Any:
-        """An encoded tensor as :meth:`backward` takes it; ``keep`` if it is masked."""
-        ...
-
-    def discard(self, batch: int) -> None:
-        """Forget a batch without learning from it."""
-        ...
-
-    def state(self) -> dict[str, np.ndarray]:
-        """What was learnt: parameters and buffers as they are now; empty if nothing ever is."""
-        ...
-
-    def predictor(self) -> Predictor:
-        """Answers with the parameters of the last :meth:`load`."""
-        ...
-
-
-class Stream(Protocol):
-    """Training batches by position: a pure function of seed, device and position."""
-
-    def batch(self, position: int) -> tuple[Any, Any]:
-        """Images and labels, as the learner's :meth:`Learner.forward` takes them."""
-        ...
-
-    def keys(self, position: int) -> Sequence[bytes]:
-        """By what its images are known: see ``tensors.batches.image_key``."""
-        ...
 
 
 @dataclass(slots=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 
@@ -27,7 +26,6 @@ from broker.messages import (
     Coordinator,
     Hello,
     Manifest,
-    Measurement,
     Parameters,
     Program,
     Request,
@@ -37,18 +35,18 @@ from broker.serving_messages import Prediction, Serving
 from broker.topics import Topics
 from broker.training_messages import Gradients, LastFeatures, Receipt, Round
 from edge_agent.asking import Question
-from edge_agent.attempt import Attempt, Learner
+from edge_agent.attempt import Attempt
 from edge_agent.errors import AssignmentError
 from edge_agent.holding import SnapshotStore
+from edge_agent.learning import Data, Learners
 from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
 from edge_agent.predictor import InferenceRun
 from edge_agent.privacy import Privacy
 from edge_agent.probe import Probe
-from edge_agent.programs import Programs
 from edge_agent.telemetry import Reporter
-from edge_agent.workplace import Data, Workplace
+from edge_agent.workplace import Workplace
 from tensors.errors import TensorsError
 
 log = logging.getLogger("splitfleet.agent")
@@ -58,23 +56,6 @@ OnVersion = Callable[[Assignment, int, Mapping[str, np.ndarray]], None]
 """Called with the assignment, whose cut it is for, a version and its parameters."""
 
 _ANSWERING = (Phase.ANSWERING, Phase.REPORTING)
-
-
-class Learners(Protocol):
-    """Makes what a device learns with."""
-
-    @property
-    def programs(self) -> Programs | None:
-        """What learners are built from; None if this device has the network as code."""
-        ...
-
-    def build(self, assignment: Assignment) -> Learner:
-        """The learner for an assignment with a cut. Raises :class:`AssignmentError`."""
-        ...
-
-    def measure(self, assignment: Assignment) -> Measurement:
-        """Time the device, for cut ``auto``. Raises :class:`AssignmentError`."""
-        ...
 
 
 class AgentCore:

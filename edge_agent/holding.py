@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from broker.messages import Assignment, Manifest, Parameters
-from edge_agent.attempt import Learner
 from edge_agent.errors import StateError
+from edge_agent.learning import Learner
 from edge_agent.snapshots import Snapshot
 from tensors.codecs import parse_codec
 from tensors.deltas import apply_delta, encode_delta, fingerprint, sends_deltas

@@ -22,10 +22,11 @@ from broker.logs import LogControl, Untouched
 from broker.messages import Assignment, Hello, Status
 from broker.topics import Address, Topics
 from broker.transport import Transport, Will
-from edge_agent.core import AgentCore, Learners, OnVersion
+from edge_agent.core import AgentCore, OnVersion
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
+from edge_agent.learning import Data, Learners
 from edge_agent.lite import LiteFactory
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
@@ -35,7 +36,6 @@ from edge_agent.readings import LinkMeters, read_process
 from edge_agent.settings import AgentSettings
 from edge_agent.systemd import KeepAlive, Nobody, Supervisor
 from edge_agent.telemetry import Reporter
-from edge_agent.workplace import Data
 
 if TYPE_CHECKING:
     from edge_agent.edge import EdgeService

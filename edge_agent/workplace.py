@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 
@@ -14,10 +13,11 @@ from broker.messages import Assignment, Request
 from broker.serving_messages import Serving
 from broker.training_messages import DeviceParameters, Receipt, Report, Round
 from edge_agent.answer_meters import enter_counts
-from edge_agent.attempt import Attempt, Learner, Stream
+from edge_agent.attempt import Attempt
 from edge_agent.encoding import ActivationEncoder
 from edge_agent.exit_policy import measuring_policy_of
 from edge_agent.holding import Holding, SnapshotStore
+from edge_agent.learning import Data, Learner, Stream
 from edge_agent.meters import Meters
 from edge_agent.offline import OfflineLimits
 from edge_agent.predictor import InferenceRun
@@ -26,22 +26,6 @@ from edge_agent.quota import quota_of
 from tensors.codecs import parse_codec
 
 log = logging.getLogger("splitfleet.agent")
-
-
-class Data(Protocol):
-    """A device's own images."""
-
-    def stream(self, assignment: Assignment, device: str) -> Stream:
-        """Its training batches."""
-        ...
-
-    def label_counts(self, classes: int) -> np.ndarray:
-        """How many of its training images are of each class."""
-        ...
-
-    def test_batches(self, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Its test images and their labels, at most so many at a time."""
-        ...
 
 
 class Workplace:

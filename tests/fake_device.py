@@ -23,10 +23,10 @@ from broker.training_messages import (
     Round,
 )
 from edge_agent.answers import Predictor
-from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore
 from edge_agent.errors import StateError, TrainingError
 from edge_agent.figures import Outcome
+from edge_agent.learning import Learner
 from edge_agent.offline import OfflineLimits
 from edge_agent.programs import Programs
 from edge_agent.snapshots import Snapshot

@@ -13,7 +13,7 @@ from coordinator.aggregation import Aggregation, Model
 from coordinator.engines import Engine, Entry, Outcome, Step
 from edge_agent import figures
 from edge_agent.answers import Predictor
-from edge_agent.attempt import Learner
+from edge_agent.learning import Learner
 from edge_agent.snapshots import Snapshot
 from ops.simulator.program import Meter
 from tensors.codecs import Encode
@@ -81,7 +81,7 @@ class ChargedLearner:
 
     @property
     def start(self) -> Snapshot:
-        """See ``edge_agent.attempt.Learner``, as for all of these."""
+        """See ``edge_agent.learning.Learner``, as for all of these."""
         return self._learner.start
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:

@@ -19,12 +19,12 @@ from coordinator.service import last_will as coordinator_will
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import Checkpoint, Store
 from coordinator.traffic import Traffic
-from edge_agent.attempt import Learner
 from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData
 from edge_agent.errors import AgentError
 from edge_agent.holding import SnapshotStore
 from edge_agent.learner import LearnerFactory
+from edge_agent.learning import Learner
 from edge_agent.readings import LinkMeters
 from edge_agent.service import build_agent, introduce, last_will
 from edge_agent.settings import AgentSettings
@@ -256,7 +256,7 @@ class AgentProgram:
 
 
 class _Learners:
-    """``edge_agent.core.Learners`` that charge their time."""
+    """``edge_agent.learning.Learners`` that charge their time."""
 
     programs: ClassVar[None] = None
 

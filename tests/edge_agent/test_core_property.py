@@ -10,7 +10,7 @@ from broker.fields import Message
 from broker.messages import Coordinator, Request
 from broker.serving_messages import Prediction
 from broker.training_messages import Activations, DeviceParameters, Gradients, Report
-from edge_agent.attempt import Learner
+from edge_agent.learning import Learner
 from edge_agent.offline import OfflineLimits
 from tensors.codecs import parse_codec
 from tests.fake_device import (

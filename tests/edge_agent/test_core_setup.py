@@ -8,8 +8,8 @@ import pytest
 from broker.logs import LogLevel
 from broker.messages import Assignment, Command, Hello, Request
 from broker.training_messages import Activations
-from edge_agent.attempt import Learner
 from edge_agent.errors import AssignmentError
+from edge_agent.learning import Learner
 from edge_agent.phases import Phase
 from edge_agent.probe import PROBE_WAIT_S
 from tensors.errors import NetworkError

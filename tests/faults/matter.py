@@ -10,7 +10,7 @@ from torch import Tensor
 
 from broker.messages import Assignment
 from coordinator.errors import StoreError
-from edge_agent.attempt import Learner
+from edge_agent.learning import Learner
 from ops.simulator.stub import Array, State, StubLearner, StubPredictor
 from ops.simulator.stub_server import StubResponder
 from tests.faults.fault import Fault
