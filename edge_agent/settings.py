@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from broker.errors import TopicError
+from broker.config import BrokerConfig
+from broker.errors import ConfigError, TopicError
 from broker.fields import Name
 from broker.logs import LogFormat, LogLevel
 from broker.topics import check_device
@@ -211,3 +212,13 @@ class AgentSettings(BaseModel):
         if self.share >= self.shares:
             raise ValueError(f"share {self.share} of {self.shares}: the first is 0")
         return self
+
+
+def check_broker_of_identity(broker: BrokerConfig) -> None:
+    """Raise ConfigError if ``broker`` says what an identity takes the place of, or has no TLS."""
+    own = (broker.ca_file, broker.cert_file, broker.key_file, broker.username, broker.password)
+    if not broker.tls or any(value is not None for value in own):
+        raise ConfigError(
+            "agent.identity_dir needs broker.url = mqtts://HOST[:PORT], and none of ca_file, "
+            "cert_file, key_file, username and password: the identity takes their place"
+        )

@@ -23,7 +23,7 @@ from edge_agent.identity.names import read_board
 from edge_agent.identity.renewal import Renewal
 from edge_agent.readings import LinkMeters
 from edge_agent.service import software
-from edge_agent.settings import AUTO, AgentSettings
+from edge_agent.settings import AUTO, AgentSettings, check_broker_of_identity
 from edge_agent.systemd import KeepAlive, Nobody, Supervisor
 
 log = logging.getLogger("splitfleet.identity")
@@ -79,12 +79,7 @@ class IdentityKeeper:
         rng: random.Random | None = None,
     ) -> None:
         assert settings.identity_dir is not None
-        own = (broker.ca_file, broker.cert_file, broker.key_file, broker.username, broker.password)
-        if not broker.tls or any(value is not None for value in own):
-            raise ConfigError(
-                "agent.identity_dir needs broker.url = mqtts://HOST[:PORT], and none of ca_file, "
-                "cert_file, key_file, username and password: the identity takes their place"
-            )
+        check_broker_of_identity(broker)
         self._folder = folder = IdentityFolder(settings.identity_dir)
         self._clock = clock
         self._floor = ClockFloor(folder)

@@ -10,6 +10,7 @@ from coordinator.identity.authority import check_identity
 from ops.errors import DiskTrouble, SettingsWrong
 from ops.flash import payload
 from ops.flash.classes import DeviceClass
+from ops.flash.identity import identity_files
 from ops.flash.payload import File, Wifi
 from ops.flash.targets import BootFolder, BootPartition, Target
 from ops.flash.wheels import choose_wheels
@@ -31,7 +32,8 @@ def files_of_device(
     """All but the seed: secrets last, so that half of it betrays none.
 
     ``device`` None: whichever boots from it enrols by ``token`` under the name of its serial
-    number. Raises :class:`SettingsWrong`, ConfigError or TopicError.
+    number. Raises :class:`SettingsWrong`, ConfigError, TopicError, or IdentityError for an identity
+    that is damaged.
     """
     if (wheelhouse is None) == (not indexes):
         raise SettingsWrong(
@@ -41,11 +43,9 @@ def files_of_device(
     if device is not None:
         check_identity(device)
     settings = payload.agent_settings(fleet_folder, device, device_class, config)
+    identity = identity_files(fleet_folder, device, token)
     wheels = [] if wheelhouse is None else choose_wheels(wheelhouse, device_class)
-    return [
-        *payload.device_files(device_class, settings, wheels, indexes),
-        *payload.identity_files(fleet_folder, device, token),
-    ]
+    return [*payload.device_files(device_class, settings, wheels, indexes), *identity]
 
 
 def flash_target(

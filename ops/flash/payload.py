@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +25,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from broker.config import load_settings
+from broker.config import BrokerConfig, load_settings
 from coordinator.identity.fleet import SETTINGS, FleetSettings
-from edge_agent.errors import AgentError
-from edge_agent.identity.folder import IdentityFolder
-from edge_agent.settings import AUTO, AgentSettings
+from edge_agent.settings import AUTO, AgentSettings, check_broker_of_identity
 from edge_agent.updates.start import START
 from ops.errors import DiskTrouble, SettingsWrong
 from ops.files import to_toml
@@ -42,8 +39,8 @@ MARK = "splitfleet flash"
 """In each file of the seed that is ours alone."""
 STATE = Path("/var/lib/splitfleet")
 _TEMPLATES = Path(__file__).parent / "device"
-_PASSWORD = re.compile(r"^password\s*=|://[^/\s@]*:[^/\s@]*@", re.MULTILINE)
-"""A setting, or a part of the URL of a package index, that is not to be shown."""
+_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
+"""A part of the URL of a package index that is not to be shown."""
 _NO_USER_DATA = b"#cloud-config\n{}\n"
 
 
@@ -62,7 +59,7 @@ class File:
 
     def read(self) -> bytes:
         """Its bytes. Raises :class:`DiskTrouble`."""
-        return self.content if isinstance(self.content, bytes) else _read(self.content)
+        return self.content if isinstance(self.content, bytes) else read(self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,29 +71,14 @@ class Wifi:
     country: str
 
 
-def identity_files(fleet_folder: Path, device: str | None, token: Path | None) -> list[File]:
-    """The identity of ``device``, or what makes the device enrol by itself.
-
-    Raises :class:`SettingsWrong` if there is neither.
-    """
-    if token is not None:
-        return _claim(_read(token), token)
-    if device is None:
+def read_fleet(folder: Path) -> FleetSettings:
+    """The settings of a fleet. Raises :class:`SettingsWrong` or ConfigError."""
+    if not (folder / SETTINGS).exists():
         raise SettingsWrong(
-            "name the device, or give --token FILE of `splitfleet fleet token` for a card that "
-            "any device may start from"
+            f"{folder} is not the folder of a fleet, it has no {SETTINGS}; name it with "
+            "--folder, or make it with `splitfleet fleet init`"
         )
-    folder = fleet_folder / "devices" / device
-    names = ("fleet-ca.pem", "return.pem", "device.pem", "key.pem")
-    if not all((folder / name).exists() for name in names):
-        raise SettingsWrong(
-            f"{folder} holds no identity: make one with `splitfleet fleet add {device}`, or give "
-            "--token FILE"
-        )
-    return [
-        File(f"{FOLDER}/identity/{name}", _read(folder / name), secret=name == "key.pem")
-        for name in names
-    ]
+    return load_settings(FleetSettings, section="fleet", file=folder / SETTINGS)
 
 
 def agent_settings(
@@ -104,31 +86,41 @@ def agent_settings(
 ) -> str:
     """The settings of the agent as TOML: of ``config``, and what the fleet and the class make so.
 
-    Raises :class:`SettingsWrong` or ConfigError for settings an agent would not take.
+    Raises :class:`SettingsWrong` or ConfigError for settings an agent would not take, and for those
+    of another fleet.
     """
-    if not (fleet_folder / SETTINGS).exists():
-        raise SettingsWrong(
-            f"{fleet_folder} is not the folder of a fleet, it has no {SETTINGS}; name it with "
-            "--folder, or make it with `splitfleet fleet init`"
-        )
-    fleet = load_settings(FleetSettings, section="fleet", file=fleet_folder / SETTINGS)
-    given = _sections(config)
-    agent: dict[str, Any] = {"threads": device_class.threads} if device_class.threads else {}
+    fleet = read_fleet(fleet_folder)
+    sections = _sections(config)
+    given = {name: sections.get(name, {}) for name in ("broker", "agent")}
+    usual: dict[str, Any] = {"threads": device_class.threads} if device_class.threads else {}
     if device_class.engine != TORCH:
-        agent["engine"] = device_class.engine
-    agent["device_class"] = device_class.label
-    agent |= given.pop("agent", {})
-    agent |= {
-        "fleet": fleet.name,
-        "device": device or AUTO,
-        "identity_dir": str(STATE / "identity"),
-        "state_dir": str(STATE / "state"),
-        "updates_dir": str(STATE / "updates"),
-        "claims_port": fleet.claims_port,
+        usual["engine"] = device_class.engine
+    usual["device_class"] = device_class.label
+    fixed: dict[str, dict[str, Any]] = {
+        "broker": {"url": fleet.broker_url},
+        "agent": {
+            "fleet": fleet.name,
+            "device": device or AUTO,
+            "identity_dir": str(STATE / "identity"),
+            "state_dir": str(STATE / "state"),
+            "updates_dir": str(STATE / "updates"),
+            "claims_port": fleet.claims_port,
+        },
     }
-    broker = given.pop("broker", {}) | {"url": fleet.broker_url}
-    load_settings(AgentSettings, section="agent", flags=agent)
-    return to_toml({"broker": broker, "agent": agent, **given})
+    for name, values in fixed.items():
+        for key in values.keys() & given[name].keys():
+            if given[name][key] != values[key]:
+                raise SettingsWrong(
+                    f"in {config}, {name}.{key} = {given[name][key]!r}, but here it is "
+                    f"{values[key]!r}: leave it out; another fleet is named with --folder, another "
+                    "device as the argument"
+                )
+    agent = usual | given["agent"] | fixed["agent"]
+    added = {key: value for key, value in agent.items() if key not in given["agent"]}
+    load_settings(AgentSettings, section="agent", file=config, flags=added)
+    broker = load_settings(BrokerConfig, section="broker", file=config, flags=fixed["broker"])
+    check_broker_of_identity(broker)
+    return to_toml({"broker": given["broker"] | fixed["broker"], "agent": agent})
 
 
 def device_files(
@@ -220,25 +212,11 @@ def _network_config(wifi: Wifi) -> str:
     return f"# {MARK}\n{json.dumps({'network': content}, indent=2)}\n"
 
 
-def _claim(token: bytes, path: Path) -> list[File]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = IdentityFolder(Path(temporary) / "identity")
-        try:
-            folder.put_token(token)
-        except AgentError as exc:
-            raise SettingsWrong(f"{path}: {exc}") from exc
-        key = folder.claim_key_file
-        return [
-            File(f"{FOLDER}/identity/{file.name}", file.read_bytes(), secret=file == key)
-            for file in (folder.ca_file, folder.claim_file, key)
-        ]
-
-
 def _sections(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}
     try:
-        sections = tomllib.loads(_read(config).decode())
+        sections = tomllib.loads(read(config).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise SettingsWrong(f"the settings file {config} is not valid TOML: {exc}") from exc
     for name, values in sections.items():
@@ -247,7 +225,8 @@ def _sections(config: Path | None) -> dict[str, Any]:
     return sections
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """A file's bytes. Raises :class:`DiskTrouble`."""
     try:
         return path.read_bytes()
     except OSError as exc:

@@ -110,11 +110,13 @@ mv -T "$opt/.current" "$opt/current"
 cp "$here/start.sh" "$opt/start.sh"
 
 mkdir -p "$root/etc/systemd/system"
-cp "$here/agent.toml" "$etc/agent.toml"
+(umask 027 && cp "$here/agent.toml" "$etc/agent.toml")
 cp "$here/splitfleet-agent.service" "$root/etc/systemd/system/"
-chmod 644 "$etc/agent.toml" "$root/etc/systemd/system/splitfleet-agent.service"
+chmod 640 "$etc/agent.toml"
+chmod 644 "$root/etc/systemd/system/splitfleet-agent.service"
 [ -z "$root" ] || exit 0
 
+chgrp splitfleet "$etc/agent.toml"
 chown -R splitfleet:splitfleet "$var"
 chmod 700 "$var" "$var/identity"
 if [ -d /run/systemd/system ]; then

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker.config import load_settings
-from broker.errors import TopicError
+from broker.errors import ConfigError, TopicError
 from edge_agent.settings import AgentSettings
 from ops.cli import main
 from ops.errors import SettingsWrong
@@ -394,13 +394,52 @@ def test_a_wireless_network_that_cannot_be_is_refused(
     assert not (boot_dir / FOLDER).exists()
 
 
-def test_passwords_in_settings_and_indexes_are_secret(files: Files, tmp_path: Path) -> None:
-    config = tmp_path / "more.toml"
-    config.write_text('[broker]\nusername = "cam"\npassword = "hunter2"\n')
-    made = files(config=config, indexes=["https://user:hunter2@index.example/simple"])
-    assert {file.path for file in made if file.secret} >= {
-        "splitfleet/agent.toml",
-        "splitfleet/requirements.txt",
-    }
+def test_passwords_of_indexes_are_secret(files: Files) -> None:
+    made = files(indexes=["https://user:hunter2@index.example/simple"])
+    assert "splitfleet/requirements.txt" in {file.path for file in made if file.secret}
     assert not any(b"hunter2" in file.read() for file in made if not file.secret)
     assert not any(file.secret for file in files() if file.path.endswith((".toml", ".txt")))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            '[broker]\nurl = "mqtts://elsewhere:8883"',
+            r"broker\.url = 'mqtts://elsewhere.*10\.0\.2\.2",
+        ),
+        ('[agent]\nfleet = "other"', r"agent\.fleet = 'other'.*'lab'"),
+        ('[agent]\ndevice = "cam-2"', r"agent\.device = 'cam-2'.*'cam-1'"),
+        ('[agent]\nstate_dir = "/data"', r"agent\.state_dir = '/data'"),
+    ],
+)
+def test_settings_of_another_fleet_or_device_are_refused(
+    files: Files, tmp_path: Path, text: str, says: str
+) -> None:
+    config = tmp_path / "more.toml"
+    config.write_text(text)
+    with pytest.raises(SettingsWrong, match=says):
+        files(config=config)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[broker]\nkeep_alive = 5", r"broker\.keep_alive .*more\.toml.* is not a setting"),
+        ('[broker]\nusername = "cam"\npassword = "hunter2"', "the identity takes their place"),
+        ("[agent]\ncut = 0", r"agent\.cut.*more\.toml"),
+    ],
+)
+def test_settings_that_an_agent_would_not_take_are_refused(
+    files: Files, tmp_path: Path, text: str, says: str
+) -> None:
+    config = tmp_path / "more.toml"
+    config.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        files(config=config)
+
+
+def test_settings_of_others_stay_here(files: Files, tmp_path: Path) -> None:
+    config = tmp_path / "more.toml"
+    config.write_text("[agent]\ncut = 3\n[coordinator]\nrounds = 3\n")
+    assert tomllib.loads(content(files(config=config), "agent.toml")).keys() == {"broker", "agent"}

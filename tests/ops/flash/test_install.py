@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ops.flash.classes import device_class
-from ops.flash.payload import FOLDER, device_files, identity_files
+from ops.flash.identity import identity_files
+from ops.flash.payload import FOLDER, device_files
 from ops.flash.wheels import Wheel
 from tests.ops.flash.wheels import write_wheel
 
@@ -101,12 +102,21 @@ def test_it_installs_and_wipes_what_is_secret(card: Card, fleet_folder: Path) ->
         assert (card.identity / name).stat().st_mode & 0o077 == 0
     assert not (card.here / "identity").exists()
     assert other.read_bytes() == bytes(size), "it can still be read from the disk"
-    assert (card.root / "etc/splitfleet/agent.toml").read_text() == "[agent]\n"
+    settings = card.root / "etc/splitfleet/agent.toml"
+    assert settings.read_text() == "[agent]\n"
+    assert settings.stat().st_mode & 0o777 == 0o640
     unit = (card.root / "etc/systemd/system/splitfleet-agent.service").read_text()
     for path in re.findall(r"/opt/splitfleet/[\w./]+", unit):
         assert os.access(f"{card.root}{path}", os.F_OK), path
     assert "install" in card.log.read_text()
     assert "--requirement requirements.txt" in card.log.read_text()
+
+
+def test_the_agent_may_read_its_settings(card: Card) -> None:
+    unit = (card.here / "splitfleet-agent.service").read_text()
+    group = re.search(r"^Group=(\w+)$", unit, re.MULTILINE)
+    assert group
+    assert f'chgrp {group[1]} "$etc/agent.toml"' in (card.here / "install.sh").read_text()
 
 
 def test_again_it_does_no_harm(card: Card) -> None:
