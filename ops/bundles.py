@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +29,17 @@ SIGNER_DAYS = 3 * 365
 
 
 def make_bundle(
-    wheels: Path, out: Path, authority: Authority, *, extras: Sequence[str] = ()
+    wheels: Path,
+    out: Path,
+    authority: Authority,
+    *,
+    signed: int,
+    extras: Sequence[str] = (),
 ) -> BundleManifest:
     """Write the wheels of a folder, among them one of splitfleet, as a bundle to ``out``.
 
-    It is signed with a key that is forgotten afterwards, certified by the fleet CA. Raises
+    It is signed with a key that is forgotten afterwards, certified by the fleet CA. By ``signed``
+    (:meth:`RolloutBook.next_signed`) devices tell it from older ones. Raises
     SettingsWrong for a folder that no device can install from, DiskTrouble.
     """
     check_output(out)
@@ -50,6 +55,7 @@ def make_bundle(
             format=FORMAT,
             fleet=authority.fleet,
             version=ours[0].name.split("-")[1],
+            signed=signed,
             requirement=f"splitfleet[{','.join(extras)}]" if extras else "splitfleet",
             files=[_describe(file) for file in files],
         )
@@ -83,7 +89,7 @@ def _write(
     with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in aside.items():
             member = tarfile.TarInfo(name)
-            member.size, member.mtime = len(data), int(time.time())
+            member.size, member.mtime = len(data), manifest.signed
             tar.addfile(member, io.BytesIO(data))
         for file in files:
             tar.add(file, file.name, recursive=False)

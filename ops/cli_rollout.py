@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +28,16 @@ def bundle(
     folder: Folder = HERE,
 ) -> None:
     """Make a signed bundle of wheels, for the devices of this fleet to run."""
+    from coordinator.updates.book import RolloutBook
     from ops.bundles import make_bundle
     from ops.units import byte_size
 
     with open_fleet(folder) as opened:
-        manifest = make_bundle(wheels, out, opened.fleet.authority, extras=extra or ["agent"])
+        fleet = opened.fleet
+        signed = RolloutBook(fleet.roster, clock=time.time).next_signed()
+        manifest = make_bundle(
+            wheels, out, fleet.authority, signed=signed, extras=extra or ["agent"]
+        )
     print(f"{out}: version {manifest.version}, {len(manifest.files)} wheels, ", end="")
     print(byte_size(manifest.bytes))
 

@@ -13,14 +13,14 @@ from ops.bundles import make_bundle
 FLEET = "lab"
 
 
-def make(folder: Path, authority: Authority, version: str = "1.1.0") -> Path:
+def make(folder: Path, authority: Authority, version: str = "1.1.0", *, signed: int = 100) -> Path:
     """A bundle of two files; what is in them is not looked at before it is installed."""
     wheels = folder / "wheelhouse"
     wheels.mkdir()
     (wheels / f"splitfleet-{version}-py3-none-any.whl").write_bytes(b"software" * 1000)
     (wheels / "numpy-2.1.0-py3-none-any.whl").write_bytes(b"numbers" * 50_000)
     bundle = folder / "bundle.tar"
-    make_bundle(wheels, bundle, authority, extras=["lite"])
+    make_bundle(wheels, bundle, authority, signed=signed, extras=["lite"])
     return bundle
 
 

@@ -46,6 +46,7 @@ _SCHEMA = (
         detail TEXT NOT NULL,
         heard REAL NOT NULL
     ) STRICT""",
+    "CREATE TABLE IF NOT EXISTS bundles (signed INTEGER NOT NULL) STRICT",
 )
 
 
@@ -108,6 +109,19 @@ class RolloutBook:
         with roster.change():
             for table in _SCHEMA:
                 roster.execute(table)
+
+    def next_signed(self) -> int:
+        """When a bundle is signed that is signed now: unix seconds, later than any before.
+
+        Devices take none that was signed before what has proven itself on them; a clock that was
+        set back, or was ahead once, must not keep new ones from them.
+        """
+        with self.roster.change():
+            ((last,),) = self.roster.query("SELECT coalesce(max(signed), 0) FROM bundles")
+            signed: int = max(int(self._clock()), last + 1)
+            self.roster.execute("DELETE FROM bundles")
+            self.roster.execute("INSERT INTO bundles VALUES (?)", signed)
+        return signed
 
     def rollouts(self) -> list[Rollout]:
         """All, newest first."""

@@ -46,13 +46,18 @@ class WheelFile(BaseModel):
 
 
 class BundleManifest(BaseModel):
-    """What is in a bundle. ``requirement`` is what pip is asked for, with its extras."""
+    """What is in a bundle. ``requirement`` is what pip is asked for, with its extras.
+
+    ``signed`` tells which of two bundles is the newer: unix seconds of the signer's clock, made to
+    rise with every bundle. No other clock is compared with it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = Field(ge=FORMAT, le=FORMAT)
     fleet: str
     version: Version
+    signed: int = Field(ge=0, le=2**40)
     requirement: Annotated[str, StringConstraints(pattern=r"^splitfleet(\[[a-z,]{1,64}\])?$")]
     files: list[WheelFile] = Field(min_length=1, max_length=MAX_FILES)
 

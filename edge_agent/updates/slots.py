@@ -2,8 +2,9 @@
 
     FOLDER/versions/VERSION/     a virtual environment
     FOLDER/current               the version that is started; without it the one that was flashed
-    FOLDER/trial                 "PREVIOUS STARTS SECONDS ROLLOUT" while current is on trial
+    FOLDER/trial                 "PREVIOUS STARTS SECONDS ROLLOUT SIGNED" while current is on trial
     FOLDER/failed                "ROLLOUT REASON" of the last trial that ended badly
+    FOLDER/signed                when the newest bundle was signed that has proven itself here
 
 ``start.sh`` starts what is current, and takes back a trial that ends badly: also when the new
 version does not start, hangs, or has forgotten how to do it itself. Text files, because a shell
@@ -27,6 +28,8 @@ STARTS = 2
 """How often a version on trial is started: once, and again if the power went."""
 KEPT = 2
 """Versions that stay: the current one and the one before."""
+_TRIAL = 5
+"""Words of the file ``trial``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,13 @@ class Slots:
     @property
     def rollout(self) -> str | None:
         """The rollout whose version is on trial."""
-        words = self._line("trial").split()
-        return words[3] if len(words) == 4 else None
+        trial = self._line("trial").split()
+        return trial[3] if len(trial) == _TRIAL else None
+
+    @property
+    def signed(self) -> int:
+        """When the newest bundle was signed that has proven itself; 0 if none has."""
+        return _number(self._line("signed"))
 
     @property
     def failure(self) -> Failure | None:
@@ -84,18 +92,26 @@ class Slots:
             self.place(version).mkdir()
         return self.place(version)
 
-    def try_out(self, version: str, rollout: str, *, prove_s: float) -> None:
-        """Have ``version`` started from now on, on trial for ``prove_s`` seconds."""
+    def try_out(self, version: str, rollout: str, *, signed: int, prove_s: float) -> None:
+        """Have ``version`` started from now on, on trial for ``prove_s`` seconds.
+
+        ``signed``: when its bundle was.
+        """
         before = self.current
         with self._disk():
             (self.folder / "failed").unlink(missing_ok=True)
             # In this order: with a trial but still the old version, the old one proves itself.
-            self._write("trial", f"{before} {STARTS} {max(1, round(prove_s))} {rollout}")
+            seconds = max(1, round(prove_s))
+            self._write("trial", f"{before} {STARTS} {seconds} {rollout} {signed}")
             self._write("current", version)
 
     def prove(self) -> None:
-        """The current version is the one to keep."""
+        """The current version is the one to keep, and none signed before it is taken any more."""
+        trial = self._line("trial").split()
+        signed = _number(trial[4]) if len(trial) == _TRIAL else 0
         with self._disk():
+            if signed > self.signed:
+                self._write("signed", str(signed))
             (self.folder / "trial").unlink(missing_ok=True)
             sync_folder(self.folder)
 
@@ -119,3 +135,7 @@ class Slots:
             yield
         except OSError as exc:
             raise StateError(f"cannot keep versions in {self.folder}: {exc.strerror}") from exc
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 14 else 0

@@ -14,10 +14,10 @@ put() { # NAME TEXT: written whole or not at all
 current=
 [ ! -f "$updates/current" ] || read -r current <"$updates/current"
 
-if [ -f "$updates/trial" ] && read -r previous starts seconds rollout <"$updates/trial"; then
+if [ -f "$updates/trial" ] && read -r previous starts seconds rollout signed <"$updates/trial"; then
     case "$starts$seconds" in '' | *[!0-9]*) starts=0 seconds=0 ;; esac
     if [ "$starts" -gt 0 ]; then
-        put trial "$previous $((starts - 1)) $seconds $rollout"
+        put trial "$previous $((starts - 1)) $seconds $rollout $signed"
         agent=$$
         (
             sleep "$seconds"

@@ -78,6 +78,7 @@ class Updater:
         self._partial: PartialBundle | None = None
         self._http: HttpDownload | None = None
         self._installation: Installation | None = None
+        self._signed = 0
         self._due: float | None = None
         self._coordinator_boot: str | None = None
         self._progress = clock()
@@ -219,6 +220,13 @@ class Updater:
                 f"the bundle is version {manifest.version} for fleet {manifest.fleet}, announced "
                 f"was {self._update.version} for {self._fleet}"
             )
+        if manifest.signed < self._slots.signed:
+            raise BundleError(
+                f"downgrade: version {manifest.version} was signed {_utc(manifest.signed)}, what "
+                f"has proven itself here {_utc(self._slots.signed)}; if it is wanted back, sign it "
+                "again: splitfleet bundle"
+            )
+        self._signed = manifest.signed
         self._partial.remove()
         place = self._slots.prepare(manifest.version)
         self._installation = self._install(manifest, wheels, place, clock=self._clock)
@@ -233,7 +241,9 @@ class Updater:
             return []
         shutil.rmtree(self._slots.folder / "wheels", ignore_errors=True)
         update = self._update
-        self._slots.try_out(update.version, update.rollout, prove_s=update.prove_s)
+        self._slots.try_out(
+            update.version, update.rollout, signed=self._signed, prove_s=update.prove_s
+        )
         log.info("version %s is installed and will be tried", update.version)
         self.finished = True
         return []
@@ -285,6 +295,10 @@ class Updater:
         if failure is not None:
             return "failed", failure.rollout, failure.reason
         return "running", None, ""
+
+
+def _utc(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
 def updater_of(settings: AgentSettings) -> Updater:

@@ -120,6 +120,7 @@ class Lab:
             format=1,
             fleet="plant",
             version=FLASHED,
+            signed=0,
             requirement="splitfleet[agent]",
             files=[WheelFile(name=wheel.name, sha256="0" * 64, size=1)],
         )
@@ -169,7 +170,8 @@ class Lab:
         make_wheel(self.folder / version, version, files)
         bundle = self.folder / f"{version}.tar"
         fleet = self.fleet.fleet
-        make_bundle(self.folder / version, bundle, fleet.authority, extras=["agent"])
+        signed = self.book.next_signed()
+        make_bundle(self.folder / version, bundle, fleet.authority, signed=signed, extras=["agent"])
         made = rollouts.start(
             fleet,
             bundle,

@@ -284,3 +284,11 @@ def test_stages_by_share_name_and_class(fleet: Fleet) -> None:
     assert len(chosen(tiny, members)) == 1
     assert chosen(tiny, members) != chosen(replace(tiny, id="r3"), members)
     assert chosen(tiny, {}) == []
+
+
+def test_bundles_are_signed_one_after_the_other_whatever_the_clock_does(fleet: Fleet) -> None:
+    found = []
+    for now in (1000.5, 1000.9, 4_000_000_000.0, 900.0):
+        fleet.clock.now = now
+        found.append(fleet.book.next_signed())
+    assert found == [1000, 1001, 4_000_000_000, 4_000_000_001]

@@ -118,8 +118,8 @@ def test_what_is_no_bundle_is_refused(content: bytes, authority: Authority, tmp_
 def test_a_bundle_has_one_wheel_of_the_software(tmp_path: Path, authority: Authority) -> None:
     (tmp_path / "numpy-2.1.0-py3-none-any.whl").write_bytes(b"x")
     with pytest.raises(SettingsWrong, match="0 wheels of splitfleet"):
-        make_bundle(tmp_path, tmp_path / "out.tar", authority)
+        make_bundle(tmp_path, tmp_path / "out.tar", authority, signed=1)
     (tmp_path / "splitfleet-1.0-py3-none-any.whl").write_bytes(b"x")
     with pytest.raises(SettingsWrong, match="requirement"):
-        make_bundle(tmp_path, tmp_path / "out.tar", authority, extras=["x y"])
+        make_bundle(tmp_path, tmp_path / "out.tar", authority, signed=1, extras=["x y"])
     assert not (tmp_path / "out.tar").exists()

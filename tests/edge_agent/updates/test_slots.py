@@ -56,7 +56,7 @@ def test_the_flashed_version_until_there_is_another(slots: Slots) -> None:
 
 def test_a_version_that_proves_itself_stays(slots: Slots) -> None:
     install(slots.prepare("1.1"), "new")
-    slots.try_out("1.1", "r1", prove_s=600)
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
     assert start(slots).startswith("new")
     assert (slots.on_trial, slots.rollout) == (True, "r1")
     slots.prove()
@@ -67,7 +67,7 @@ def test_a_version_that_proves_itself_stays(slots: Slots) -> None:
 
 def test_a_version_that_is_never_proven_is_taken_back(slots: Slots) -> None:
     install(slots.prepare("1.1"), "new", then="exit 1")
-    slots.try_out("1.1", "r1", prove_s=600)
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
     assert [start(slots).split()[0] for _ in range(STARTS + 2)] == [
         *["new"] * STARTS,
         *["flashed"] * 2,
@@ -81,16 +81,16 @@ def test_a_version_that_is_never_proven_is_taken_back(slots: Slots) -> None:
 
 def test_one_that_hangs_is_ended(slots: Slots) -> None:
     install(slots.prepare("1.1"), "new", then="exec sleep 600")
-    slots.try_out("1.1", "r1", prove_s=1)
+    slots.try_out("1.1", "r1", signed=100, prove_s=1)
     assert [start(slots).split()[0] for _ in range(STARTS + 1)] == ["new"] * STARTS + ["flashed"]
 
 
 def test_the_version_before_comes_back_not_the_flashed_one(slots: Slots) -> None:
     install(slots.prepare("1.1"), "good")
-    slots.try_out("1.1", "r1", prove_s=600)
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
     slots.prove()
     install(slots.prepare("1.2"), "bad")
-    slots.try_out("1.2", "r2", prove_s=600)
+    slots.try_out("1.2", "r2", signed=100, prove_s=600)
     for _ in range(STARTS):
         start(slots)
     assert start(slots).startswith("good")
@@ -99,7 +99,7 @@ def test_the_version_before_comes_back_not_the_flashed_one(slots: Slots) -> None
 
 def test_a_version_that_is_gone_is_replaced_by_the_flashed_one(slots: Slots) -> None:
     slots.prepare("1.1")
-    slots.try_out("1.1", "r1", prove_s=600)
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
     slots.prove()
     assert start(slots).startswith("flashed")
 
@@ -107,7 +107,7 @@ def test_a_version_that_is_gone_is_replaced_by_the_flashed_one(slots: Slots) -> 
 @pytest.mark.parametrize("trial", ["", "- x y z", "-", "- 99999999999999999999 1 r", "rubbish"])
 def test_a_damaged_trial_ends_somehow(slots: Slots, trial: str) -> None:
     install(slots.prepare("1.1"), "new")
-    slots.try_out("1.1", "r1", prove_s=600)
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
     (slots.folder / "trial").write_text(trial)
     assert start(slots).split()[0] in ("new", "flashed")
 
@@ -115,7 +115,7 @@ def test_a_damaged_trial_ends_somehow(slots: Slots, trial: str) -> None:
 def test_only_the_last_two_versions_stay(slots: Slots) -> None:
     for version in ("1.1", "1.2", "1.3"):
         install(slots.prepare(version), version)
-        slots.try_out(version, version, prove_s=1)
+        slots.try_out(version, version, signed=100, prove_s=1)
         slots.prove()
     assert {place.name for place in (slots.folder / "versions").iterdir()} == {"1.2", "1.3"}
 
@@ -124,7 +124,7 @@ def test_a_failure_is_one_line_and_forgotten_with_the_next_trial(slots: Slots) -
     slots.fail("r1", "a reason\nof two  lines")
     assert slots.failure == Failure("r1", "a reason of two lines")
     install(slots.prepare("1.1"), "new")
-    slots.try_out("1.1", "r2", prove_s=1)
+    slots.try_out("1.1", "r2", signed=100, prove_s=1)
     assert slots.failure is None
 
 
@@ -132,3 +132,20 @@ def test_a_disk_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match="cannot write"):
         Slots(tmp_path / "file").fail("r1", "reason")
+
+
+def test_the_newest_bundle_that_was_proven_is_remembered(slots: Slots) -> None:
+    assert slots.signed == 0
+    install(slots.prepare("1.1"), "new")
+    slots.try_out("1.1", "r1", signed=200, prove_s=600)
+    start(slots)
+    assert slots.signed == 0
+    slots.prove()
+    assert slots.signed == 200
+    install(slots.prepare("1.2"), "bad", then="exit 1")
+    slots.try_out("1.2", "r2", signed=300, prove_s=600)
+    for _ in range(STARTS + 1):
+        start(slots)
+    assert (slots.current, slots.signed) == ("1.1", 200)
+    (slots.folder / "signed").write_bytes(bytes(5))
+    assert slots.signed == 0

@@ -317,3 +317,33 @@ def test_by_http_what_is_longer_than_announced_fails(lab: Lab) -> None:
     lab.responses = [io.BytesIO(lab.bundle + b"x")]
     lab.announce(url=URL)
     assert "longer" in said(lab.run(), Software)[0].detail
+
+
+def take(lab: Lab, signed: int, version: str, rollout: str) -> Software:
+    """A bundle is announced, fetched, installed and proven; what is said last."""
+    folder = lab.slots.folder.parent / rollout
+    folder.mkdir()
+    lab.bundle = bundles.make(folder, lab.authority, version, signed=signed).read_bytes()
+    effects = lab.fetch_all(lab.announce(version=version, rollout=rollout)) + lab.run()
+    if lab.updater.finished:
+        lab.boot(version)
+        effects += lab.hear(Command(command="proven"))
+    return said(effects, Software)[-1]
+
+
+def test_a_bundle_signed_before_the_one_that_runs_is_refused(lab: Lab) -> None:
+    assert take(lab, 1_800_000_000, "1.2.0", "r1").state == "running"
+    replayed = take(lab, 1_700_000_000, "1.1.0", "r2")
+    assert (replayed.state, replayed.version, replayed.rollout) == ("failed", "1.2.0", "r2")
+    assert replayed.detail.startswith("downgrade: version 1.1.0 was signed 2023-11-14 22:13:20Z")
+    assert "splitfleet bundle" in replayed.detail
+    assert lab.slots.current == "1.2.0"
+    again = take(lab, 1_800_000_001, "1.1.0", "r3")
+    assert (again.state, again.version) == ("running", "1.1.0")
+
+
+def test_a_bundle_that_did_not_prove_itself_does_not_count(lab: Lab) -> None:
+    lab.slots.try_out("9.9", "r1", signed=1_900_000_000, prove_s=600)
+    (lab.slots.folder / "trial").unlink()
+    (lab.slots.folder / "current").unlink()
+    assert take(lab, 1_800_000_000, "1.2.0", "r2").state == "running"
