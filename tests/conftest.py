@@ -18,7 +18,7 @@ from broker.embedded import EmbeddedBroker
 from tests.mosquitto_process import Mosquitto
 
 SEED = int(os.environ.get("SPLITFLEET_TEST_SEED") or random.SystemRandom().randrange(2**32))
-COROUTINE_TIMEOUT_S = 90.0
+COROUTINE_TIMEOUT_S = 280.0
 
 # How long an example takes, and making one, is the machine's affair. All else is as Hypothesis has
 # it; in a CI job that is the same examples every time, whatever the seed.

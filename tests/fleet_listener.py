@@ -20,7 +20,7 @@ from broker.messages import Coordinator, Status
 from broker.topics import Topics
 from broker.training_messages import Activations, Report, Round
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 60.0
 
 
 class Listener:

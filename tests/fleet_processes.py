@@ -23,7 +23,7 @@ from coordinator.store import Store
 from tests.fleet_listener import Listener
 from tests.mosquitto_process import free_port
 
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 FLEET = "test"
 QUOTA = 40
 BATCH_SIZE = 16
@@ -110,7 +110,7 @@ class Fleet:
         """As the kernel does it: at once, and without a word."""
         process = self.processes.pop(name)
         process.kill()
-        process.wait(10)
+        process.wait(LIMIT_S)
         _close_input(process)
 
     def freeze(self, name: str) -> None:
@@ -200,7 +200,7 @@ class Fleet:
         """Sum of the samples whose line matches; 0 while there is no answer."""
         try:
             with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5
+                f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30
             ) as answer:
                 text = answer.read().decode()
         except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,8 +129,7 @@ class GuardedBroker(Mosquitto):
     def _config(
         self, name: str, url: str, key: bytes, certificate: bytes, settings: Mapping[str, Any]
     ) -> BrokerConfig:
-        folder = self.folder / "clients" / f"{name}-{free_port()}"
-        folder.mkdir(parents=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
         files = {"key_file": folder / "key.pem", "cert_file": folder / "cert.pem"}
         self._write(files["key_file"], key)
         self._write(files["cert_file"], certificate)

@@ -14,8 +14,8 @@ from paho.mqtt.properties import Properties
 from broker.config import BrokerConfig
 from broker.mosquitto import BrokerLimits
 
-LIMIT_S = 30.0
-QUIET_S = 1.0
+LIMIT_S = 60.0
+QUIET_S = 2.0
 
 
 class RawClient:

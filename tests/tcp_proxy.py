@@ -10,7 +10,7 @@ from typing import Any, Self
 
 PIECE_BYTES = 4096
 PIECES_UNDER_WAY = 256
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
 
 
 class Proxy:

@@ -51,7 +51,7 @@ def test_names_are_sorted_and_exist(name: str) -> None:
 )
 def test_a_device_without_torch_can_import(module: str) -> None:
     code = f"import sys, {module}; assert 'torch' not in sys.modules, 'torch was imported'"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
 @pytest.mark.parametrize(

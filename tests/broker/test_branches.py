@@ -18,7 +18,7 @@ from broker.transport import Connected, Disconnected
 from tests.broker.test_drive import Puppet, Witness
 
 TOPICS = Topics("fleet")
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 def route(address: Address) -> tuple[str, ...]:

@@ -25,13 +25,13 @@ def client(config: BrokerConfig) -> MqttTransport:
 
 
 async def up(transport: Transport) -> Connected:
-    event = await asyncio.wait_for(transport.receive(), 15)
+    event = await asyncio.wait_for(transport.receive(), 60)
     assert isinstance(event, Connected), event
     return event
 
 
 async def packet(transport: Transport) -> Packet:
-    event = await asyncio.wait_for(transport.receive(), 15)
+    event = await asyncio.wait_for(transport.receive(), 60)
     assert isinstance(event, Packet), event
     event.ack()
     return event

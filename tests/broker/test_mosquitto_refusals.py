@@ -28,7 +28,7 @@ HELLO = TOPICS.up("d1", "hello")
 async def kept_out(config: BrokerConfig) -> str:
     """The reason for which this client gets no connection."""
     async with MqttTransport(config, "d1") as transport:
-        event = await asyncio.wait_for(transport.receive(), 15)
+        event = await asyncio.wait_for(transport.receive(), 60)
         assert isinstance(event, Disconnected), event
         with pytest.raises(NotConnected):
             await transport.publish(HELLO, b"", qos=1)
@@ -160,7 +160,7 @@ async def test_an_identity_has_one_connection_the_newest() -> None:
             await up(one)
             async with MqttTransport(config, "another") as another:
                 await up(another)
-                assert isinstance(await asyncio.wait_for(one.receive(), 15), Disconnected)
+                assert isinstance(await asyncio.wait_for(one.receive(), 60), Disconnected)
 
 
 async def test_more_than_the_packet_limit_reaches_nobody() -> None:

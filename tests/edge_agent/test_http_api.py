@@ -25,7 +25,8 @@ from edge_agent.http_server import is_loopback, listen, parse_address, read_toke
 from tests.http_agent import FakeAnswerer, multipart, picture, request, serving
 
 TOKEN = "0123456789abcdef"
-QUICK = Limits(body_bytes=20_000, pictures=3, requests=2, body_s=0.3, answer_s=0.3, grace_s=0.1)
+SMALL = Limits(body_bytes=20_000, pictures=3)
+QUICK = Limits(body_s=0.3, answer_s=0.3, grace_s=0.1)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -154,7 +155,7 @@ class TestBadInput:
         self, body: bytes, kind: str, status: int, words: str
     ) -> None:
         answerer = FakeAnswerer()
-        async with serving(answerer, limits=QUICK) as port:
+        async with serving(answerer, limits=SMALL) as port:
             reply = await request(port, body, kind=kind)
             well = await request(port, picture())
         assert reply.status == status
@@ -169,14 +170,14 @@ class TestBadInput:
             "no picture in this request": multipart(),
             "none of these is a picture: a: ": multipart(("a", b"x"), ("b", b"")),
         }
-        async with serving(FakeAnswerer(), limits=QUICK) as port:
+        async with serving(FakeAnswerer(), limits=SMALL) as port:
             for words, (body, kind) in forms.items():
                 reply = await request(port, body, kind=kind)
                 assert reply.status == 422, words
                 assert words in reply.json["error"]
 
     async def test_a_body_that_grows_beyond_all_bounds_is_cut_off(self) -> None:
-        async with serving(FakeAnswerer(), limits=QUICK) as port:
+        async with serving(FakeAnswerer(), limits=SMALL) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(
                 b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -189,8 +190,8 @@ class TestBadInput:
         answerer = FakeAnswerer()
         async with serving(answerer, limits=QUICK) as port:
             reply = await request(port, b"x", Content_Length="900")
-            assert reply.status == 408
-            assert (await request(port, picture())).status == 200
+        assert reply.status == 408
+        assert answerer.asked == []
 
     @pytest.mark.parametrize(
         "path",
@@ -224,7 +225,7 @@ class TestBadInput:
     async def test_who_says_nothing_or_half_of_it_is_sent_away(
         self, before: bytes, said: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(http_server, "HEAD_S", 0.1)
+        monkeypatch.setattr(http_server, "HEAD_S", 0.5)
         async with serving(FakeAnswerer()) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
@@ -232,16 +233,17 @@ class TestBadInput:
                 if before:
                     assert b" 200 " in await reader.readline()
                 writer.write(said)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await reader.read()
             finally:
                 writer.close()
+            monkeypatch.undo()
             assert (await request(port, picture())).status == 200
 
     async def test_a_body_may_take_longer_than_a_head(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(http_server, "HEAD_S", 0.1)
+        monkeypatch.setattr(http_server, "HEAD_S", 0.5)
         body = picture()
         head = (
             "POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -251,7 +253,7 @@ class TestBadInput:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(head.encode())
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.8)
                 writer.write(body)
                 assert b" 200 " in await reader.read()
             finally:
@@ -311,7 +313,7 @@ class TestTrouble:
         async with serving(answerer) as port:
             waiting = asyncio.create_task(request(port, picture()))
             await until(lambda: bool(answerer.asked))
-        reply = await asyncio.wait_for(waiting, 10)
+        reply = await asyncio.wait_for(waiting, 60)
         assert (reply.status, answerer.cancelled) == (503, 1)
         assert "stops" in reply.json["error"]
         with pytest.raises(OSError, match=r"[Cc]onnect"):

@@ -20,7 +20,7 @@ from tensors.decoding import decode
 from tests.fleet.alert_drill import FASTER, Drill, start_drill
 from tests.fleet_processes import FLEET
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 QUOTA = 1000
 

@@ -20,10 +20,10 @@ from tests.fleet_processes import FLEET, Fleet, wait_until
 from tests.http_agent import picture, post
 from tests.mosquitto_process import Mosquitto, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 CUTS = (1, 3)
-STEP_S = 100.0
+STEP_S = 200.0
 """How long anything may take that has to happen."""
 COORDINATOR = {
     "precision": "fp32",

@@ -11,7 +11,7 @@ import pytest
 from tests.fleet_processes import QUOTA, Fleet
 from tests.mosquitto_process import Mosquitto
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def test_fleet_goes_on_from_a_backup_that_is_older_than_its_devices(

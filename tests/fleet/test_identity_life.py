@@ -21,7 +21,7 @@ from ops.identity import FleetFolder, init_fleet
 from tests.fleet_processes import wait_until
 from tests.mosquitto_process import Mosquitto, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 LIFE_S = 30.0
 NETWORK = {"width": 4, "channels": 1, "size": 28, "classes": 10}

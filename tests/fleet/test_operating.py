@@ -15,7 +15,7 @@ from ops.cli import main
 from tests.fleet_processes import Fleet
 from tests.mosquitto_process import Mosquitto
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 PASSWORD = "hunter-twenty-two"
 

@@ -13,7 +13,7 @@ from tests.fleet_processes import QUOTA, Fleet, check_books
 from tests.mosquitto_process import Mosquitto
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1000)
 def test_killed_agent_and_coordinator_come_back_and_the_books_balance(
     mosquitto: Mosquitto, tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ from tests.fleet_processes import wait_until
 from tests.mosquitto_process import free_port
 from tests.software_wheel import ROOT, link_dependencies, make_wheel
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 FLASHED = "0.1.0"
 CRASHES = "raise RuntimeError('this version does not start')\n"
@@ -161,7 +161,7 @@ class Lab:
         self.device.stop()
         for process in self._processes:
             _kill_group(process)
-            process.wait(30)
+            process.wait(60)
         self.fleet.close()
 
     def roll_out(self, version: str, *, prove_s: float, **changes: str) -> str:

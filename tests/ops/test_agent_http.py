@@ -64,7 +64,7 @@ def agent(state_dir: Path, *told: str) -> Iterator[int]:
         assert process.poll() is None, log.read_text()
         yield port
     finally:
-        process.communicate(b"", timeout=60)  # the end of its input ends it
+        process.communicate(b"", timeout=100)  # the end of its input ends it
     assert process.returncode == 0, log.read_text()
     with pytest.raises(OSError, match=r"[Cc]onnect"):
         socket.create_connection(("127.0.0.1", port), 5).close()
@@ -73,7 +73,7 @@ def agent(state_dir: Path, *told: str) -> Iterator[int]:
 def status(port: int) -> int | None:
     """Of /healthz; None if nobody listens."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30) as reply:
             return int(reply.status)
     except urllib.error.HTTPError as exc:
         exc.close()
@@ -153,7 +153,11 @@ def test_without_the_libraries_it_says_what_to_install(tmp_path: Path) -> None:
     told = ["agent", "--device", "a", "--http", "127.0.0.1:0", "--state-dir", str(tmp_path)]
     code = "import sys; sys.modules['fastapi'] = None; from ops.cli import main; main(sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", code, *told], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *told],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
     assert "splitfleet[http]" in done.stderr

@@ -45,7 +45,7 @@ NAMES = sorted({alert["alert"] for alert in ALERTS})
 
 def promtool(*arguments: str | Path) -> None:
     done = subprocess.run(
-        [need("promtool"), *arguments], check=False, capture_output=True, text=True, timeout=60
+        [need("promtool"), *arguments], check=False, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

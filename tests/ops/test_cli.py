@@ -18,7 +18,7 @@ def splitfleet(*arguments: str, **environment: str) -> subprocess.CompletedProce
         [sys.executable, "-m", "ops.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
         env={**os.environ, **environment},
     )
@@ -99,7 +99,7 @@ def test_a_taken_port_is_said_plainly() -> None:
         assert second.returncode == 6
         assert port in second.stderr
     finally:
-        running.communicate("", timeout=30)  # the end of its input ends it
+        running.communicate("", timeout=100)  # the end of its input ends it
     assert running.returncode == 0
 
 
@@ -114,7 +114,7 @@ def test_a_coordinator_that_is_told_to_stop_ends_well(
         assert running.stderr is not None
         assert any("no connection to the broker" in line for line in running.stderr)
         running.send_signal(number)
-        running.communicate(timeout=30)
+        running.communicate(timeout=100)
     finally:
         running.kill()
     assert running.returncode == code

@@ -156,7 +156,7 @@ def test_prometheus_understands_every_query(tmp_path: Path) -> None:
         [promtool, "check", "rules", "--lint=none", str(file)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         check=False,
     )
     assert checked.returncode == 0, checked.stderr

@@ -43,7 +43,7 @@ def verify(
     options = ["-x509_strict", "-purpose", purpose, "-attime", str(int(at))]
     options += ["-crl_check"] if listed else []
     command = ["openssl", "verify", *options, "-CAfile", str(trusted), str(leaf)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     return done.stdout + done.stderr
 
 

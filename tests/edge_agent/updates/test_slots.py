@@ -41,7 +41,7 @@ def start(slots: Slots) -> str:
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=100)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -30,7 +30,7 @@ case "$*" in
     [ ! -e "$PIP_LOG.fails" ] ;;
 esac
 """
-TIMEOUT_S = 60.0
+TIMEOUT_S = 250.0
 
 
 class Card:

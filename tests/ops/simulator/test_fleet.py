@@ -80,7 +80,7 @@ def test_two_processes_with_other_hashes_say_the_same() -> None:
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", PROGRAM]
         done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, timeout=100, check=True
+            command, env=environment, stdout=subprocess.PIPE, timeout=250, check=True
         )
         return done.stdout
 
