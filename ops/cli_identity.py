@@ -114,7 +114,7 @@ def list_(*, folder: Folder = HERE, as_json: AsJson = False) -> None:
 
 @fleet.command()
 def status(*, folder: Folder = HERE, as_json: AsJson = False) -> None:
-    """What ends when: certificates, lists and tokens; and what happened last."""
+    """What ends when: certificates, lists, tokens; who runs what it should not; the last events."""
     from ops.identity_table import show_status
 
     with open_fleet(folder) as opened:

@@ -41,8 +41,10 @@ def show_devices(fleet: Fleet, *, as_json: bool) -> None:
 
 
 def show_status(fleet: Fleet, expiry: Expiry, *, as_json: bool) -> None:
-    """Print what ends when, and the last events."""
-    devices, claims = count(fleet.members()), fleet.roster.claims()
+    """Print what ends when, whose software is not the wanted one, and the last events."""
+    members, claims = fleet.members(), fleet.roster.claims()
+    devices, software = count(members), _Software(fleet)
+    behind = [name for name in (listed.member.name for listed in members) if software.differs(name)]
     events = fleet.roster.events(EVENTS)
     if as_json:
         found = {
@@ -52,6 +54,7 @@ def show_status(fleet: Fleet, expiry: Expiry, *, as_json: bool) -> None:
             "revocation_lists": dict(expiry.lists),
             "devices": devices,
             "tokens": [asdict(claim) for claim in claims],
+            "software_differs": [{"device": name, **software.of(name)} for name in behind],
             "events": [asdict(event) for event in events],
         }
         print(json.dumps(found, indent=2))
@@ -67,6 +70,11 @@ def show_status(fleet: Fleet, expiry: Expiry, *, as_json: bool) -> None:
     for claim in claims:
         table.add_row(_when(claim.ends), _token(claim), style="dim" if _is_over(claim) else "")
     console.print(table)
+    if behind:
+        other = _table("other software than wanted", "", "")
+        for name in behind:
+            other.add_row(name, software.told(name), software.of(name)["update_detail"] or "")
+        console.print(other)
     happened = _table("last events", "", "")
     for event in events:
         happened.add_row(_when(event.time), f"{event.subject} {event.kind}", event.detail)
@@ -90,13 +98,18 @@ class _Software:
             "update_detail": None if reported is None else reported.detail,
         }
 
+    def differs(self, device: str) -> bool:
+        """Whether it should run another version than it says."""
+        about = self.of(device)
+        return about["wanted_version"] not in (None, about["version"])
+
     def told(self, device: str) -> str:
         """For a table: a version, and where another one is wanted which, and how that goes."""
         about = self.of(device)
-        version, wanted = about["version"] or MISSING, about["wanted_version"]
-        if wanted in (None, version):
+        version = about["version"] or MISSING
+        if not self.differs(device):
             return version
-        return f"{version}, wanted {wanted} ({about['update'] or 'not heard of'})"
+        return f"{version}, wanted {about['wanted_version']} ({about['update'] or 'not heard of'})"
 
 
 def _device(device: Listed) -> dict[str, Any]:

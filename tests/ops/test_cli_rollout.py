@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from broker.update_messages import Software
+from coordinator.updates.book import RolloutBook
 from coordinator.updates.rollouts import BUNDLES, bundle_file
 from ops.cli import main
 from ops.identity import FleetFolder
@@ -57,6 +60,37 @@ def test_a_bundle_is_made_and_rolled_out(command: Command, tmp_path: Path) -> No
     assert kept.read_bytes() == (tmp_path / "bundle.tar").read_bytes()
     with FleetFolder.open(tmp_path / "plant") as opened:
         assert opened.fleet.roster.events(1)[0].kind == "rollout"
+
+
+def test_status_shows_who_runs_what_it_should_not(command: Command, tmp_path: Path) -> None:
+    for device in ("behind", "done", "untouched"):
+        command("fleet", "add", device)
+    command("bundle", "wheels")
+    command("rollout", "bundle.tar")
+    (rollout,) = rollouts(command)
+    with FleetFolder.open(tmp_path / "plant") as opened:
+        book = RolloutBook(opened.fleet.roster, clock=time.time)
+        asked = rollout["id"]
+        book.put_part(asked, "behind", 0, "failed")
+        book.put_part(asked, "done", 0, "done")
+        failed = Software(version="1.0.0", state="failed", rollout=asked, detail="no room")
+        book.heard("behind", failed)
+        book.heard("done", Software(version="1.1.0", state="running", rollout=asked))
+        book.heard("untouched", Software(version="1.0.0", state="running"))
+    told = json.loads(command("fleet", "status", "--json"))["software_differs"]
+    assert told == [
+        {
+            "device": "behind",
+            "version": "1.0.0",
+            "wanted_version": "1.1.0",
+            "update": "failed",
+            "update_detail": "no room",
+        }
+    ]
+    printed = command("fleet", "status")
+    assert "1.0.0, wanted 1.1.0 (failed)" in printed
+    assert "no room" in printed
+    assert "wanted" not in "".join(line for line in printed.splitlines() if "done" in line)
 
 
 def test_one_at_a_time_stopped_and_resumed(command: Command) -> None:
