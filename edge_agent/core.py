@@ -29,7 +29,6 @@ from broker.messages import (
     Parameters,
     Program,
     Request,
-    Status,
 )
 from broker.serving_messages import Prediction, Serving
 from broker.topics import Topics
@@ -37,14 +36,11 @@ from broker.training_messages import Gradients, LastFeatures, Receipt, Round
 from edge_agent.asking import Question
 from edge_agent.attempt import Attempt
 from edge_agent.errors import AssignmentError
-from edge_agent.holding import SnapshotStore
-from edge_agent.learning import Data, Learners
 from edge_agent.meters import Meters
-from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
 from edge_agent.predictor import InferenceRun
-from edge_agent.privacy import Privacy
-from edge_agent.probe import Probe
+from edge_agent.preparation import Preparation
+from edge_agent.presence import Counterpart, Presence
 from edge_agent.telemetry import Reporter
 from edge_agent.workplace import Workplace
 from tensors.errors import TensorsError
@@ -61,10 +57,8 @@ _ANSWERING = (Phase.ANSWERING, Phase.REPORTING)
 class AgentCore:
     """One device's part in a fleet.
 
-    ``uplink`` is the speed to the broker in
-    bytes per second, 0 as long as it is unknown. ``clock`` is monotonic, in seconds. ``offline`` is
-    how much it keeps to be sent later when the coordinator cannot be reached. ``reporter`` knows
-    how often and what it tells of itself.
+    ``clock`` is monotonic, in seconds. ``reporter`` knows how often and what it tells of itself.
+    With ``stay`` it waits for the next run when one is over.
     """
 
     def __init__(
@@ -72,44 +66,29 @@ class AgentCore:
         topics: Topics,
         device: str,
         hello: Hello,
-        data: Data,
+        preparation: Preparation,
         *,
-        uplink: Callable[[], float],
-        learners: Learners,
-        snapshots: SnapshotStore,
+        reporter: Reporter,
         clock: Callable[[], float],
         stay: bool = False,
-        offline: OfflineLimits | None = None,
-        reporter: Reporter | None = None,
     ) -> None:
         self._topics = topics
-        self._uplink = uplink
         self._device = device
         self._hello = hello
-        self._data = data
-        self._learners = learners
-        self._snapshots = snapshots
+        self._preparation = preparation
         self._clock = clock
         self._stay = stay
-        self._offline = offline or OfflineLimits()
-        self.reporter = reporter or Reporter(hello.boot, clock=clock)
+        self.reporter = reporter
         self.reporter.add(self._meter)
-        self._connection = hello.boot
-        self._coordinator_boot: str | None = None
-        self._coordinator_online = True
-        self._connected = self._was_connected = False
+        self._presence = Presence(device, hello.boot, reporter=reporter, clock=clock)
         self._assignment: Assignment | None = None
         self._round: Round | None = None
         self._serving: Serving | None = None
         self._manifest: Manifest | None = None
         self._place: Workplace | None = None
-        self._probe: Probe | None = None
         self._question = Question(clock)
-        self._next_heartbeat = clock() + self.reporter.heartbeat_s
         self.phase = Phase.JOINING
         self.problem: str | None = None
-        self.privacy = Privacy()
-        """What may leave of its images; to be set before the first assignment."""
         self.on_version: OnVersion | None = None
         """Told of every version of the parameters it comes to hold, from then on."""
         self.on_log_level: Callable[[LogLevel | None], None] | None = None
@@ -122,9 +101,7 @@ class AgentCore:
 
         What may be lost is said again when the coordinator is known to be there.
         """
-        if self._was_connected:
-            self.reporter.own.count("reconnects")
-        self._connected = self._was_connected = True
+        self._presence.connect()
         out: list[Effect] = [self._status(), up(self._device, self._hello)]
         if not self._question.open and self._assignment is None:
             self._question.ask(up(self._device, self._hello))
@@ -132,7 +109,7 @@ class AgentCore:
 
     def disconnected(self) -> list[Effect]:
         """The broker is gone: without feedback training goes on, else nothing new is made."""
-        self._connected = False
+        self._presence.disconnect()
         return self._interrupted()
 
     def receive(self, envelope: Envelope) -> list[Effect]:
@@ -173,7 +150,7 @@ class AgentCore:
             self.attempt.tick()
         if self._inference is not None:
             self._inference.tick()
-        if now >= self._next_heartbeat:
+        if now >= self._presence.due:
             out.append(self._status())
             if self.phase in (Phase.JOINING, Phase.WAITING):
                 # A coordinator without memory may know of this device by nothing else.
@@ -185,8 +162,7 @@ class AgentCore:
     @property
     def next_tick(self) -> float:
         """When :meth:`tick` has something to do, on the clock."""
-        times = [self._next_heartbeat, self.reporter.due, self._question.due]
-        times.append(None if self._probe is None else self._probe.due)
+        times = [self._presence.due, self.reporter.due, self._question.due, self._preparation.due]
         times.append(None if self.attempt is None else self.attempt.deadline)
         times.append(None if self._inference is None else self._inference.deadline)
         return min(time for time in times if time is not None)
@@ -203,12 +179,12 @@ class AgentCore:
 
     def goodbye(self) -> Envelope:
         """The last status, when the device leaves on purpose."""
-        return up(self._device, Status(state="offline", connection=self._connection))
+        return self._presence.goodbye()
 
     def telemetry(self) -> Envelope:
         """What it has counted until now; also to be sent before it leaves."""
         cut = None if self._assignment is None else self._assignment.cut
-        return up(self._device, self.reporter.report(cut))
+        return self._presence.report(cut)
 
     @property
     def place(self) -> dict[str, str | int]:
@@ -221,8 +197,8 @@ class AgentCore:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`work` would do something now."""
-        if self._probe is not None:
-            return self._probe.ready
+        if self._preparation.probing:
+            return self._preparation.ready
         if self._inference is not None:
             return self._inference.done or self._inference.has_work
         attempt = self.attempt
@@ -232,13 +208,13 @@ class AgentCore:
             attempt.complete
             or attempt.can_classify
             or attempt.can_learn
-            or attempt.can_produce(online=self._online)
+            or attempt.can_produce(online=self._presence.online)
         )
 
     def work(self) -> list[Effect]:
         """One unit of computing: a gradient, a new batch, the upload, or test images."""
-        if self._probe is not None:
-            return self._measured(self._probe)
+        if self._preparation.probing:
+            return self._measure()
         if self._inference is not None:
             return self._infer(self._inference)
         place, attempt = self._place, self.attempt
@@ -249,8 +225,8 @@ class AgentCore:
             return self._ask(place.upload())
         if attempt.can_classify:  # others may wait for the step that its gradient makes
             return list[Effect](attempt.classify())
-        if attempt.can_produce(online=self._online):
-            return list[Effect](attempt.produce(online=self._online))
+        if attempt.can_produce(online=self._presence.online):
+            return list[Effect](attempt.produce(online=self._presence.online))
         if attempt.can_learn:
             attempt.learn()
         return []
@@ -258,10 +234,6 @@ class AgentCore:
     @property
     def _inference(self) -> InferenceRun | None:
         return None if self._place is None else self._place.inference
-
-    @property
-    def _online(self) -> bool:
-        return self._connected and self._coordinator_online
 
     # -- transitions ------------------------------------------------------------------------------
 
@@ -281,14 +253,12 @@ class AgentCore:
             out += self._place.leave()
             self._place.stop_answering()
         out += self._tell()
-        self._place = self._probe = None
+        self._place = None
+        self._preparation.stop()
         self._question.close()
         out += self._become(Phase.JOINING)
         if assignment.cut is None:
-            self._probe = Probe(
-                assignment, self._learners.measure, uplink=self._uplink, clock=self._clock
-            )
-            return [*out, up(self._device, self._probe.request())]
+            return [*out, up(self._device, self._preparation.probe(assignment))]
         out.append(Subscribe(self._topics.cut_filters(assignment.cut)))
         if before is None or before.run != assignment.run or before.cut != assignment.cut:
             self._manifest = None
@@ -296,32 +266,19 @@ class AgentCore:
 
     def _take_up(self, assignment: Assignment) -> list[Effect]:
         """Begin to work under an assignment; if that takes a program, with this."""
-        programs = self._learners.programs
+        programs = self._preparation.programs
         if programs is not None and not programs.has_program(assignment):
             self._become(Phase.FETCHING)
             return self._ask(up(self._device, Request(what="program")))
         try:
-            applied = self.privacy.applied_to(assignment)
-            self._place = Workplace(
-                self._device,
-                applied,
-                self._learners.build(applied),
-                self._data,
-                uplink=self._uplink,
-                snapshots=self._snapshots,
-                clock=self._clock,
-                offline=self._offline,
-                meters=self.reporter.own,
-                cpu_clock=self.reporter.cpu_clock,
-                release=self.privacy.release(applied),
-            )
+            self._place = self._preparation.workplace(assignment)
         except (AssignmentError, TensorsError) as exc:
             return self._cannot(exc)
         self._hand_over()
         return self._advance()
 
     def _program(self, message: Program) -> list[Effect]:
-        programs, wanted = self._learners.programs, self._assignment
+        programs, wanted = self._preparation.programs, self._assignment
         if programs is None or wanted is None or self._place is not None:
             return []
         if (message.run, message.cut) != (wanted.run, wanted.cut):
@@ -333,10 +290,9 @@ class AgentCore:
             return self._cannot(exc)
         return self._become(Phase.JOINING) + self._take_up(wanted)
 
-    def _measured(self, probe: Probe) -> list[Effect]:
-        self._probe = None
+    def _measure(self) -> list[Effect]:
         try:
-            measurement = probe.result()
+            measurement = self._preparation.measure()
         except (AssignmentError, TensorsError) as exc:
             return self._cannot(exc)
         self._hello = self._hello.model_copy(update={"measurement": measurement})
@@ -357,13 +313,11 @@ class AgentCore:
             attempt.gradient(message)
 
     def _coordinator(self, message: Coordinator) -> list[Effect]:
-        was_online, self._coordinator_online = self._coordinator_online, message.state == "online"
-        if not self._coordinator_online:
-            return self._interrupted()
-        before, self._coordinator_boot = self._coordinator_boot, message.boot
-        met = before is None and was_online and self._assignment is not None
-        if before == message.boot or met:
-            return self._unanswered()  # it may not have been there when that was said before
+        match self._presence.hear(message, assigned=self._assignment is not None):
+            case Counterpart.GONE:
+                return self._interrupted()
+            case Counterpart.KNOWN:
+                return self._unanswered()  # it may not have been there when that was said before
         out: list[Effect] = [self._status(), up(self._device, self._hello)]
         if self._assignment is not None:
             out += self._tell()  # this coordinator counts from here on
@@ -486,10 +440,10 @@ class AgentCore:
 
     def _tell(self) -> list[Effect]:
         report = self.telemetry()
-        return [report] if self._connected else []
+        return [report] if self._presence.connected else []
 
     def _meter(self, meters: Meters) -> None:
-        self.privacy.meter(meters)
+        self._preparation.meter(meters)
         if self._place is not None:
             self._place.meter(meters)
 
@@ -507,8 +461,4 @@ class AgentCore:
         return [self._status()] if changed and phase is not Phase.FETCHING else []
 
     def _status(self) -> Envelope:
-        self._next_heartbeat = self._clock() + self.reporter.heartbeat_s
-        return up(
-            self._device,
-            Status(state="online", connection=self._connection, phase=self.phase.value),
-        )
+        return self._presence.status(self.phase)

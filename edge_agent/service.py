@@ -30,6 +30,7 @@ from edge_agent.learning import Data, Learners
 from edge_agent.lite import LiteFactory
 from edge_agent.offline import OfflineLimits
 from edge_agent.phases import Phase
+from edge_agent.preparation import Preparation
 from edge_agent.privacy import Privacy
 from edge_agent.programs import DiskPrograms
 from edge_agent.readings import LinkMeters, read_process
@@ -132,21 +133,26 @@ def build_agent(
 
     What left of its images is booked in memory alone unless ``privacy`` is given.
     """
-    core = AgentCore(
+    reporter = reporter or make_reporter(settings, hello.boot, clock=clock)
+    return AgentCore(
         Topics(settings.fleet),
         settings.device,
         hello,
-        data,
-        uplink=uplink,
-        learners=learners or make_learners(settings),
-        snapshots=snapshots,
+        Preparation(
+            settings.device,
+            data,
+            uplink=uplink,
+            learners=learners or make_learners(settings),
+            snapshots=snapshots,
+            reporter=reporter,
+            clock=clock,
+            offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
+            privacy=privacy or Privacy.by(settings, None),
+        ),
+        reporter=reporter,
         clock=clock,
         stay=not settings.exit_when_finished,
-        offline=OfflineLimits(settings.offline_batches, settings.offline_expiry_s),
-        reporter=reporter or make_reporter(settings, hello.boot, clock=clock),
     )
-    core.privacy = privacy or Privacy.by(settings, None)
-    return core
 
 
 async def run_agent(

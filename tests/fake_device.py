@@ -28,8 +28,11 @@ from edge_agent.errors import StateError, TrainingError
 from edge_agent.figures import Outcome
 from edge_agent.learning import Learner
 from edge_agent.offline import OfflineLimits
+from edge_agent.preparation import Preparation
+from edge_agent.privacy import Privacy
 from edge_agent.programs import Programs
 from edge_agent.snapshots import Snapshot
+from edge_agent.telemetry import Reporter
 from tensors.codecs import Codec, Encode, parse_codec
 from tensors.decoding import decode
 from tensors.errors import NetworkError
@@ -216,6 +219,7 @@ class Harness:
         measure: Callable[[Assignment], Measurement] | None = None,
         programs: Programs | None = None,
         offline: OfflineLimits | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         self.clock = Clock()
         self.learner = FakeLearner()
@@ -225,21 +229,30 @@ class Harness:
         self.told: list[Telemetry] = []
         """Beside what it said."""
         self.filters: tuple[str, ...] = ()
+        hello = hello or make_hello()
+        reporter = Reporter(hello.boot, clock=self.clock)
         self.core = AgentCore(
             Topics("fleet"),
             DEVICE,
-            hello or make_hello(),
-            data or FakeData(),
-            uplink=lambda: self.uplink,
-            learners=FakeLearners(
-                build or (lambda _: self.learner),
-                measure or (lambda _: make_measurement()),
-                programs,
+            hello,
+            Preparation(
+                DEVICE,
+                data or FakeData(),
+                uplink=lambda: self.uplink,
+                learners=FakeLearners(
+                    build or (lambda _: self.learner),
+                    measure or (lambda _: make_measurement()),
+                    programs,
+                ),
+                snapshots=self.snapshots,
+                reporter=reporter,
+                clock=self.clock,
+                offline=offline,
+                privacy=privacy,
             ),
-            snapshots=self.snapshots,
+            reporter=reporter,
             clock=self.clock,
             stay=stay,
-            offline=offline,
         )
 
     def _note(self, effects: list[Effect]) -> list[Message]:

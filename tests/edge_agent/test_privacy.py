@@ -196,8 +196,7 @@ def test_an_audit_is_a_release() -> None:
 
 def test_training_and_the_measurement_after_it_are_in_one_account() -> None:
     tests = [(images_of((1, UNSURE), (2, UNSURE)), np.array([1, 2]))]
-    agent = Harness(data=FakeData(tests))
-    agent.core.privacy = Privacy(normal=ones)
+    agent = Harness(data=FakeData(tests), privacy=Privacy(normal=ones))
     announced = make_round()
     agent.join(make_assignment(noise=NOISE), announced)
     sent = [message for message in agent.work() if isinstance(message, Activations)]
