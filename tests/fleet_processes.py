@@ -31,8 +31,9 @@ CUTS = (1, 3)
 DEEPEST_COUNTER = "blocks.8.bn2.num_batches_tracked"
 """Of a block that no device holds: grows by one with every batch the server trains on."""
 
+NETWORK: Mapping[str, object] = {"width": 4, "channels": 1, "size": 28, "classes": 10}
 COORDINATOR: Mapping[str, object] = {
-    "network": {"width": 4, "channels": 1, "size": 28, "classes": 10},
+    "network": NETWORK,
     "rounds": 3,
     "batches_per_round": QUOTA,
     "batch_size": BATCH_SIZE,

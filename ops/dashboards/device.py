@@ -18,7 +18,17 @@ from ops.dashboards.panels import (
     number,
     rising,
 )
-from ops.dashboards.promql import DEVICE, behind, increase, mean, rate, ratio, series, total
+from ops.dashboards.promql import (
+    DEVICE,
+    behind,
+    increase,
+    largest,
+    mean,
+    rate,
+    ratio,
+    series,
+    total,
+)
 
 PREDICTIONS = "splitfleet_predictions"
 
@@ -125,14 +135,12 @@ def _being() -> Row:
                 Curve(rate("splitfleet_agent_cpu_seconds", DEVICE), "agent"),
                 Curve(rate("splitfleet_answering_cpu_seconds", DEVICE), "answering"),
                 unit="none",
-                width=6,
             ),
             graph(
                 "Memory",
                 "Resident memory of the agent's process.",
                 Curve(total("splitfleet_agent_memory_bytes", DEVICE), "resident"),
                 unit=BYTES,
-                width=6,
             ),
             graph(
                 "Bytes sent and received",
@@ -142,7 +150,6 @@ def _being() -> Row:
                     "{{direction}}",
                 ),
                 unit=BYTES_PER_SECOND,
-                width=6,
             ),
             graph(
                 "Temperature",
@@ -151,7 +158,15 @@ def _being() -> Row:
                 unit=CELSIUS,
                 low=None,
                 levels=rising(75, 85),
-                width=6,
+                width=12,
+            ),
+            graph(
+                "Privacy spent",
+                "The zCDP (ρ) of its image that was released most; labels and parameters are not "
+                "covered. Empty where it adds no noise.",
+                Curve(largest("splitfleet_privacy_rho", DEVICE), "most released image"),
+                unit="none",
+                width=12,
             ),
         ],
     )

@@ -17,6 +17,7 @@ from ops.dashboards.panels import (
     falling,
     graph,
     number,
+    rising,
     rows,
 )
 from ops.dashboards.promql import (
@@ -40,7 +41,7 @@ def fleet() -> Dashboard:
         "fleet",
         "fleet overview",
         "Is the fleet well, what does it do, and where to look next.",
-        [_now(), _devices(), _work(), _resources(), _trouble(), _identity(), _each()],
+        [_now(), _devices(), _work(), _resources(), _trouble(), _identity(), _privacy(), _each()],
         variables=[page.cut(), page.device_class()],
     )
 
@@ -236,6 +237,24 @@ def _trouble() -> Row:
                 many=True,
                 width=12,
             ),
+            graph(
+                "Breaches, by reason",
+                "Rules a second that devices broke: with too many of them within a while a device "
+                "is in quarantine. Who it is: splitfleet status --sort breaches.",
+                Curve(rate("splitfleet_breaches", by="reason"), "{{reason}}"),
+                unit=PER_SECOND,
+                stacked=True,
+                many=True,
+                width=12,
+            ),
+            graph(
+                "Devices in quarantine",
+                "They have no part in rounds, and their messages are dropped, for a minute and "
+                "twice as long each time.",
+                Curve(series("splitfleet_devices_quarantined"), "in quarantine"),
+                levels=rising(1, 5),
+                width=12,
+            ),
         ],
     )
 
@@ -270,6 +289,30 @@ def _identity() -> Row:
                 unit=PER_SECOND,
                 stacked=True,
                 many=True,
+            ),
+        ],
+    )
+
+
+def _privacy() -> Row:
+    return Row(
+        "Privacy",
+        [
+            graph(
+                "Privacy spent, by cut",
+                "The zCDP (ρ) of the image that was released most; labels and parameters are not "
+                "covered. Empty where no noise is added (clip_norm, noise_std).",
+                Curve(largest("splitfleet_privacy_rho", *REPORTED, by="cut"), "cut {{cut}}"),
+                unit="none",
+                width=12,
+            ),
+            graph(
+                "Images in the devices' accounts",
+                "Within the budget, at its end (they are released no more), or released without "
+                "noise since the account was begun. Empty where no noise is added.",
+                Curve(total("splitfleet_privacy_images", *REPORTED, by="account"), "{{account}}"),
+                stacked=True,
+                width=12,
             ),
         ],
     )

@@ -18,7 +18,7 @@ from edge_agent.readings import THERMAL, hottest
 from ops.dashboards import FOLDER
 from ops.identity import init_fleet
 from tensors.datasets import BUNDLED
-from tests.fleet_processes import FLEET, Fleet
+from tests.fleet_processes import FLEET, NETWORK, Fleet
 from tests.http_agent import picture, post
 from tests.mosquitto_process import Mosquitto, free_port
 from tests.prometheus_process import BadQuery, Prometheus
@@ -38,6 +38,9 @@ COORDINATOR = {
     "inference": True,
     "stay": True,
     "broker_figures": True,
+    "clip_norm": 30.0,
+    "noise_std": 0.2,
+    "network": {**NETWORK, "norm": "group"},
 }
 AGENT = {
     "precision": "fp32",
