@@ -103,13 +103,21 @@ def wheelhouse(
         typer.Option("--from", help="a wheel or a folder of wheels to take first; repeatable"),
     ] = None,
     index: Index = None,
+    torch_index: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SPLITFLEET_TORCH_INDEX",
+            help="torch's, PyTorch's own for CPUs by default; '': torch comes as all else does",
+        ),
+    ] = None,
 ) -> None:
     """Fetch all wheels that devices of a class install, for `splitfleet flash --wheelhouse`."""
     from ops.flash.classes import device_class
-    from ops.flash.wheels import choose_wheels, fetch_wheels
+    from ops.flash.wheels import TORCH_INDEX, choose_wheels, fetch_wheels
 
     found = device_class(class_name, machine=machine, python=python, engine=engine)
-    fetch_wheels(folder, found, source or (), index or ())
+    torchs = TORCH_INDEX if torch_index is None else torch_index
+    fetch_wheels(folder, found, source or (), index or (), torchs)
     wheels = choose_wheels(folder, found)
     size = sum(wheel.path.stat().st_size for wheel in wheels)
     print(f"{len(wheels)} wheels, {size / 1e6:.0f} MB")

@@ -23,9 +23,11 @@ from broker.telemetry import METRICS
 from broker.telemetry import Metric as Reported
 from coordinator.telemetry import Gain
 from ops.energy import EnergyTable
+from ops.flash.classes import CLASSES
 
 OTHER = "other"
-GENERIC = "generic"
+FLASHED = frozenset(one.label for one in CLASSES.values())
+"""What ``splitfleet flash`` calls its classes of devices; ``generic`` is one."""
 FRESH_S = 600.0
 """A gauge that a device has not reported for so long says nothing of now."""
 RETIRED_S = 24 * 3600.0
@@ -128,7 +130,7 @@ class FleetMetrics(Collector):
                 self._shares[shown] = share
 
     def _place(self, gain: Gain) -> Place:
-        known = gain.device_class == GENERIC or gain.device_class in self._energy.device
+        known = gain.device_class in FLASHED or gain.device_class in self._energy.device
         return str(gain.cut or "none"), gain.device_class if known else OTHER
 
     def _spend(self, place: Place, gain: Gain) -> None:

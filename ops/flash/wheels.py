@@ -16,13 +16,18 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ops.errors import OpsError, SettingsWrong
-from ops.flash.classes import DeviceClass
+from ops.flash.classes import TORCH, DeviceClass
 
 PACKAGE = "splitfleet"
 GLIBC = {11: 36, 12: 39, 13: 41}
 """The minor versions of Python and of glibc in Debian 12, Ubuntu 24.04 and Debian 13."""
 OLDEST_GLIBC = 17
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+"""Where builds of torch are that bring no CUDA along, which are gigabytes, on aarch64 too."""
 PIP_TIMEOUT_S = 600.0
+_DRY = (
+    "install", "--dry-run", "--quiet", "--ignore-installed", "--report", "-", "--target", "nowhere"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,8 @@ def choose_wheels(wheelhouse: Path, device: DeviceClass) -> list[Wheel]:
     options = ["--no-index", "--find-links", str(wheelhouse), *_target(device)]
     # What the user has set up for pip, other folders of wheels say, must not be looked at.
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
-    code, out, err = _pip(
-        "install", "--dry-run", "--quiet", "--ignore-installed", "--report", "-", *options,
-        "--target", "nowhere", wanted, "pip", environ=environ | {"PIP_CONFIG_FILE": os.devnull},
-    )  # fmt: skip
+    environ["PIP_CONFIG_FILE"] = os.devnull
+    code, out, err = _pip(*_DRY, *options, wanted, "pip", environ=environ)
     if code:
         reason = [line for line in err.splitlines() if "ERROR" in line][-1:] or [err.strip()[-300:]]
         raise SettingsWrong(
@@ -61,21 +64,39 @@ def choose_wheels(wheelhouse: Path, device: DeviceClass) -> list[Wheel]:
 
 
 def fetch_wheels(
-    wheelhouse: Path, device: DeviceClass, sources: Sequence[str], indexes: Sequence[str]
+    wheelhouse: Path,
+    device: DeviceClass,
+    sources: Sequence[str],
+    indexes: Sequence[str],
+    torch_index: str,
 ) -> None:
     """Put what the agent of ``device`` needs into a wheelhouse, from package indexes.
 
     ``sources`` are wheels or folders with the project's own; ``indexes`` the first and further
-    ones, pip's default without any. Raises :class:`OpsError` with what pip says.
+    ones, pip's default without any; ``torch_index`` is torch's, "" if it has none of its own.
+    Raises :class:`OpsError` with what pip says.
     """
     wheelhouse.mkdir(parents=True, exist_ok=True)
     links = [option for source in sources for option in ("--find-links", str(source))]
-    code, _, err = _pip(
-        "download", "--quiet", "--dest", str(wheelhouse), *links, *index_options(indexes),
-        *_target(device), f"{PACKAGE}[{device.extra}]", "pip",
-    )  # fmt: skip
+    origins = [*links, *index_options(indexes), *_target(device)]
+    wanted = [f"{PACKAGE}[{device.extra}]", "pip"]
+    into = ["--quiet", "--dest", str(wheelhouse)]
+    if torch_index and device.engine == TORCH:
+        code, out, err = _pip(*_DRY, *origins, *wanted)
+        if code:
+            raise OpsError(_no_wheels(err))
+        pins = _versions(out, TORCH)
+        there = [*links, *index_options([torch_index]), *_target(device)]
+        code, _, err = _pip("download", *into, "--no-deps", *there, *pins)
+        if code:
+            raise OpsError(
+                f"pip cannot fetch {' '.join(pins)} from {torch_index}: {err.strip()[-500:]}; "
+                "--torch-index has another index for it, and --torch-index '' takes it from where "
+                "all else comes from, with CUDA"
+            )
+    code, _, err = _pip("download", *into, "--find-links", str(wheelhouse), *origins, *wanted)
     if code:
-        raise OpsError(f"pip cannot fetch the wheels: {err.strip()[-500:]}")
+        raise OpsError(_no_wheels(err))
 
 
 def index_options(indexes: Sequence[str]) -> list[str]:
@@ -103,6 +124,22 @@ def _target(device: DeviceClass) -> list[str]:
     for name in platforms:
         options += ["--platform", name]
     return options
+
+
+def _versions(report: str, prefix: str) -> list[str]:
+    """What pip would install of these names, without the mark of a local build."""
+    found = (item["metadata"] for item in json.loads(report)["install"])
+    return [
+        f"{one['name']}=={one['version'].partition('+')[0]}"
+        for one in found
+        if one["name"].startswith(prefix)
+    ]
+
+
+def _no_wheels(err: str) -> str:
+    missing = f"No matching distribution found for {PACKAGE}[" in err
+    hint = f"; give a wheel of {PACKAGE} with --from (pip wheel --no-deps .)" if missing else ""
+    return f"pip cannot fetch the wheels: {err.strip()[-500:]}{hint}"
 
 
 def _recipe(device: DeviceClass) -> str:

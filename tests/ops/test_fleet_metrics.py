@@ -11,6 +11,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
 from ops.energy import load_energy_table
+from ops.flash.classes import CLASSES, device_class
 from ops.fleet_metrics import ENERGY, FRESH_S, RETIRED_S
 from ops.metrics import Metrics
 from tests.tiny import Clock
@@ -139,6 +140,15 @@ def test_a_class_that_a_device_made_up_makes_no_series() -> None:
         fleet.tell(device_class=f"board-{number}", counters={("offloads", "timeout"): 1})
     offloads = "splitfleet_offloads_total"
     assert fleet.values(offloads, outcome="timeout", device_class="other") == {"": 50}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_flashed_is_a_class_of_its_own(name: str) -> None:
+    fleet = Fleet()
+    label = device_class(name).label
+    fleet.tell(device_class=label, counters={("offloads", "timeout"): 1})
+    found = fleet.values("splitfleet_offloads_total", outcome="timeout", device_class=label)
+    assert found == {"": 1}
 
 
 def test_energy_is_cpu_time_and_bytes_of_a_class_that_is_known() -> None:
