@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ops.errors import OpsError, SettingsWrong
+from ops.errors import DiskTrouble, OpsError, SettingsWrong
 from ops.flash.classes import DeviceClass
 
 PACKAGE = "splitfleet"
@@ -66,9 +66,12 @@ def fetch_wheels(
     """Put what the agent of ``device`` needs into a wheelhouse, from package indexes.
 
     ``sources`` are wheels or folders with the project's own; ``indexes`` the first and further
-    ones, pip's default without any. Raises :class:`OpsError` with what pip says.
+    ones, pip's default without any. Raises :class:`OpsError` with what pip says, DiskTrouble.
     """
-    wheelhouse.mkdir(parents=True, exist_ok=True)
+    try:
+        wheelhouse.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise DiskTrouble(f"cannot make the folder {wheelhouse}: {exc.strerror}") from exc
     links = [option for source in sources for option in ("--find-links", str(source))]
     code, _, err = _pip(
         "download", "--quiet", "--dest", str(wheelhouse), *links, *index_options(indexes),
