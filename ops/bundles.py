@@ -24,8 +24,11 @@ from edge_agent.updates.bundle import (
 )
 from ops.errors import DiskTrouble, SettingsWrong
 from ops.files import check_output
+from ops.flash.classes import EXTRAS
 
 SIGNER_DAYS = 3 * 365
+DEVICE_EXTRAS = (*EXTRAS.values(), "http")
+"""Extras of the package that are of use on a device."""
 
 
 def make_bundle(
@@ -40,9 +43,12 @@ def make_bundle(
 
     It is signed with a key that is forgotten afterwards, certified by the fleet CA. By ``signed``
     (:meth:`RolloutBook.next_signed`) devices tell it from older ones. Raises
-    SettingsWrong for a folder that no device can install from, DiskTrouble.
+    SettingsWrong for a folder that no device can install from or an extra none has, DiskTrouble.
     """
     check_output(out)
+    for extra in extras:
+        if extra not in DEVICE_EXTRAS:
+            raise SettingsWrong(f"--extra {extra!r}: devices have {', '.join(DEVICE_EXTRAS)}")
     files = sorted(wheels.glob("*.whl"))
     ours = [file for file in files if file.name.startswith("splitfleet-")]
     if len(ours) != 1:
@@ -86,11 +92,14 @@ def _write(
         SIGNATURE: key.sign(content, ec.ECDSA(hashes.SHA256())),
     }
     temporary = out.with_name(f".{out.name}.new")
-    with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in aside.items():
-            member = tarfile.TarInfo(name)
-            member.size, member.mtime = len(data), manifest.signed
-            tar.addfile(member, io.BytesIO(data))
-        for file in files:
-            tar.add(file, file.name, recursive=False)
-    temporary.replace(out)
+    try:
+        with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT, dereference=True) as tar:
+            for name, data in aside.items():
+                member = tarfile.TarInfo(name)
+                member.size, member.mtime = len(data), manifest.signed
+                tar.addfile(member, io.BytesIO(data))
+            for file in files:
+                tar.add(file, file.name, recursive=False)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -84,7 +84,9 @@ def add(device: Device, *, folder: Folder = HERE) -> None:
 @fleet.command()
 def token(
     *,
-    uses: Annotated[int, typer.Option(min=1, help="how many devices may enrol with it")] = 1,
+    uses: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="how many devices may enrol with it")
+    ] = 1,
     expires: Annotated[str, typer.Option(help="7d, 12h, 30min, 2w")] = "7d",
     out: Annotated[
         Path | None, typer.Option(help="the file; default: FOLDER/tokens/ID.pem")
@@ -148,11 +150,20 @@ def retire(device: Device, *, folder: Folder = HERE) -> None:
 
 @fleet.command()
 def repair(*, folder: Folder = HERE) -> None:
-    """Write what broker and coordinator have lost, and mosquitto.conf as this version has it."""
-    from ops.identity_files import complete
+    """Write what broker and coordinator have lost, and mosquitto.conf as this version has it.
+
+    Settings of coordinator and devices stay; those that do not lead to the broker are named.
+    """
+    from ops.identity_files import complete, outdated
 
     with open_fleet(folder) as opened:
         complete(opened.fleet)
+        left, settings = outdated(opened.fleet), opened.fleet.settings
+    if left:
+        print(f"the broker is at {settings.broker_url}, for those who enrol at port", end=" ")
+        print(f"{settings.claims_port}; change by hand, also where devices have copies (those that")
+        print("were flashed in /etc/splitfleet/agent.toml):")
+        print(*(f"  {line}" for line in left), sep="\n")
 
 
 @fleet.command()

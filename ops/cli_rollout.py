@@ -23,7 +23,8 @@ def bundle(
     *,
     out: Annotated[Path, typer.Option(help="the bundle")] = Path("bundle.tar"),
     extra: Annotated[
-        list[str] | None, typer.Option(help="agent or lite, as devices have it; may be repeated")
+        list[str] | None,
+        typer.Option(help="agent, lite or http, as devices have it; may be repeated"),
     ] = None,
     folder: Folder = HERE,
 ) -> None:

@@ -6,9 +6,10 @@ import json
 import time
 from pathlib import Path
 
+from edge_agent.errors import IdentityError
 from edge_agent.identity.clock import ClockFloor
 from edge_agent.identity.folder import IdentityFolder
-from edge_agent.identity.keys import common_name, valid_until
+from edge_agent.identity.keys import common_name, issued_by, valid_until
 from edge_agent.identity.names import read_board
 
 
@@ -19,6 +20,12 @@ def show_identity(folder: Path, *, as_json: bool) -> None:
     """
     identity = IdentityFolder(folder)
     certificate, back = identity.certificate(), identity.for_enrolment()
+    authorities = identity.authorities()
+    if certificate is not None and not any(issued_by(certificate, one) for one in authorities):
+        raise IdentityError(
+            f"{identity.device_file} is not signed by the authority in {identity.ca_file}, which "
+            "is what the broker is known by: put files of one fleet together"
+        )
     name = read_board().device_name("") if certificate is None else common_name(certificate)
     floor = ClockFloor(identity)
     ends = None if certificate is None else valid_until(certificate)

@@ -169,8 +169,8 @@ def init_fleet(
     fleet name, and ConfigError: before anything is made for settings that are wrong, and for the
     broker's files.
     """
-    if (folder / SETTINGS).exists():
-        raise IdentityError(f"{folder} is the folder of a fleet already; take another one")
+    with told(folder):
+        _check_new(folder)
     given = {
         "name": check_name(fleet, "fleet name"),
         "broker_names": [check_host(name) for name in broker_names],
@@ -190,3 +190,15 @@ def init_fleet(
     values = settings.model_dump(mode="json", exclude_none=True)
     write(folder / SETTINGS, to_toml({"fleet": values}).encode())
     return FleetFolder(opened)
+
+
+def _check_new(folder: Path) -> None:
+    if (folder / SETTINGS).exists():
+        raise IdentityError(f"{folder} is the folder of a fleet already; take another one")
+    left = [*authority_dir(folder).glob("*.pem"), *state_dir(folder).glob(f"{FILE}*")]
+    if left:
+        raise IdentityError(
+            f"{folder} has {min(left).relative_to(folder)} of a fleet, but no {SETTINGS}: take "
+            f"another folder, restore {SETTINGS} from a backup, or remove {state_dir(folder)} if "
+            "making it was interrupted"
+        )

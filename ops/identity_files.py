@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 from cryptography import x509
 
+from broker.config import BrokerConfig, load_settings
+from broker.errors import ConfigError
 from broker.mosquitto import FLEET_CA, write_mosquitto_config
 from broker.topics import COORDINATOR
 from coordinator.atomic_files import PRIVATE, make_folder
@@ -38,6 +40,7 @@ from coordinator.identity.keys import (
 )
 from coordinator.identity.roster import FILE
 from edge_agent.identity.keys import issued_by
+from edge_agent.settings import AgentSettings
 from ops.files import check_output, to_toml
 
 
@@ -74,6 +77,30 @@ def complete(fleet: Fleet) -> None:
         claims_port=settings.claims_port,
         loopback_port=settings.loopback_port,
     )
+
+
+def outdated(fleet: Fleet) -> list[str]:
+    """What settings in the folder say of the broker that is not so, or not any more: file by file.
+
+    They are made once and then their owner's: another name or port in ``fleet.toml`` does not
+    change them.
+    """
+    settings, found = fleet.settings, []
+    own = fleet.folder / COORDINATOR / "coordinator.toml"
+    for file in (own, *sorted(fleet.folder.glob("devices/*/agent.toml"))):
+        try:
+            broker = load_settings(BrokerConfig, section="broker", file=file)
+            claims_port = settings.claims_port
+            if file != own:
+                claims_port = load_settings(AgentSettings, section="agent", file=file).claims_port
+        except ConfigError as exc:
+            found.append(f"{file}: {exc}")
+            continue
+        if not _leads_to(settings, broker):
+            found.append(f"{file}: broker.url = {broker.url}")
+        if claims_port != settings.claims_port:
+            found.append(f"{file}: agent.claims_port = {claims_port}")
+    return found
 
 
 def save(fleet: Fleet, stream: BinaryIO) -> None:
@@ -143,6 +170,13 @@ def _plain(host: str) -> str:
         return str(ipaddress.ip_address(host))
     except ValueError:
         return host
+
+
+def _leads_to(settings: FleetSettings, broker: BrokerConfig) -> bool:
+    if not broker.tls:
+        return broker.port == settings.loopback_port
+    hosts = {_plain(name).lower() for name in settings.broker_names}
+    return broker.port == settings.port and _plain(broker.host) in hosts
 
 
 def _key_file(fleet: Fleet, server: Server) -> Path:

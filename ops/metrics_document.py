@@ -26,8 +26,8 @@ started, and the coordinator adds what is new ([protocol.md](protocol.md), `up/t
 `device_class` and `device`.
 
 - `cut` is the cut layer, `none` as long as a device has none.
-- `device_class` is what the agent's setting of that name says, if `splitfleet flash` has such a class
-  or `ops/energy.toml` (or the coordinator's `energy_table`) an entry for it; else `other`.
+- `device_class` is what the agent's setting of that name says, if `splitfleet flash` has such a
+  class or `ops/energy.toml` (or the coordinator's `energy_table`) an entry for it; else `other`.
 - `device` is there on few metrics, for the first `metrics_devices` (50) devices; all others are
   `other`. A device that has not reported for a day is forgotten, and its series end.
 - Counters begin at 0 with the coordinator, and for a cut and class when a device first reports with

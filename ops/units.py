@@ -73,7 +73,7 @@ _SPANS = {"d": 1.0, "h": 1 / 24, "min": 1 / 1440, "w": 7.0}
 
 def parse_days(text: str) -> float:
     """7d, 12h, 30min, 2w → days. Raises ValueError, which says what is allowed."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(min|h|d|w)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)(min|h|d|w)", text.strip())
     if found is None or not float(found[1]):
         raise ValueError(f"{text!r} is no length of time; write 7d, 12h, 30min or 2w")
     return float(found[1]) * _SPANS[found[2]]

@@ -131,12 +131,7 @@ class Fleet:
 
         Raises :class:`IdentityError`, and ConfigError for settings that are wrong.
         """
-        if not (folder / SETTINGS).exists():
-            raise IdentityError(
-                f"{folder} is not the folder of a fleet, it has no {SETTINGS}; name the right one, "
-                "or make it with splitfleet fleet init"
-            )
-        settings = load_settings(FleetSettings, section="fleet", file=folder / SETTINGS)
+        settings = read_settings(folder)
         authority = Authority.open(authority_dir(folder), passphrase, clock=clock)
         roster = Roster(state_dir(folder) / FILE, clock=clock)
         registration = Registration(authority, roster, settings, clock=clock)
@@ -227,6 +222,24 @@ class Fleet:
         if server == "broker":
             return self.broker_dir / CERTIFICATE
         return self.folder / COORDINATOR / f"{COORDINATOR}.pem"
+
+
+def read_settings(folder: Path) -> FleetSettings:
+    """The settings of the fleet in ``folder``.
+
+    Raises :class:`IdentityError`, and ConfigError for settings that are wrong.
+    """
+    file = folder / SETTINGS
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise IdentityError(
+            f"{folder} is not the folder of a fleet, it has no {SETTINGS}; name the right one with "
+            "--folder, or make it with splitfleet fleet init"
+        ) from None
+    except OSError as exc:
+        raise IdentityError(f"cannot read {file}: {exc.strerror}") from exc
+    return load_settings(FleetSettings, section="fleet", file=file)
 
 
 def _listed(member: Member, span: tuple[float, float] | None, now: float) -> Listed:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from coordinator.identity.authority import check_identity
 from ops.errors import DiskTrouble, SettingsWrong
+from ops.files import check_output
 from ops.flash import payload
 from ops.flash.classes import DeviceClass
 from ops.flash.identity import identity_files
@@ -113,6 +114,7 @@ def flash(
 
 
 def _bundle(path: Path, files: Sequence[File], *, replace: bool, dry_run: bool) -> None:
+    check_output(path)
     if path.exists() and not replace:
         raise SettingsWrong(f"{path} is there already; --replace replaces it")
     if not path.parent.is_dir():

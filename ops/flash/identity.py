@@ -17,14 +17,14 @@ from cryptography import x509
 
 from broker.topics import COORDINATOR
 from coordinator.identity.authority import CLAIM, Side
-from coordinator.identity.fleet import CAS, authority_dir, state_dir
+from coordinator.identity.fleet import CAS, authority_dir, read_settings, state_dir
 from coordinator.identity.keys import certificate_from_pem, fingerprint
 from coordinator.identity.roster import FILE, Roster
 from edge_agent.errors import AgentError
 from edge_agent.identity.folder import IdentityFolder
 from edge_agent.identity.keys import certificates_from_pem, common_name, issued_by
 from ops.errors import SettingsWrong
-from ops.flash.payload import FOLDER, File, read, read_fleet
+from ops.flash.payload import FOLDER, File, read
 
 
 def identity_files(
@@ -63,7 +63,7 @@ class _Fleet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.settings = read_fleet(folder)
+        self.settings = read_settings(folder)
 
     def check_authority(self, what: Path, trusted: Sequence[x509.Certificate]) -> None:
         """Refuse ``what`` if no device that has it would trust this fleet's broker."""

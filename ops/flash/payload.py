@@ -26,7 +26,7 @@ from string import Template
 from typing import Any
 
 from broker.config import BrokerConfig, load_settings
-from coordinator.identity.fleet import SETTINGS, FleetSettings
+from coordinator.identity.fleet import read_settings
 from edge_agent.settings import AUTO, AgentSettings, check_broker_of_identity
 from edge_agent.updates.start import START
 from ops.errors import DiskTrouble, SettingsWrong
@@ -71,25 +71,15 @@ class Wifi:
     country: str
 
 
-def read_fleet(folder: Path) -> FleetSettings:
-    """The settings of a fleet. Raises :class:`SettingsWrong` or ConfigError."""
-    if not (folder / SETTINGS).exists():
-        raise SettingsWrong(
-            f"{folder} is not the folder of a fleet, it has no {SETTINGS}; name it with "
-            "--folder, or make it with `splitfleet fleet init`"
-        )
-    return load_settings(FleetSettings, section="fleet", file=folder / SETTINGS)
-
-
 def agent_settings(
     fleet_folder: Path, device: str | None, device_class: DeviceClass, config: Path | None
 ) -> str:
     """The settings of the agent as TOML: of ``config``, and what the fleet and the class make so.
 
-    Raises :class:`SettingsWrong` or ConfigError for settings an agent would not take, and for those
-    of another fleet.
+    Raises :class:`SettingsWrong` or ConfigError for settings an agent would not take and those of
+    another fleet, IdentityError for a folder that is no fleet's.
     """
-    fleet = read_fleet(fleet_folder)
+    fleet = read_settings(fleet_folder)
     sections = _sections(config)
     given = {name: sections.get(name, {}) for name in ("broker", "agent")}
     usual: dict[str, Any] = {"threads": device_class.threads} if device_class.threads else {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ops.errors import OpsError, SettingsWrong
+from ops.errors import DiskTrouble, OpsError, SettingsWrong
 from ops.flash.classes import TORCH, DeviceClass
 
 PACKAGE = "splitfleet"
@@ -74,18 +74,18 @@ def fetch_wheels(
 
     ``sources`` are wheels or folders with the project's own; ``indexes`` the first and further
     ones, pip's default without any; ``torch_index`` is torch's, "" if it has none of its own.
-    Raises :class:`OpsError` with what pip says.
+    Raises :class:`OpsError` with what pip says, DiskTrouble.
     """
-    wheelhouse.mkdir(parents=True, exist_ok=True)
+    try:
+        wheelhouse.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise DiskTrouble(f"cannot make the folder {wheelhouse}: {exc.strerror}") from exc
     links = [option for source in sources for option in ("--find-links", str(source))]
     origins = [*links, *index_options(indexes), *_target(device)]
-    wanted = [f"{PACKAGE}[{device.extra}]", "pip"]
     into = ["--quiet", "--dest", str(wheelhouse)]
+    wanted = [f"{PACKAGE}[{device.extra}]", "pip"]
     if torch_index and device.engine == TORCH:
-        code, out, err = _pip(*_DRY, *origins, *wanted)
-        if code:
-            raise OpsError(_no_wheels(err))
-        pins = _versions(out, TORCH)
+        pins = _would_install(TORCH, [*origins, *wanted])
         there = [*links, *index_options([torch_index]), *_target(device)]
         code, _, err = _pip("download", *into, "--no-deps", *there, *pins)
         if code:
@@ -126,9 +126,12 @@ def _target(device: DeviceClass) -> list[str]:
     return options
 
 
-def _versions(report: str, prefix: str) -> list[str]:
-    """What pip would install of these names, without the mark of a local build."""
-    found = (item["metadata"] for item in json.loads(report)["install"])
+def _would_install(prefix: str, arguments: Sequence[str]) -> list[str]:
+    """What pip would install whose name begins so, without the mark of a local build."""
+    code, out, err = _pip(*_DRY, *arguments)
+    if code:
+        raise OpsError(_no_wheels(err))
+    found = (item["metadata"] for item in json.loads(out)["install"])
     return [
         f"{one['name']}=={one['version'].partition('+')[0]}"
         for one in found

@@ -146,7 +146,10 @@ def test_a_backup_brings_the_fleet_back(fleet: Command, tmp_path: Path) -> None:
         (["add", "x" * 60], "59 characters"),
         (["token", "--expires", "7"], "write 7d"),
         (["token", "--expires", "0d"], "write 7d"),
+        (["token", "--expires", f"1{'0' * 400}d"], "write 7d"),
+        (["token", "--uses", "9" * 30], "1000000"),
         (["list", "--folder", "/nowhere"], "splitfleet fleet init"),
+        (["list", "--folder", "/dev/null"], "splitfleet fleet init"),
     ],
 )
 def test_what_an_operator_got_wrong_is_one_clear_line(
@@ -179,6 +182,43 @@ def test_a_port_is_for_one_listener(fleet: Command, tmp_path: Path) -> None:
         said = fleet("init", other, "--broker-name", "b", port, "8883", code=2)
         assert "must be different" in said
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("left", ["registry.sqlite3", "authority/fleet-ca.pem"])
+def test_a_fleet_is_not_made_over_what_is_left_of_another(
+    fleet: Command, tmp_path: Path, left: str
+) -> None:
+    folder = tmp_path / "other"
+    file = folder / "coordinator" / "state" / left
+    file.parent.mkdir(parents=True)
+    file.touch()
+    said = fleet("init", str(folder), "--broker-name", "b", code=2)
+    assert f"has coordinator/state/{left} of a fleet, but no fleet.toml" in said
+    assert [path for path in folder.rglob("*") if path.is_file()] == [file]
+
+
+def test_settings_that_do_not_lead_to_the_broker_are_named(fleet: Command, tmp_path: Path) -> None:
+    fleet("add", "cam-1")
+    fleet("add", "cam-2")
+    assert fleet("repair") == ""
+    plant = tmp_path / "plant"
+    settings = plant / "fleet.toml"
+    changed = settings.read_text().replace('"broker.example"', '"broker.example", "10.0.0.9"')
+    settings.write_text(changed)
+    assert fleet("repair") == "", "the old name is still one of the broker's"
+    changed = changed.replace('"broker.example", ', "")
+    settings.write_text(changed.replace("claims_port = 8884", "claims_port = 9999"))
+    agent = plant / "devices" / "cam-2" / "agent.toml"
+    agent.write_text("[agent")
+    said = fleet("repair").splitlines()
+    assert "mqtts://10.0.0.9:8883, for those who enrol at port 9999" in said[0]
+    old, cam_1 = "mqtts://broker.example:8883", plant / "devices" / "cam-1" / "agent.toml"
+    assert said[2:5] == [
+        f"  {plant / 'coordinator' / 'coordinator.toml'}: broker.url = {old}",
+        f"  {cam_1}: broker.url = {old}",
+        f"  {cam_1}: agent.claims_port = 8884",
+    ]
+    assert "not valid TOML" in said[5]
 
 
 def test_a_passphrase_that_is_too_long_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_what_cannot_be_meant_is_refused(
     error = command("rollout", "bundle.tar", *arguments, code=2)
     assert any(part in error for part in says.split("|")), error
     assert rollouts(command) == []
+
+
+def test_a_bundle_that_cannot_be_made_leaves_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "devices have agent, lite, http" in command("bundle", "wheels", "--extra", "x", code=2)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "add", full)
+    assert "No space left" in command("bundle", "wheels", code=5)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    assert not (tmp_path / "bundle.tar").exists()
 
 
 def test_a_bundle_of_another_fleet_or_none_is_refused(command: Command, tmp_path: Path) -> None:

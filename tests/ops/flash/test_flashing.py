@@ -338,6 +338,23 @@ def test_a_bundle_is_for_its_owner_only_and_complete(
     assert "--replace" in capsys.readouterr().err
 
 
+def test_a_bundle_replaces_no_device_or_link(files: Files, tmp_path: Path) -> None:
+    link = tmp_path / "card.tar.gz"
+    link.symlink_to("/dev/null")
+    with pytest.raises(SettingsWrong, match="name a file to be made"):
+        flash(
+            files(),
+            device="cam-1",
+            image=None,
+            boot_dir=None,
+            bundle=link,
+            wifi=None,
+            replace=True,
+            dry_run=False,
+        )
+    assert link.is_symlink()
+
+
 def test_a_target_is_named_and_only_one(files: Files, tmp_path: Path) -> None:
     for boot_dir, bundle in ((None, None), (tmp_path, tmp_path / "a.tar.gz")):
         with pytest.raises(SettingsWrong, match="one of --image"):

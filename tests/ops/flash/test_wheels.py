@@ -42,6 +42,16 @@ def test_a_folder_that_is_not_there_is_no_wheelhouse(tmp_path: Path) -> None:
         choose_wheels(tmp_path / "none", device_class("pi4"))
 
 
+def test_a_wheelhouse_that_cannot_be_made_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["wheelhouse", str(tmp_path / "file"), "--class", "pi4"])
+    assert ended.value.code == 5
+    assert "cannot make the folder" in capsys.readouterr().err
+
+
 @pytest.fixture
 def pip_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what this machine has set up for pip."""
