@@ -50,6 +50,8 @@ def make_bundle(
         if extra not in DEVICE_EXTRAS:
             raise SettingsWrong(f"--extra {extra!r}: devices have {', '.join(DEVICE_EXTRAS)}")
     files = sorted(wheels.glob("*.whl"))
+    if other := [file.name for file in files if not file.is_file()]:
+        raise SettingsWrong(f"{other[0]} in {wheels} is no file; take it away")
     ours = [file for file in files if file.name.startswith("splitfleet-")]
     if len(ours) != 1:
         raise SettingsWrong(
@@ -93,13 +95,16 @@ def _write(
     }
     temporary = out.with_name(f".{out.name}.new")
     try:
-        with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT, dereference=True) as tar:
+        with tarfile.open(temporary, "w:", format=tarfile.GNU_FORMAT) as tar:
             for name, data in aside.items():
                 member = tarfile.TarInfo(name)
                 member.size, member.mtime = len(data), manifest.signed
                 tar.addfile(member, io.BytesIO(data))
-            for file in files:
-                tar.add(file, file.name, recursive=False)
+            for described, file in zip(manifest.files, files, strict=True):
+                member = tarfile.TarInfo(described.name)
+                member.size, member.mtime = described.size, manifest.signed
+                with file.open("rb") as stream:
+                    tar.addfile(member, stream)
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)

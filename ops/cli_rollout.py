@@ -53,8 +53,12 @@ def rollout(
         str, typer.Option(help="then these: shares, name patterns (cam-*), class:NAME")
     ] = "25%,100%",
     error_threshold: Annotated[
-        str, typer.Option(help="it stops when more of the devices that have ended have failed")
-    ] = "10%",
+        str | None,
+        typer.Option(
+            help="it stops when more of the devices that have ended have failed; else 10%, or "
+            "with --resume what it was"
+        ),
+    ] = None,
     prove: Annotated[
         str, typer.Option(help="how long a new version has to come online: 10min, 1h")
     ] = "10min",
@@ -80,7 +84,7 @@ def rollout(
                 opened.fleet,
                 bundle,
                 stages=[canary, *(stage.strip() for stage in stages.split(",") if stage.strip())],
-                error_threshold=error_threshold,
+                error_threshold=error_threshold or "10%",
                 prove_s=_seconds(prove, "--prove"),
                 patience_s=_seconds(patience, "--patience"),
                 url=url,
@@ -88,7 +92,7 @@ def rollout(
         elif stop:
             rollouts.stop(opened.fleet)
         elif resume:
-            rollouts.resume(opened.fleet)
+            rollouts.resume(opened.fleet, error_threshold=error_threshold)
         rollouts.show(opened.fleet, as_json=as_json)
 
 

@@ -132,6 +132,11 @@ class RolloutBook:
             Rollout(**about | {"stages": tuple(json.loads(about["stages"]))}) for about in found
         ]
 
+    def members(self) -> dict[str, str]:
+        """Device → its class, of those who are in the fleet."""
+        members = self.roster.devices()
+        return {m.name: m.device_class for m in members if m.state == "active"}
+
     def put(self, rollout: Rollout) -> None:
         """Enter a rollout, or what has changed of it."""
         values = [json.dumps(v) if isinstance(v, tuple) else v for v in astuple(rollout)]

@@ -3,6 +3,7 @@
 A rollout is entered into the book by ``splitfleet rollout`` and followed from there. A device's
 part: waiting → working → done or failed. A stage is over when nobody works on it or is there and
 has not begun, and somebody of it is done; those who are away get their turn when they come back.
+There is who has said what it runs: devices that take no updates never do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ UPDATES = "updates"
 """The machine that brings bundles to devices."""
 LOOK_S = 2.0
 TELL_AGAIN_S = 60.0
+SETTLE_S = 60.0
+"""So long after a connection it is not known yet who is there."""
 
 
 BUNDLES = "bundles"
@@ -56,15 +59,19 @@ class Rollouts:
         self._online: set[str] = set()
         self._told: dict[tuple[str, str], float] = {}
         self._heard: dict[str, float] = {}
+        self._settled = math.inf
         self._complaint = ""
         self.next_tick = clock()
 
     def connected(self) -> list[Effect]:
         """Nothing: who is there will say so."""
+        self._settled = self._clock() + SETTLE_S
+        self._heard.clear()  # what devices said meanwhile was not heard
         return []
 
     def disconnected(self) -> list[Effect]:
         """Nothing: who waits for a piece asks again."""
+        self._settled = math.inf
         return []
 
     def work(self) -> list[Effect]:
@@ -77,9 +84,7 @@ class Rollouts:
         assert device is not None
         self._heard[device] = self._clock()
         match envelope.message:
-            case Status(state="online"):
-                self._online.add(device)
-            case Status():
+            case Status(state="offline"):
                 self._online.discard(device)
             case Software() as software:
                 self._online.add(device)
@@ -179,15 +184,14 @@ class Rollouts:
 
     def _follow(self, rollout: Rollout) -> None:
         self._take_in(rollout)
+        if self._clock() < self._settled:
+            return
         parts = self._book.parts(rollout.id)
         for part in parts:
             if part.progress == "working" and self._is_lost(part, rollout):
                 self._enter(part, "failed", "it began, and has said nothing since")
         parts = self._book.parts(rollout.id)
-        failed = sum(part.progress == "failed" for part in parts)
-        ended = failed + sum(part.progress == "done" for part in parts)
-        if failed and failed > rollout.error_threshold * ended:
-            reason = f"{failed} of {ended} devices failed"
+        if reason := why_to_stop(rollout, parts):
             log.warning("rollout %s of version %s stops: %s", rollout.id, rollout.version, reason)
             self._book.put(replace(rollout, state="stopped", reason=reason))
         elif self._is_over(parts):
@@ -201,13 +205,9 @@ class Rollouts:
     def _take_in(self, rollout: Rollout) -> None:
         """Give the devices of the stage that are not in it yet their part."""
         known = {part.device for part in self._book.parts(rollout.id)}
-        for device in chosen(rollout, self._members()):
+        for device in chosen(rollout, self._book.members()):
             if device not in known:
                 self._book.put_part(rollout.id, device, rollout.stage, "waiting")
-
-    def _members(self) -> dict[str, str]:
-        members = self._book.roster.devices()
-        return {m.name: m.device_class for m in members if m.state == "active"}
 
     def _is_lost(self, part: Part, rollout: Rollout) -> bool:
         now = self._clock()
@@ -242,6 +242,14 @@ def open_rollouts(settings: CoordinatorSettings) -> Rollouts | None:
     state = state_dir(settings.fleet_dir)
     book = RolloutBook(Roster(state / FILE), clock=time.time)
     return Rollouts(book, state / BUNDLES, clock=time.monotonic)
+
+
+def why_to_stop(rollout: Rollout, parts: Sequence[Part]) -> str:
+    """Which failures are too many for a rollout to go on; empty if it may."""
+    failed = sum(part.progress == "failed" for part in parts)
+    ended = failed + sum(part.progress == "done" for part in parts)
+    too_many = failed > rollout.error_threshold * ended or failed == len(parts)
+    return f"{failed} of {ended} devices failed" if failed and too_many else ""
 
 
 def chosen(rollout: Rollout, members: dict[str, str]) -> list[str]:

@@ -9,9 +9,9 @@ every device knows, and is for signing code and nothing else.
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -67,39 +67,64 @@ class BundleManifest(BaseModel):
         return sum(file.size for file in self.files)
 
 
-def read_manifest(bundle: Path, authorities: Sequence[x509.Certificate]) -> BundleManifest:
-    """The manifest of a bundle that one of the fleet's CAs vouches for. Raises BundleError."""
-    with _opened(bundle) as tar:
-        return _read_signed(tar, authorities)
+def verify(bundle: Path, authorities: Sequence[x509.Certificate]) -> BundleManifest:
+    """The manifest of a bundle that is whole and one of the fleet's CAs vouches for.
+
+    Raises BundleError.
+    """
+    return _read(bundle, authorities, None)
 
 
 def unpack(bundle: Path, authorities: Sequence[x509.Certificate], folder: Path) -> BundleManifest:
     """Write the files of a bundle into an empty folder, each verified. Raises BundleError."""
-    with _opened(bundle) as tar:
-        manifest = _read_signed(tar, authorities)
-        waiting = {file.name: file for file in manifest.files}
-        while (member := tar.next()) is not None:
-            file = waiting.pop(member.name, None)
-            if file is None or not member.isreg() or member.size != file.size:
-                raise BundleError(f"{bundle} has {member.name!r}, which its manifest has not so")
-            stream = tar.extractfile(member)
-            assert stream is not None
-            _copy(stream, folder / file.name, file)
-        if waiting:
-            raise BundleError(f"{bundle} lacks {min(waiting)}")
-        return manifest
+    return _read(bundle, authorities, folder)
 
 
-@contextmanager
-def _opened(bundle: Path) -> Iterator[tarfile.TarFile]:
+def _read(
+    bundle: Path, authorities: Sequence[x509.Certificate], folder: Path | None
+) -> BundleManifest:
+    if not bundle.is_file():
+        raise BundleError(f"{bundle} is no file")
     try:
-        with tarfile.open(bundle, "r:") as tar:
-            yield tar
-    except (OSError, tarfile.TarError, EOFError) as exc:
+        with bundle.open("rb") as tar:
+            manifest = _read_signed(tar, authorities)
+            waiting = {file.name: file for file in manifest.files}
+            while (member := _next(tar)) is not None:
+                file = waiting.pop(member.name, None)
+                if file is None or not member.isreg() or member.size != file.size:
+                    raise BundleError(
+                        f"{bundle} has {member.name!r}, which its manifest has not so"
+                    )
+                path = Path(os.devnull) if folder is None else folder / file.name
+                with path.open("wb") as out:
+                    _copy(tar, out, file)
+    except (OSError, tarfile.TarError) as exc:
         raise BundleError(f"{bundle} cannot be read: {exc}") from exc
+    if waiting:
+        raise BundleError(f"{bundle} lacks {min(waiting)}")
+    return manifest
 
 
-def _read_signed(tar: tarfile.TarFile, authorities: Sequence[x509.Certificate]) -> BundleManifest:
+def _next(tar: IO[bytes]) -> tarfile.TarInfo | None:
+    """The header of the next member, None at the end.
+
+    Read here a block at a time, for what ``tarfile`` does of itself about headers of other kinds
+    (whole ones in memory, of any size) would come before the signature is checked.
+    """
+    start = tar.tell()
+    tar.seek(-start % tarfile.BLOCKSIZE, os.SEEK_CUR)
+    block = tar.read(tarfile.BLOCKSIZE)
+    if not block.strip(b"\0"):
+        return None
+    member = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+    if member.type == tarfile.GNUTYPE_LONGNAME and 0 < member.size <= tarfile.BLOCKSIZE:
+        name = tar.read(tarfile.BLOCKSIZE)[: member.size].rstrip(b"\0")
+        member = tarfile.TarInfo.frombuf(tar.read(tarfile.BLOCKSIZE), "utf-8", "replace")
+        member.name = name.decode("utf-8", "replace")
+    return member
+
+
+def _read_signed(tar: IO[bytes], authorities: Sequence[x509.Certificate]) -> BundleManifest:
     content, signer, signature = (_small(tar, name) for name in (MANIFEST, SIGNER, SIGNATURE))
     _check_signer(signer, authorities).verify(signature, content)
     try:
@@ -112,15 +137,13 @@ def _read_signed(tar: tarfile.TarFile, authorities: Sequence[x509.Certificate]) 
         ) from None
 
 
-def _small(tar: tarfile.TarFile, name: str) -> bytes:
-    member = tar.next()
+def _small(tar: IO[bytes], name: str) -> bytes:
+    member = _next(tar)
     if member is None or member.name != name or not member.isreg():
         raise BundleError(f"this is no bundle: {name} is not where it should be")
-    if member.size > _MOST_BYTES_ASIDE:
+    if not 0 <= member.size <= _MOST_BYTES_ASIDE:
         raise BundleError(f"this is no bundle: {name} has {member.size} bytes")
-    stream = tar.extractfile(member)
-    assert stream is not None
-    return stream.read()
+    return tar.read(member.size)
 
 
 class _Verifier:
@@ -150,11 +173,12 @@ def _check_signer(pem: bytes, authorities: Sequence[x509.Certificate]) -> _Verif
     return _Verifier(key)
 
 
-def _copy(stream: IO[bytes], path: Path, file: WheelFile) -> None:
+def _copy(tar: IO[bytes], out: IO[bytes], file: WheelFile) -> None:
     digest = hashlib.sha256()
-    with path.open("wb") as out:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            out.write(block)
+    left = file.size
+    while block := tar.read(min(left, _BLOCK)):
+        digest.update(block)
+        out.write(block)
+        left -= len(block)
     if digest.hexdigest() != file.sha256:
         raise BundleError(f"{file.name} of the bundle is damaged (checksum)")

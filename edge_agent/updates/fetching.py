@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
 from broker.maps import Buffer
 from broker.update_messages import Update
@@ -16,6 +16,8 @@ from edge_agent.errors import BundleError
 
 BLOCK = 1 << 20
 HTTP_TIMEOUT_S = 30.0
+_ONCE_MORE = (408, 425, 429)
+"""What a client did wrong (4xx), but need not do wrong again."""
 
 
 class PartialBundle:
@@ -67,36 +69,47 @@ class PartialBundle:
         self.path.unlink(missing_ok=True)
 
 
+class Response(Protocol):
+    """What ``urlopen`` gives back, as far as it is used here."""
+
+    def read1(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
 class HttpDownload:
-    """Reads a bundle from its URL, a block at a time, from where the partial one ends."""
+    """Reads a bundle from its URL, what has come at a time, from where the partial one ends."""
 
     def __init__(
         self,
         update: Update,
         partial: PartialBundle,
         *,
-        urlopen: Callable[..., IO[bytes]] = urllib.request.urlopen,
+        urlopen: Callable[..., Response] = urllib.request.urlopen,
     ) -> None:
         assert update.url is not None
         self._url = update.url
         self._partial = partial
         self._urlopen = urlopen
-        self._response: IO[bytes] | None = None
+        self._response: Response | None = None
 
     def step(self) -> None:
-        """Read a block. Raises OSError when it cannot, to be tried again; and BundleError."""
+        """Read what has come. Raises OSError when it cannot, to be tried again; and BundleError."""
         try:
             if self._response is None:
                 self._response = self._open()
-            block = self._response.read(BLOCK)
+            block = self._response.read1(BLOCK)
             if not block and not self._partial.complete:
                 raise ConnectionError(f"{self._url} ended after {self._partial.size} bytes")
             self._partial.add(self._partial.size, block)
         except (OSError, http.client.HTTPException) as exc:
             self.close()
-            if isinstance(exc, urllib.error.HTTPError) and 400 <= exc.code < 500:
+            if isinstance(exc, urllib.error.HTTPError) and _is_final(exc.code):
                 raise BundleError(f"{self._url} says {exc.code} {exc.reason}") from exc
             raise OSError(str(exc)) from exc
+        except (ValueError, OverflowError) as exc:  # what urllib makes of an address that is none
+            self.close()
+            raise BundleError(f"{self._url} cannot be fetched: {exc}") from exc
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -104,10 +117,14 @@ class HttpDownload:
             self._response.close()
             self._response = None
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> Response:
         start = self._partial.size
         request = urllib.request.Request(self._url, headers={"Range": f"bytes={start}-"})  # noqa: S310 http and https only: broker.update_messages
         response = self._urlopen(request, timeout=HTTP_TIMEOUT_S)
         if start and getattr(response, "status", 206) != 206:
             self._partial.remove()  # a server that cannot resume sends all of it
         return response
+
+
+def _is_final(code: int) -> bool:
+    return 400 <= code < 500 and code not in _ONCE_MORE

@@ -48,9 +48,10 @@ class VenvInstallation:
         inside = str(place / "bin" / "python")
         wanted = f"{manifest.requirement}=={manifest.version}"
         pip = ("-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--no-index")
+        # What pip wrote must be on the disk before this version can be the one that is started.
         look = (
-            "import ops.cli, importlib.metadata as m; "
-            f"assert m.version('splitfleet') == {manifest.version!r}"
+            "import ops.cli, os, importlib.metadata as m; "
+            f"assert m.version('splitfleet') == {manifest.version!r}; os.sync()"
         )
         # pip goes along: Debian's Python cannot make it anew unless python3-venv is installed.
         bring_pip = (

@@ -19,6 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from broker.fields import Name
+from broker.update_messages import Version
 from edge_agent.disk import sync_folder, write_file
 from edge_agent.errors import StateError
 
@@ -30,6 +34,8 @@ KEPT = 2
 """Versions that stay: the current one and the one before."""
 _TRIAL = 5
 """Words of the file ``trial``."""
+_VERSION: TypeAdapter[str] = TypeAdapter(Version)
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +56,21 @@ class Slots:
     @property
     def current(self) -> str:
         """The version that is started, or ``FLASHED``."""
-        return self._line("current") or FLASHED
+        version = self._line("current")
+        return version if _is(_VERSION, version) else FLASHED
 
     @property
     def on_trial(self) -> bool:
         """Whether the current version has not proven itself yet."""
-        return (self.folder / "trial").exists()
+        # A switch that was broken off leaves the trial of a version that is not current yet.
+        before, *_ = self._line("trial").split() or [self.current]
+        return before != self.current
 
     @property
     def rollout(self) -> str | None:
         """The rollout whose version is on trial."""
         trial = self._line("trial").split()
-        return trial[3] if len(trial) == _TRIAL else None
+        return trial[3] if len(trial) == _TRIAL and _is(_NAME, trial[3]) else None
 
     @property
     def signed(self) -> int:
@@ -72,7 +81,7 @@ class Slots:
     def failure(self) -> Failure | None:
         """The last failure; forgotten when another version is tried."""
         rollout, _, reason = self._line("failed").partition(" ")
-        return Failure(rollout, reason) if rollout else None
+        return Failure(rollout, reason) if _is(_NAME, rollout) else None
 
     def fail(self, rollout: str, reason: str) -> None:
         """Remember that a rollout has failed here before its version could be tried."""
@@ -84,9 +93,10 @@ class Slots:
         return self._versions / version
 
     def prepare(self, version: str) -> Path:
-        """An empty place for a version that is not current; others than the last are removed."""
-        assert version != self.current
+        """An empty place for a version that does not run; others than the current are removed."""
         with self._disk():
+            if version == self.current:  # its place is damaged, and the flashed one runs
+                self._write("current", FLASHED)
             self._versions.mkdir(parents=True, exist_ok=True)
             self._remove_but({self.current})
             self.place(version).mkdir()
@@ -100,7 +110,7 @@ class Slots:
         before = self.current
         with self._disk():
             (self.folder / "failed").unlink(missing_ok=True)
-            # In this order: with a trial but still the old version, the old one proves itself.
+            # In this order: a trial with the version before still current is dropped by start.sh.
             seconds = max(1, round(prove_s))
             self._write("trial", f"{before} {STARTS} {seconds} {rollout} {signed}")
             self._write("current", version)
@@ -135,6 +145,14 @@ class Slots:
             yield
         except OSError as exc:
             raise StateError(f"cannot keep versions in {self.folder}: {exc.strerror}") from exc
+
+
+def _is(kind: TypeAdapter[str], text: str) -> bool:
+    try:
+        kind.validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def _number(text: str) -> int:

@@ -14,9 +14,13 @@ put() { # NAME TEXT: written whole or not at all
 current=
 [ ! -f "$updates/current" ] || read -r current <"$updates/current"
 
-if [ -f "$updates/trial" ] && read -r previous starts seconds rollout signed <"$updates/trial"; then
-    case "$starts$seconds" in '' | *[!0-9]*) starts=0 seconds=0 ;; esac
-    if [ "$starts" -gt 0 ]; then
+if [ -f "$updates/trial" ]; then
+    read -r previous starts seconds rollout signed <"$updates/trial" || seconds=
+    case "$seconds" in '' | *[!0-9]*) previous=- starts=0 rollout=unknown ;; esac
+    case "$starts" in '' | *[!0-9]*) starts=0 ;; esac
+    if [ "$previous" = "${current:--}" ]; then
+        rm -f "$updates/trial" # the switch, or the way back, was broken off
+    elif [ "$starts" -gt 0 ]; then
         put trial "$previous $((starts - 1)) $seconds $rollout $signed"
         agent=$$
         (

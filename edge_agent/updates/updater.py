@@ -19,7 +19,7 @@ from cryptography import x509
 from broker.drive import Effect
 from broker.envelopes import Envelope, up
 from broker.messages import Command, Coordinator
-from broker.update_messages import Fetch, Piece, Software, SoftwareState, Update
+from broker.update_messages import PIECE_BYTES, Fetch, Piece, Software, SoftwareState, Update
 from edge_agent.disk import make_folder
 from edge_agent.errors import AgentError, BundleError
 from edge_agent.identity.folder import IdentityFolder
@@ -34,7 +34,7 @@ log = logging.getLogger("splitfleet.updates")
 ASK_AGAIN_S = 15.0
 RETRY_HTTP_S = 30.0
 GIVE_UP_S = 24 * 3600.0
-"""A fetch in which nothing new has come for so long has failed."""
+"""A fetch to which not even another ``PIECE_BYTES`` came in so long has failed."""
 _LOOK_S = 0.5
 
 
@@ -82,6 +82,7 @@ class Updater:
         self._due: float | None = None
         self._coordinator_boot: str | None = None
         self._progress = clock()
+        self._enough = 0
         self.finished = False
 
     # -- events -----------------------------------------------------------------------------------
@@ -125,9 +126,7 @@ class Updater:
             return self._guarded(self._look)
         if self._partial is None:
             return []
-        if self._clock() - self._progress > GIVE_UP_S:
-            return self._failed(f"nothing came for {GIVE_UP_S / 3600:g} h")
-        return self._ask()
+        return self._guarded(self._go_on)
 
     @property
     def has_work(self) -> bool:
@@ -173,9 +172,22 @@ class Updater:
     def _fetch(self) -> list[Effect]:
         assert self._update is not None
         self._partial = PartialBundle(self._slots.folder, self._update)
+        self._enough = self._partial.size + PIECE_BYTES
         if self._update.url is not None:
             self._http = self._download(self._update, self._partial)
         return [self._software(), *self._ask()]
+
+    def _go_on(self) -> list[Effect]:
+        self._check_progress()
+        return self._ask()
+
+    def _check_progress(self) -> None:
+        assert self._partial is not None
+        size, now = self._partial.size, self._clock()
+        if size >= self._enough:
+            self._progress, self._enough = now, size + PIECE_BYTES
+        elif now - self._progress > GIVE_UP_S and not self._partial.complete:
+            raise BundleError(f"hardly anything came for {GIVE_UP_S / 3600:g} h")
 
     def _ask(self) -> list[Effect]:
         partial, update = self._partial, self._update
@@ -193,8 +205,8 @@ class Updater:
             raise BundleError("the coordinator does not have the bundle any more")
         if partial.complete or not partial.add(piece.offset, piece.data):
             return []
-        self._progress, self._due = self._clock(), None
-        return self._ask()
+        self._due = None
+        return self._go_on()
 
     def _read(self) -> list[Effect]:
         assert self._http is not None
@@ -203,8 +215,7 @@ class Updater:
         except OSError as exc:
             log.info("the bundle is fetched again in %g s: %s", RETRY_HTTP_S, exc)
             self._due = self._clock() + RETRY_HTTP_S
-        else:
-            self._progress = self._clock()
+        self._check_progress()
         return []
 
     def _begin(self) -> list[Effect]:

@@ -37,6 +37,7 @@ def command(
         return printed.err if code else printed.out
 
     run("fleet", "init", "plant", "--fleet", "plant", "--broker-name", "broker.example")
+    run("fleet", "add", "cam-1")
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "splitfleet-1.1.0-py3-none-any.whl").write_bytes(b"wheel")
     return run

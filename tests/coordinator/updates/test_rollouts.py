@@ -17,7 +17,14 @@ from broker.messages import Command, Status
 from broker.update_messages import PIECE_BYTES, Fetch, Piece, Software, Update
 from coordinator.identity.roster import FILE, Member, Roster
 from coordinator.updates.book import Rollout, RolloutBook
-from coordinator.updates.rollouts import LOOK_S, TELL_AGAIN_S, Rollouts, bundle_file, chosen
+from coordinator.updates.rollouts import (
+    LOOK_S,
+    SETTLE_S,
+    TELL_AGAIN_S,
+    Rollouts,
+    bundle_file,
+    chosen,
+)
 from tests.tiny import Clock
 
 BUNDLE = bytes(range(256)) * 3000
@@ -43,10 +50,12 @@ class Fleet:
         roster = Roster(self.folder / FILE)
         self.book = RolloutBook(roster, clock=self.clock)
         self.machine = Rollouts(self.book, self.folder, clock=self.clock)
+        self.machine.connected()
+        self.clock.now += SETTLE_S
 
     def online(self, *names: str) -> None:
         for name in names:
-            self.hear(name, Status(state="online", connection="c"))
+            self.says(name, "1.0", "running")
 
     def hear(self, device: str, message: Message) -> list[Message]:
         return said(self.machine.receive(up(device, message)))
@@ -275,7 +284,7 @@ def test_other_files_are_not_given_out(fleet: Fleet) -> None:
 
 
 def test_stages_by_share_name_and_class(fleet: Fleet) -> None:
-    members = fleet.machine._members()
+    members = fleet.book.members()
     rollout = fleet.begin(stages=("class:pi4", "cam-1*", "100%"))
     assert {*chosen(rollout, members)} == {"cam-00", "cam-01", "cam-10", "cam-11"}
     assert len(chosen(replace(rollout, stage=1), members)) == 12
@@ -292,3 +301,78 @@ def test_bundles_are_signed_one_after_the_other_whatever_the_clock_does(fleet: F
         fleet.clock.now = now
         found.append(fleet.book.next_signed())
     assert found == [1000, 1001, 4_000_000_000, 4_000_000_001]
+
+
+def test_a_device_that_takes_no_updates_holds_up_nobody(fleet: Fleet) -> None:
+    deaf, *others = fleet.names
+    fleet.online(*others)
+    fleet.hear(deaf, Status(state="online", connection="c"))
+    fleet.begin(stages=("100%",))
+    told = fleet.tick()
+    assert deaf not in told
+    for device in told:
+        fleet.install(device)
+    fleet.tick()
+    assert fleet.rollout().state == "done"
+
+
+def test_who_goes_away_is_not_waited_for(fleet: Fleet) -> None:
+    away, *others = fleet.names
+    fleet.online(*fleet.names)
+    fleet.begin(stages=("100%",))
+    fleet.tick()
+    for device in others:
+        fleet.install(device)
+    fleet.tick()
+    assert fleet.rollout().state == "running"
+    fleet.hear(away, Status(state="offline", connection="c"))
+    fleet.tick()
+    assert fleet.rollout().state == "done"
+
+
+def test_no_stage_is_over_before_devices_can_have_come_back(fleet: Fleet) -> None:
+    fleet.online(*fleet.names)
+    fleet.begin(stages=("10%", "50%", "100%"))
+    first, second = fleet.tick()
+    fleet.install(first)
+    fleet.book.roster.close()
+    fleet.restart()
+    fleet.machine.disconnected()
+    for _ in range(10):  # the broker is away, and with it everybody
+        fleet.tick(600.0)
+    assert (fleet.rollout().stage, fleet.progress()[second]) == (0, "waiting")
+    fleet.machine.connected()
+    fleet.tick(SETTLE_S / 2)
+    assert fleet.rollout().stage == 0
+    fleet.online(second)
+    fleet.tick(SETTLE_S)
+    assert fleet.rollout().stage == 0
+    fleet.install(second)
+    fleet.tick()
+    assert fleet.rollout().stage == 1
+
+
+def test_nobody_falls_silent_because_the_broker_was_away(fleet: Fleet) -> None:
+    fleet.online(*fleet.names)
+    rollout = fleet.begin(stages=("100%",))
+    working = next(iter(fleet.tick()))
+    fleet.says(working, "1.0", "installing", rollout="r1")
+    fleet.machine.disconnected()
+    fleet.tick(2 * rollout.patience_s)
+    fleet.machine.connected()
+    fleet.tick(SETTLE_S)
+    assert fleet.progress()[working] == "working"
+    fleet.tick(rollout.patience_s + 10)
+    assert fleet.progress()[working] == "failed"
+
+
+def test_one_that_may_fail_wholly_stops_when_everybody_has(fleet: Fleet) -> None:
+    fleet.online(*fleet.names)
+    fleet.begin(error_threshold=1.0)
+    first, second = fleet.tick()
+    fleet.says(first, "1.0", "failed", rollout="r1")
+    fleet.tick()
+    assert fleet.rollout().state == "running"
+    fleet.says(second, "1.0", "failed", rollout="r1")
+    fleet.tick()
+    assert (fleet.rollout().state, fleet.rollout().reason) == ("stopped", "2 of 2 devices failed")

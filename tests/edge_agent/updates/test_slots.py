@@ -13,6 +13,7 @@ import pytest
 from edge_agent.errors import StateError
 from edge_agent.updates.slots import FLASHED, STARTS, Failure, Slots
 from edge_agent.updates.start import START
+from tests.crashing_disk import Disk, power_cuts, write_tree
 
 AGENT = '#!/bin/sh\necho {name} "$@"\n{then}\n'
 
@@ -104,12 +105,17 @@ def test_a_version_that_is_gone_is_replaced_by_the_flashed_one(slots: Slots) -> 
     assert start(slots).startswith("flashed")
 
 
-@pytest.mark.parametrize("trial", ["", "- x y z", "-", "- 99999999999999999999 1 r", "rubbish"])
+@pytest.mark.parametrize(
+    "trial",
+    ["", "- x y z", "-", "- 99999999999999999999 1 r 1", "rubbish", "- 1 600s r 1", "\0\0\0\n"],
+)
 def test_a_damaged_trial_ends_somehow(slots: Slots, trial: str) -> None:
     install(slots.prepare("1.1"), "new")
     slots.try_out("1.1", "r1", signed=100, prove_s=600)
     (slots.folder / "trial").write_text(trial)
-    assert start(slots).split()[0] in ("new", "flashed")
+    assert start(slots).split()[0] == "flashed"
+    assert not slots.on_trial
+    assert start(slots).split()[0] == "flashed"
 
 
 def test_only_the_last_two_versions_stay(slots: Slots) -> None:
@@ -149,3 +155,45 @@ def test_the_newest_bundle_that_was_proven_is_remembered(slots: Slots) -> None:
     assert (slots.current, slots.signed) == ("1.1", 200)
     (slots.folder / "signed").write_bytes(bytes(5))
     assert slots.signed == 0
+
+
+def test_a_switch_that_was_broken_off_is_no_trial(slots: Slots) -> None:
+    install(slots.prepare("1.1"), "new")
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
+    (slots.folder / "current").unlink()
+    assert not slots.on_trial
+    assert start(slots).startswith("flashed")
+    assert not (slots.folder / "trial").exists()
+    assert slots.failure is None
+
+
+def test_a_way_back_that_was_broken_off_is_gone_to_its_end(slots: Slots) -> None:
+    install(slots.prepare("1.1"), "new")
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
+    slots.fail("r1", "version 1.1 did not prove itself in time, or did not start")
+    (slots.folder / "current").write_text("-\n")
+    assert start(slots).startswith("flashed")
+    assert (slots.on_trial, slots.failure is not None) == (False, True)
+    assert not (slots.folder / "trial").exists()
+
+
+def test_a_power_cut_leaves_the_version_before_or_one_on_trial(tmp_path: Path) -> None:
+    (tmp_path / "updates").mkdir()
+    disk = Disk(tmp_path / "updates")
+    with disk.watched():
+        slots = Slots(tmp_path / "updates")
+        slots.prepare("1.1")
+        slots.try_out("1.1", "r1", signed=100, prove_s=600)
+        disk.done(0)
+        slots.prove()
+        disk.done(1)
+    for number, (steps, tree) in enumerate(power_cuts(tmp_path / "updates", disk.operations)):
+        write_tree(tmp_path / str(number), tree)
+        left = Slots(tmp_path / str(number))
+        state = left.current, left.on_trial, left.signed
+        if steps == 0:
+            assert state in {("-", False, 0), ("1.1", True, 0)}
+        elif steps == 1:
+            assert state in {("1.1", True, 0), ("1.1", True, 100), ("1.1", False, 100)}
+        else:
+            assert state == ("1.1", False, 100)

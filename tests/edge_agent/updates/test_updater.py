@@ -2,146 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 import pytest
 
-from broker.drive import Effect
-from broker.envelopes import Envelope, down, to_all
+from broker.envelopes import to_all
 from broker.messages import Command, Coordinator
-from broker.update_messages import Fetch, Piece, Software, Update
+from broker.update_messages import Fetch, Piece, Software
 from coordinator.identity.authority import Authority
-from edge_agent.errors import BundleError
-from edge_agent.updates.bundle import BundleManifest
-from edge_agent.updates.fetching import HttpDownload, PartialBundle
-from edge_agent.updates.slots import Slots
-from edge_agent.updates.updater import ASK_AGAIN_S, GIVE_UP_S, RETRY_HTTP_S, Updater
+from edge_agent.updates.fetching import PartialBundle
+from edge_agent.updates.updater import ASK_AGAIN_S, GIVE_UP_S
 from tests import bundles
-from tests.tiny import Clock
-
-PIECE = 40_000
-
-M = TypeVar("M")
-
-
-class Installed:
-    """An installation that is done at the third look, or fails."""
-
-    def __init__(self, place: Path, problem: str | None) -> None:
-        self.place, self.problem = place, problem
-        self.looks = 0
-        self.cancelled = False
-
-    def poll(self) -> bool:
-        self.looks += 1
-        if self.looks < 3:
-            return False
-        if self.problem is not None:
-            raise BundleError(self.problem)
-        return True
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class Lab:
-    """A device, the bundle that is announced to it, and what it has said."""
-
-    def __init__(self, folder: Path, authority: Authority) -> None:
-        self.bundle = bundles.make(folder, authority).read_bytes()
-        self.authority = authority
-        self.slots = Slots(folder / "updates")
-        self.slots.folder.mkdir()
-        self.clock = Clock()
-        self.problem: str | None = None
-        self.installations: list[Installed] = []
-        self.wheels: list[str] = []
-        self.responses: list[Any] = []
-        self.requested: list[str | None] = []
-        self.updater = self.boot("1.0.0")
-
-    def boot(self, version: str) -> Updater:
-        """The agent starts, with this version of its software."""
-        self.updater = Updater(
-            "cam-1",
-            version,
-            self.slots,
-            fleet=bundles.FLEET,
-            authorities=lambda: [self.authority.ca("fleet")],
-            clock=self.clock,
-            install=self._install,
-            download=lambda update, partial: HttpDownload(update, partial, urlopen=self._urlopen),
-        )
-        return self.updater
-
-    def update(self, **changes: Any) -> Update:
-        about: dict[str, Any] = {
-            "rollout": "r1",
-            "version": "1.1.0",
-            "sha256": hashlib.sha256(self.bundle).hexdigest(),
-            "size": len(self.bundle),
-            "prove_s": 600.0,
-        }
-        return Update(**about | changes)
-
-    def announce(self, **changes: Any) -> list[Effect]:
-        return self.hear(Command(command="update", update=self.update(**changes)))
-
-    def hear(self, message: Command | Piece) -> list[Effect]:
-        return self.updater.receive(down("cam-1", message))
-
-    def answer(self, fetch: Fetch) -> list[Effect]:
-        data = self.bundle[fetch.offset : fetch.offset + PIECE]
-        return self.hear(Piece(sha256=fetch.sha256, offset=fetch.offset, data=data))
-
-    def fetch_all(self, effects: Sequence[Effect]) -> list[Effect]:
-        while fetches := said(effects, Fetch):
-            (fetch,) = fetches
-            effects = self.answer(fetch)
-        return list(effects)
-
-    def run(self) -> list[Effect]:
-        """Work and time, until nothing more happens by itself or the process ends."""
-        effects: list[Effect] = []
-        for _ in range(1000):
-            if self.updater.finished:
-                break
-            if self.updater.has_work:
-                effects += self.updater.work()
-            elif self.updater.next_tick is not None and not self.slots.on_trial:
-                self.clock.now = self.updater.next_tick
-                effects += self.updater.tick()
-            else:
-                break
-        return effects
-
-    def _install(
-        self, manifest: BundleManifest, wheels: Path, place: Path, *, clock: Callable[[], float]
-    ) -> Installed:
-        self.wheels = sorted(file.name for file in wheels.iterdir())
-        self.installations.append(Installed(place, self.problem))
-        return self.installations[-1]
-
-    def _urlopen(self, request: Any, *, timeout: float) -> IO[bytes]:
-        self.requested.append(request.get_header("Range"))
-        response = self.responses.pop(0)
-        if isinstance(response, Exception):
-            raise response
-        assert isinstance(response, io.BytesIO)
-        return response
-
-
-def said(effects: Sequence[Effect], kind: type[M]) -> list[M]:
-    found = [effect.message for effect in effects if isinstance(effect, Envelope)]
-    return [message for message in found if isinstance(message, kind)]
-
-
-def states(effects: Sequence[Effect]) -> list[str]:
-    return [message.state for message in said(effects, Software)]
+from tests.updating_device import PIECE, Lab, said, states, take
 
 
 @pytest.fixture(scope="module")
@@ -286,49 +159,6 @@ def test_rubbish_is_ignored(lab: Lab) -> None:
     lab.announce()
     assert lab.hear(Piece(sha256="0" * 64, offset=0, data=b"x")) == []
     assert lab.hear(Piece(sha256=lab.update().sha256, offset=5, data=b"x")) == []
-
-
-URL = "https://files.example/bundle.tar"
-
-
-def test_by_http_with_a_break(lab: Lab) -> None:
-    half = len(lab.bundle) // 2
-    resumed = io.BytesIO(lab.bundle[half:])
-    resumed.status = 206  # type: ignore[attr-defined]
-    lab.responses = [io.BytesIO(lab.bundle[:half]), ConnectionResetError("reset"), resumed]
-    effects = lab.announce(url=URL)
-    assert said(effects, Fetch) == []
-    began = lab.clock.now
-    assert states(lab.run()) == ["installing"]
-    assert lab.updater.finished
-    assert lab.clock.now >= began + 2 * RETRY_HTTP_S
-    assert lab.requested == ["bytes=0-", f"bytes={half}-", f"bytes={half}-"]
-
-
-def test_by_http_from_a_server_that_cannot_resume(lab: Lab) -> None:
-    whole = io.BytesIO(lab.bundle)
-    whole.status = 200  # type: ignore[attr-defined]
-    lab.responses = [io.BytesIO(lab.bundle[:1000]), whole]
-    lab.announce(url=URL)
-    assert states(lab.run()) == ["installing"]
-
-
-def test_by_http_what_is_longer_than_announced_fails(lab: Lab) -> None:
-    lab.responses = [io.BytesIO(lab.bundle + b"x")]
-    lab.announce(url=URL)
-    assert "longer" in said(lab.run(), Software)[0].detail
-
-
-def take(lab: Lab, signed: int, version: str, rollout: str) -> Software:
-    """A bundle is announced, fetched, installed and proven; what is said last."""
-    folder = lab.slots.folder.parent / rollout
-    folder.mkdir()
-    lab.bundle = bundles.make(folder, lab.authority, version, signed=signed).read_bytes()
-    effects = lab.fetch_all(lab.announce(version=version, rollout=rollout)) + lab.run()
-    if lab.updater.finished:
-        lab.boot(version)
-        effects += lab.hear(Command(command="proven"))
-    return said(effects, Software)[-1]
 
 
 def test_a_bundle_signed_before_the_one_that_runs_is_refused(lab: Lab) -> None:
