@@ -47,7 +47,7 @@ def alertmanager(folder: Path, configuration: str) -> Iterator[str]:
         yield address
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(60)
 
 
 def _ready(address: str) -> bool:

@@ -62,11 +62,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.fixture(autouse=True)
 def log_levels() -> Iterator[None]:
     """A test that runs a command within this process leaves the loggers as they were."""
-    ours = [logging.getLogger(), logging.getLogger("splitfleet")]
-    before = [logger.level for logger in ours]
+    before = {logger: logger.level for logger in _our_loggers()}
     yield
-    for logger, level in zip(ours, before, strict=True):
-        logger.setLevel(level)
+    for logger in _our_loggers():
+        logger.setLevel(before.get(logger, logging.NOTSET))
+
+
+def _our_loggers() -> list[logging.Logger]:
+    known = logging.Logger.manager.loggerDict
+    names = [name for name in known if name.partition(".")[0] == "splitfleet"]
+    return [logging.getLogger(name) for name in (None, *names)]
 
 
 @pytest.fixture

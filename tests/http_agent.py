@@ -123,12 +123,12 @@ def serving_in_thread(answerer: FakeAnswerer, **given: Any) -> Iterator[int]:
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     try:
-        assert up.wait(30)
+        assert up.wait(100)
         yield ports[0]
     finally:
         loop, ended = stop
         loop.call_soon_threadsafe(ended.set)
-        thread.join(30)
+        thread.join(100)
         assert not thread.is_alive()
 
 

@@ -122,7 +122,7 @@ class Prometheus:
         traceback: TracebackType | None,
     ) -> None:
         self._process.kill()
-        self._process.wait(30)
+        self._process.wait(60)
 
 
 class BadQuery(Exception):

@@ -120,7 +120,7 @@ def shake_hands(config: BrokerConfig, version: str) -> str | None:
     context.load_cert_chain(config.cert_file, config.key_file)
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
-    with socket.create_connection((config.host, config.port), timeout=10) as plain:
+    with socket.create_connection((config.host, config.port), timeout=60) as plain:
         secured = context.wrap_socket(plain, server_hostname=config.host)
         spoken = secured.version()
         secured.close()

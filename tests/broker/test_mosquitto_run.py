@@ -87,7 +87,7 @@ def test_connections_are_bounded_by_open_files() -> None:
 
 def shown(broker: GuardedBroker) -> str:
     """The broker's certificate."""
-    return ssl.get_server_certificate((broker.host, broker.port), timeout=10)
+    return ssl.get_server_certificate((broker.host, broker.port), timeout=60)
 
 
 def child(broker: GuardedBroker) -> int:

@@ -151,7 +151,7 @@ async def test_a_running_coordinator_follows_the_file(
             watching.watch(server.core, branches, new_vitals(settings), noted, settings)
         )
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(100):
                 write_log_levels(tmp_path, LogLevels("debug", "error"))
                 assert await told() == [to_all(order("error"))]
                 (tmp_path / FILE).write_text("rubbish")

@@ -96,13 +96,13 @@ def test_while_one_is_loaded_nobody_waits() -> None:
 
     def slowly(number: int) -> Version:
         entered.set()
-        assert proceed.wait(30)
+        assert proceed.wait(100)
         return version(number)
 
     versions = Versions(version(5), keep=3, load=slowly)
     loader = threading.Thread(target=versions.find, args=(4,))
     loader.start()
-    assert entered.wait(30)
+    assert entered.wait(100)
     versions.publish(version(6))
     assert versions.serving.number == 6
     proceed.set()

@@ -72,7 +72,7 @@ class Containers:
     def ask(self, path: str) -> Any:
         """What Prometheus' HTTP API answers."""
         address = f"http://127.0.0.1:{self.prometheus}/api/v1/{path}"
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address, timeout=60) as answer:
             return json.load(answer)["data"]
 
     def query(self, expression: str) -> dict[str, float]:

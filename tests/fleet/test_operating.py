@@ -23,7 +23,7 @@ PASSWORD = "hunter-twenty-two"
 def page(fleet: Fleet, path: str) -> tuple[int, Any]:
     url = f"http://127.0.0.1:{fleet.metrics_port}{path}"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as exc:
         return exc.code, json.loads(exc.read())

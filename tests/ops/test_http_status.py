@@ -38,7 +38,7 @@ def _broken() -> tuple[bool, str]:
 
 
 def ask(server: HttpServer, path: str, method: str = "GET") -> tuple[int, str, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         connection.request(method, path)
         reply = connection.getresponse()
@@ -85,10 +85,11 @@ def test_a_page_that_fails_is_logged_and_the_server_goes_on(
 
 
 def test_clients_that_say_nothing_take_no_more_room_than_there_is(server: HttpServer) -> None:
+    before = threading.active_count()
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(AT_ONCE)]
-    one_more = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    one_more = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     assert one_more.recv(1) == b"", "sent away"
-    assert threading.active_count() < AT_ONCE + 20
+    assert threading.active_count() <= before + AT_ONCE
     for connection in (*silent, one_more):
         connection.close()
 

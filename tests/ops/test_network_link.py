@@ -97,8 +97,8 @@ def test_what_one_end_sends_the_other_receives_and_nobody_else_is_there() -> Non
             assert server.stdout is not None
             port = server.stdout.readline().strip()
             with start(link.far, CLIENT, link.near.address, port) as client:
-                assert client.wait(30) == 0
-            assert server.wait(30) == 0
+                assert client.wait(100) == 0
+            assert server.wait(100) == 0
         assert link.dropped == 0
         shown = subprocess.run(
             [*link.far.command, "cat", "/proc/net/dev"], capture_output=True, text=True, check=True

@@ -311,7 +311,7 @@ class TestAgent:
             thread.start()
             port = server.getsockname()[1]
             code = splitfleet(folder / "a.png", "--agent", f"127.0.0.1:{port}", "--timeout-s", "9")
-            thread.join(30)
+            thread.join(100)
         assert code == 8
         error = capsys.readouterr().err
         assert f"http://127.0.0.1:{port}" in error
