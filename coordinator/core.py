@@ -12,10 +12,19 @@ import logging
 from collections.abc import Callable
 
 from broker.envelopes import Envelope, down, to_all
-from broker.messages import Command, Coordinator, Hello, Request, Status, Telemetry
+from broker.messages import (
+    Command,
+    Coordinator,
+    Hello,
+    Parameters,
+    Program,
+    Request,
+    Status,
+    Telemetry,
+)
 from broker.training_messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator.aggregation import Model
-from coordinator.defences.guard import QUARANTINED, Guard
+from coordinator.defences.guard import QUARANTINED, RATE_LIMITED, Guard
 from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator
 from coordinator.health import Health
@@ -173,7 +182,7 @@ class CoordinatorCore:
             case Hello():
                 out = self._hello(known, message)
             case Request():
-                out = self._request(known, message)
+                out = self._affordable(device, self._request(known, message))
             case Telemetry():
                 self._telemetry(known, message)
                 out = []
@@ -280,6 +289,18 @@ class CoordinatorCore:
         if request.what == "join" and request.run is not None:
             return self._run.join(device, (request.run, request.round, request.attempt))
         return []
+
+    def _affordable(self, device: str, answers: list[Envelope]) -> list[Envelope]:
+        """Without the parameters and programs that are more than it may ask for."""
+        out = []
+        for answer in answers:
+            match answer.message:
+                case Parameters(state=asked) | Program(graph=asked) if asked is not None:
+                    if not self.guard.answers(device, len(asked)):
+                        self._observer.message_dropped(RATE_LIMITED)
+                        continue
+            out.append(answer)
+        return out
 
     def _telemetry(self, device: Device, report: Telemetry) -> None:
         gain = self._ledger.enter(device.name, report)

@@ -33,6 +33,8 @@ NO_BREACH = frozenset(
     }
 )
 """Reasons of refused batches that may befall a device that does as it is told."""
+ROSTER_KINDS = frozenset({"enrol", "renew", "software"})
+"""Messages for which the roster's file is locked, and often written."""
 RATE_LIMITED, QUARANTINED = "rate_limited", "quarantined"
 
 
@@ -68,6 +70,8 @@ class _Record:
 
     packets: Bucket
     size: Bucket
+    roster: Bucket
+    answers: Bucket
     breaches: deque[float] = field(default_factory=deque)
     """When they were, those within the window."""
     total: int = 0
@@ -109,12 +113,23 @@ class Guard:
             now, record = self._clock(), self._record(address.device)
             if record.until > now and address.kind != "status":
                 return QUARANTINED
-            if record.packets.take(1, now) and record.size.take(size, now):
+            usual = record.packets.take(1, now) and record.size.take(size, now)
+            if usual and (address.kind not in ROSTER_KINDS or record.roster.take(1, now)):
                 return None
             if now >= record.slowed + 1.0:  # a breach for each second of it
                 record.slowed = now
                 self.breach(address.device, RATE_LIMITED)
             return RATE_LIMITED
+
+    def answers(self, device: str, size: int) -> bool:
+        """Whether a device that asks may have so many bytes now; then they are taken.
+
+        An answer that is larger than what it may have at once takes all of that.
+        """
+        settings = self._settings
+        most = settings.device_answer_bytes_per_s * settings.device_burst_s
+        with self._lock:
+            return self._record(device).answers.take(min(size, most), self._clock())
 
     def dropped(self, reason: str, device: str | None) -> None:
         """The link has dropped a message."""
@@ -207,6 +222,8 @@ class Guard:
             record = self._records[device] = _Record(
                 Bucket(settings.device_packets_per_s, settings.device_burst_s),
                 Bucket(settings.device_bytes_per_s, settings.device_burst_s),
+                Bucket(settings.device_roster_messages_per_s, settings.device_burst_s),
+                Bucket(settings.device_answer_bytes_per_s, settings.device_burst_s),
             )
             while len(self._records) > self._devices:
                 self._forget_one()

@@ -53,8 +53,14 @@ class DefenceSettings(BaseModel):
     """How many packets a device may send; what is beyond is dropped (rate_limited). 0: any."""
     device_bytes_per_s: NotNegative = 100e6
     """How many bytes, likewise."""
+    device_roster_messages_per_s: NotNegative = 5.0
+    """How many of these may be what takes the roster's disk: requests for a certificate, and what
+    it says of its software. Those who share a join token have this together."""
+    device_answer_bytes_per_s: NotNegative = 10e6
+    """How many bytes of parameters and programs a device may ask for; beyond that it is not
+    answered, and asks again."""
     device_burst_s: Positive = 10.0
-    """A device may send at once what these rates allow in so many seconds."""
+    """A device may send, or ask for, at once what these rates allow in so many seconds."""
     breach_limit: int = Field(default=20, ge=1)
     """So many breaches of a device within breach_window_s bring it into quarantine: messages that
     are not well-formed or too large, batches and uploads that cannot be what they should be,

@@ -194,11 +194,12 @@ def requested_key(csr: Buffer) -> PublicKey:
     """
     try:
         request = x509.load_der_x509_csr(bytes(csr))
-        key, proven = request.public_key(), request.is_signature_valid
+        key = request.public_key()
+        if not isinstance(key, PublicKey) or not isinstance(key.curve, ec.SECP256R1):
+            raise EnrolmentRefused("bad_request", "the request has a key that is not EC P-256")
+        proven = request.is_signature_valid
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as exc:
         raise EnrolmentRefused("bad_request", f"the request cannot be read: {exc}") from None
-    if not isinstance(key, PublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise EnrolmentRefused("bad_request", "the request has a key that is not EC P-256")
     if not proven:
         raise EnrolmentRefused("bad_request", "the request is not signed with its key")
     return key

@@ -206,6 +206,18 @@ def test_a_stranger_gets_no_parameters_and_a_probe_no_answer() -> None:
     assert server.hear("a", Request(what="probe", padding=bytes(1000))) == []
 
 
+def test_who_asks_for_parameters_without_end_is_answered_now_and_then() -> None:
+    server = Harness(min_devices=2, device_answer_bytes_per_s=1000, device_burst_s=1)
+    server.join("greedy", 2)
+    server.join("honest", 2)
+    asked = Request(what="parameters")
+    answers = [server.hear("greedy", asked) for _ in range(50)]
+    assert len(every(Parameters, [said for out in answers for said in out], "greedy")) == 1
+    assert only(Parameters, server.hear("honest", asked), "honest").cut == 2
+    server.clock.advance(1)
+    assert only(Parameters, server.hear("greedy", asked), "greedy").cut == 2
+
+
 # -- a round --------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,35 @@ def test_a_second_over_the_rate_is_one_breach() -> None:
     assert gate.guard.is_held("a")
 
 
+@pytest.mark.parametrize(
+    ("scope", "sender", "kind"),
+    [("claim", "claim.t1", "enrol"), ("claim", "back.a", "enrol"), ("device", "a", "renew")],
+)
+def test_who_asks_for_certificates_without_end_is_heard_now_and_then(
+    scope: Any, sender: str, kind: str
+) -> None:
+    gate = Gate(device_roster_messages_per_s=2, device_burst_s=5, quarantine_s=0)
+
+    def ask() -> str | None:
+        return gate.guard.admit(Address(scope, kind, sender, "up"), 500)
+
+    assert [ask() for _ in range(100)] == [None] * 10 + [RATE_LIMITED] * 90
+    gate.clock.advance(1)
+    assert [ask() for _ in range(3)] == [None] * 2 + [RATE_LIMITED]
+    assert gate.send(kind="renew") == (RATE_LIMITED if sender == "a" else None), "a rate each"
+    assert gate.send(kind="hello") is None
+
+
+def test_answers_are_rationed_by_their_bytes() -> None:
+    gate = Gate(device_answer_bytes_per_s=100, device_burst_s=10)
+    assert [gate.guard.answers("a", 400) for _ in range(4)] == [True, True, False, False]
+    assert gate.guard.answers("b", 10**9), "larger than all it may have at once: then all of that"
+    assert not gate.guard.answers("b", 100)
+    gate.clock.advance(10)
+    assert gate.guard.answers("b", 10**9)
+    assert not gate.observer.broken, "to ask again is no breach"
+
+
 def test_what_the_fleet_says_to_all_is_nobodys() -> None:
     gate = Gate(device_packets_per_s=1, device_burst_s=1)
     for _ in range(9):
