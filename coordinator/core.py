@@ -15,6 +15,7 @@ from broker.envelopes import Envelope, down, to_all
 from broker.messages import Command, Coordinator, Hello, Request, Status, Telemetry
 from broker.training_messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.defences.guard import QUARANTINED, Guard
 from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator
@@ -30,7 +31,6 @@ from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
 from coordinator.snapshot import Process, fleet_status
 from coordinator.status import FleetStatus, ServingStatus
-from coordinator.store import Checkpoint
 from coordinator.telemetry import TelemetryLedger
 from coordinator.training import RoundInProgress
 
