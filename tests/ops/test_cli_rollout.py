@@ -139,7 +139,7 @@ def test_a_bundle_that_cannot_be_made_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tarfile.TarFile, "add", full)
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     assert "No space left" in command("bundle", "wheels", code=5)
     assert [path.name for path in tmp_path.glob(".*")] == []
     assert not (tmp_path / "bundle.tar").exists()
