@@ -35,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-broker_app = typer.Typer(help="The MQTT broker: run the embedded one, configure Mosquitto.")
+broker_app = typer.Typer(help="The MQTT broker: run the embedded one.")
 app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(broker_app, name="broker")
 cli_simulator.register(app, cli_bench.bench)
@@ -52,7 +52,7 @@ cli_rollout.register(app)
 cli_privacy.register(app)
 cli_learning.register(cli_bench.bench)
 
-BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtt://HOST:PORT of the broker")]
+BrokerUrl = Annotated[str | None, typer.Option("--broker", help="mqtts://HOST:PORT of the broker")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with the component's section")
 ]
