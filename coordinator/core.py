@@ -24,6 +24,7 @@ from broker.messages import (
 )
 from broker.training_messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.defences.guard import QUARANTINED, RATE_LIMITED, Guard
 from coordinator.errors import DeviceRefused
 from coordinator.evaluation import Evaluator
@@ -39,7 +40,6 @@ from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
 from coordinator.snapshot import Process, fleet_status
 from coordinator.status import FleetStatus, ServingStatus
-from coordinator.store import Checkpoint
 from coordinator.telemetry import TelemetryLedger
 from coordinator.training import RoundInProgress
 

@@ -16,6 +16,7 @@ from broker.fields import RunPhase
 from broker.training_messages import Activations, DeviceParameters, FeatureGradients, Report
 from coordinator import orders
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.deadline import Deadline
 from coordinator.observer import Observer
 from coordinator.open_rounds import OpenRounds
@@ -30,7 +31,6 @@ from coordinator.server_momentum import carry_over
 from coordinator.serving_version import ServingVersion
 from coordinator.settings import CoordinatorSettings
 from coordinator.snapshot import Standing
-from coordinator.store import Checkpoint
 from coordinator.training import RoundInProgress
 from coordinator.workload import Workload
 from tensors.codecs import parse_codec

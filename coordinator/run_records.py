@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from broker.training_messages import Report
 from coordinator import orders
+from coordinator.checkpoint import Checkpoint
 from coordinator.evaluation import Evaluator
 from coordinator.history import History
 from coordinator.observer import Observer
@@ -14,7 +15,6 @@ from coordinator.published import Published
 from coordinator.registry import Registry
 from coordinator.results import device_results, round_scores
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint
 from coordinator.traffic import TrafficLog
 from coordinator.training import RoundInProgress
 

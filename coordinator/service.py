@@ -25,6 +25,7 @@ from broker.messages import Coordinator
 from broker.topics import Topics
 from broker.transport import Transport, Will
 from coordinator.aggregation import Model, block_of
+from coordinator.checkpoint import Checkpoint
 from coordinator.core import CoordinatorCore
 from coordinator.defences.rules import defences
 from coordinator.defences.steps import StepLimits
@@ -45,7 +46,7 @@ from coordinator.responder import Responder
 from coordinator.serving import ANSWERING, TRAINING, Answers, Network, route
 from coordinator.serving_version import open_versions
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from coordinator.traffic import Traffic
 from coordinator.training import RoundInProgress
 from coordinator.updates.rollouts import UPDATES, Rollouts

@@ -9,13 +9,14 @@ from broker.envelopes import Envelope, down
 from broker.messages import Parameters
 from broker.serving_messages import Serving
 from coordinator import exit_policies, orders
+from coordinator.checkpoint import Checkpoint
 from coordinator.errors import StoreError
 from coordinator.evaluation import Evaluator
 from coordinator.observer import Observer
 from coordinator.published import Published, whole_half
 from coordinator.serving_choice import read_choice
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from coordinator.versions import Version, Versions
 from tensors.codecs import parse_codec
 

@@ -1,11 +1,9 @@
-"""Checkpoints on disk: whole or not at all, verified on load; the last few and the best are kept.
+"""A run on disk: its checkpoints, of which the last few and the best are kept, and its result.
 
 {root}/current                      the run to resume
 {root}/{run}/run.json               its settings
 {root}/{run}/attempt.json           round and attempt that were last announced
-{root}/{run}/checkpoints/000003/    model.safetensors  momentum.safetensors  manifest.json
-                                    residual.safetensors, if parameters go as differences
-                                    velocity.safetensors, if versions have a momentum
+{root}/{run}/checkpoints/000003/    one of them; see ``coordinator.checkpoint``
 {root}/{run}/result.json            after the last round
 {root}/{run}/serving.json           which version answers devices, if one was chosen by hand
 
@@ -15,20 +13,13 @@ A checkpoint's folder has the number of its version, or the next free one if tha
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
-
-from coordinator.aggregation import Model
 from coordinator.atomic_files import (
     clear_leftovers,
     make_folder,
@@ -36,36 +27,20 @@ from coordinator.atomic_files import (
     write_file,
     write_folder,
 )
+from coordinator.checkpoint import (
+    Checkpoint,
+    files_of,
+    read_checkpoint,
+    read_json,
+    read_manifest,
+    read_score,
+    to_json,
+)
 from coordinator.errors import StoreError
 from coordinator.serving_choice import read_choice
-from tensors.networks import State
 
 log = logging.getLogger("splitfleet.store")
-FORMAT = 1
-_RESIDUAL = "residual.safetensors"
-_VELOCITY = "velocity.safetensors"
 _RESTORE = "restore it from a backup, or start over with --fresh"
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    """The state of a run after ``version`` closed rounds."""
-
-    version: int
-    round: int
-    model: Model
-    trained_cuts: list[int] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    registry: list[dict[str, Any]] = field(default_factory=list)
-    traffic: dict[str, int] = field(default_factory=dict)
-    residual: State = field(default_factory=dict)
-    """What quantization has taken from the parameters sent so far; see ``tensors.deltas``."""
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    """What the scheduler has learnt about the fleet, as JSON."""
-    score: float | None = None
-    """How good the model is, higher is better; None if that was not measured."""
-    policies: dict[str, Any] = field(default_factory=dict)
-    """What its exits are to do, as JSON; see ``coordinator.exit_policies``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +86,7 @@ class Store:
                 "the name of one into it, or start over with --fresh"
             )
         with _needed():
-            settings = _read_json(self._root / run / "run.json")
+            settings = read_json(self._root / run / "run.json")
         self._run = run
         return run, settings
 
@@ -120,7 +95,7 @@ class Store:
         folder = self._root / run
         with _disk(folder):
             make_folder(folder / "checkpoints")
-            write_file(folder / "run.json", _json(settings))
+            write_file(folder / "run.json", to_json(settings))
             self._save(folder / "checkpoints", first)
             write_file(self._root / "current", run.encode())
         self._run = run
@@ -129,7 +104,7 @@ class Store:
         """Remember an attempt before it is announced, so that none is ever announced twice."""
         path = self.folder / "attempt.json"
         with _disk(path):
-            write_file(path, _json({"round": round_number, "attempt": attempt}))
+            write_file(path, to_json({"round": round_number, "attempt": attempt}))
 
     def announced(self) -> tuple[int, int]:
         """Round and attempt last announced; (0, 0) before the first."""
@@ -137,7 +112,7 @@ class Store:
         if not path.exists():
             return 0, 0
         with _needed():
-            data = _read_json(path)
+            data = read_json(path)
             try:
                 return int(data["round"]), int(data["attempt"])
             except (KeyError, TypeError, ValueError) as exc:
@@ -161,7 +136,7 @@ class Store:
         folders = _numbered(self.folder / "checkpoints")
         for folder in reversed(folders):
             try:
-                checkpoint = _load(folder)
+                checkpoint = read_checkpoint(folder)
             except StoreError as exc:
                 log.warning("%s; going back to the checkpoint before", exc)
                 self._damaged.add(folder)
@@ -184,7 +159,7 @@ class Store:
         """
         for folder in self._by_score(_numbered(self.folder / "checkpoints")):
             try:
-                return _load(folder)
+                return read_checkpoint(folder)
             except StoreError as exc:
                 log.warning("%s; taking the next best checkpoint", exc)
         return None
@@ -192,7 +167,7 @@ class Store:
     def at(self, version: int) -> Checkpoint | None:
         """The checkpoint of this version; None if it is not kept. Raises :class:`StoreError`."""
         folder = self._by_version().get(version)
-        return None if folder is None else _load(folder)
+        return None if folder is None else read_checkpoint(folder)
 
     def versions(self) -> list[int]:
         """Which versions :meth:`at` finds, ascending; damaged ones are left out."""
@@ -216,7 +191,7 @@ class Store:
             manifest: dict[str, Any] = {}
             problem = None
             try:
-                manifest = _manifest(folder)
+                manifest = read_manifest(folder)
             except StoreError as exc:
                 problem = str(exc)
             with contextlib.suppress(FileNotFoundError):  # its coordinator removes it just now
@@ -239,7 +214,7 @@ class Store:
         """Write the run's result."""
         path = self.folder / "result.json"
         with _disk(path):
-            write_file(path, _json(result))
+            write_file(path, to_json(result))
 
     def result_version(self) -> int | None:
         """Of which version the run's result is; None if there is none that can be read."""
@@ -253,7 +228,7 @@ class Store:
         clear_leftovers(parent)
         newest = max((int(folder.name) for folder in _numbered(parent)), default=-1)
         folder = parent / f"{max(checkpoint.version, newest + 1):06d}"
-        write_folder(folder, _files(checkpoint))
+        write_folder(folder, files_of(checkpoint))
 
     def _prune(self, parent: Path) -> None:
         folders = _numbered(parent)
@@ -276,7 +251,7 @@ class Store:
         found = {}
         for folder in _numbered(self.folder / "checkpoints"):
             with contextlib.suppress(StoreError, KeyError):
-                found[_manifest(folder)["version"]] = folder
+                found[read_manifest(folder)["version"]] = folder
         return found
 
     def _by_score(self, folders: list[Path]) -> list[Path]:
@@ -284,7 +259,7 @@ class Store:
         scored: list[tuple[float, int, Path]] = []
         for folder in folders:
             if folder not in self._scores:
-                self._scores[folder] = _score(folder)
+                self._scores[folder] = read_score(folder)
             score = self._scores[folder]
             if score is not None:
                 scored.append((score, int(folder.name), folder))
@@ -295,117 +270,6 @@ def _numbered(parent: Path) -> list[Path]:
     """The folders of checkpoints, oldest first."""
     found = (path for path in parent.glob("[0-9]*") if path.name.isdecimal())
     return sorted(found, key=lambda path: int(path.name))
-
-
-def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    files = {
-        "model.safetensors": save(_contiguous(checkpoint.model.state)),
-        "momentum.safetensors": save(_contiguous(checkpoint.model.momentum)),
-    }
-    for name, arrays in ((_RESIDUAL, checkpoint.residual), (_VELOCITY, checkpoint.model.velocity)):
-        if arrays:
-            files[name] = save(_contiguous(arrays))
-    manifest = {
-        "format": FORMAT,
-        "version": checkpoint.version,
-        "round": checkpoint.round,
-        "trained_cuts": checkpoint.trained_cuts,
-        "sha256": {name: _sha256(data) for name, data in files.items()},
-        "score": checkpoint.score,
-        "policies": checkpoint.policies,
-        "scheduler": checkpoint.scheduler,
-        "history": checkpoint.history,
-        "registry": checkpoint.registry,
-        "traffic": checkpoint.traffic,
-    }
-    files["manifest.json"] = _json(manifest | {"checksum": _checksum(manifest)})
-    return files
-
-
-def _load(folder: Path) -> Checkpoint:
-    manifest = _manifest(folder)
-    try:
-        digests = manifest["sha256"]
-        state, momentum = (
-            _load_arrays(folder / name, digests[name])
-            for name in ("model.safetensors", "momentum.safetensors")
-        )
-        residual, velocity = (
-            _load_arrays(folder / name, digests[name]) if name in digests else {}
-            for name in (_RESIDUAL, _VELOCITY)
-        )
-        return Checkpoint(
-            version=manifest["version"],
-            round=manifest["round"],
-            model=Model(state, momentum, velocity),
-            trained_cuts=manifest["trained_cuts"],
-            history=manifest["history"],
-            registry=manifest["registry"],
-            traffic=manifest["traffic"],
-            residual=residual,
-            scheduler=manifest.get("scheduler", {}),
-            score=manifest.get("score"),
-            policies=manifest.get("policies", {}),
-        )
-    except (KeyError, TypeError) as exc:
-        raise StoreError(f"{folder / 'manifest.json'} is damaged: {exc!r}") from exc
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, verified; old ones have no checksum."""
-    manifest = _read_json(folder / "manifest.json")
-    checksum = manifest.pop("checksum", None)
-    if checksum not in (None, _checksum(manifest)):
-        raise StoreError(f"{folder / 'manifest.json'} is damaged (checksum)")
-    if manifest.get("format") != FORMAT:
-        raise StoreError(
-            f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}"
-        )
-    return manifest
-
-
-def _score(folder: Path) -> float | None:
-    try:
-        score = _manifest(folder).get("score")
-    except StoreError:
-        return None
-    return score if isinstance(score, float | int) and math.isfinite(score) else None
-
-
-def _load_arrays(path: Path, digest: str) -> dict[str, np.ndarray]:
-    try:
-        data = path.read_bytes()
-        if _sha256(data) != digest:
-            raise StoreError(f"{path} is damaged (checksum)")
-        return load(data)
-    except (OSError, SafetensorError) as exc:
-        raise StoreError(f"{path} cannot be read: {exc}") from exc
-
-
-def _contiguous(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(values, order="C") for name, values in state.items()}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return _sha256(json.dumps(manifest).encode())
-
-
-def _json(data: object) -> bytes:
-    return json.dumps(data, indent=1).encode() + b"\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as exc:
-        raise StoreError(f"{path} cannot be read: {exc}") from exc
-    if not isinstance(data, dict):
-        raise StoreError(f"{path} is damaged: not a JSON object")
-    return data
 
 
 @contextlib.contextmanager

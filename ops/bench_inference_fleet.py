@@ -29,6 +29,7 @@ from broker.mqtt import MqttTransport
 from broker.serving_messages import CutPolicy, Features, Prediction
 from broker.topics import Topics
 from broker.transport import Connected
+from coordinator.checkpoint import Checkpoint
 from coordinator.observer import Observer
 from coordinator.service import (
     build_core,
@@ -39,7 +40,7 @@ from coordinator.service import (
     torch_parts,
 )
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from coordinator.traffic import Traffic
 from edge_agent.data import DeviceData
 from edge_agent.edge import Edge

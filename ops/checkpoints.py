@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from coordinator.checkpoint import Checkpoint
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from ops.errors import SettingsWrong
 
 

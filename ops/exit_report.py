@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from coordinator.checkpoint import Checkpoint
 from coordinator.service import held_out_images
-from coordinator.store import Checkpoint
 from ops import bench_rows
 from ops.charts import Series, line_chart, share_range, standalone
 from ops.checkpoints import load_checkpoint, open_store, settings_of_run

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from coordinator.checkpoint import Checkpoint
 from coordinator.service import held_out_images
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint
 from ops.checkpoints import settings_of_run
 from ops.errors import OpsError, SettingsWrong
 from ops.exits import ExitSettings, judge_exits

@@ -13,9 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from coordinator.checkpoint import Checkpoint
 from coordinator.errors import StoreError
 from coordinator.serving_choice import ServingChoice, read_choice, write_choice
-from coordinator.store import Checkpoint, Kept, Store
+from coordinator.store import Kept, Store
 from ops import bench_rows
 from ops.checkpoints import load_checkpoint, open_store
 from ops.errors import SettingsWrong

@@ -15,10 +15,11 @@ from broker.fields import Message
 from broker.messages import Status
 from broker.serving_messages import Features, Inference
 from broker.training_messages import Report, Round
+from coordinator.checkpoint import Checkpoint
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer
 from coordinator.service import build_core
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from coordinator.telemetry import Gain
 from tests.server_side import make_activations, make_upload
 from tests.tiny import RUN, Clock, make_hello, make_settings

@@ -16,11 +16,12 @@ from broker.memory import MemoryBroker, MemoryTransport
 from broker.training_messages import Report
 from broker.transport import Transport, Will
 from coordinator import service as coordinator_service
+from coordinator.checkpoint import Checkpoint
 from coordinator.identity.enrolment import Enrolment, open_enrolment
 from coordinator.observer import Observer
 from coordinator.service import build_core, run_coordinator
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from coordinator.telemetry import Gain
 from coordinator.traffic import Traffic
 from coordinator.updates.rollouts import Rollouts, open_rollouts

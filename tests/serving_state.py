@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.aggregation import Model
-from coordinator.store import Checkpoint, Store
+from coordinator.checkpoint import Checkpoint
+from coordinator.store import Store
 from tensors.networks import NetworkSpec, build_network, read_state
 from tests.tiny import SPEC, make_settings
 

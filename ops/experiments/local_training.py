@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.orders import rate
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from ops.errors import FleetFailed
 from ops.experiments.images import ImageSets, resident_images
 from ops.experiments.spec import Training

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from broker.training_messages import Report
+from coordinator.checkpoint import Checkpoint
 from coordinator.observer import Observer
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint
 from ops.simulator.stub import APPLIED
 from ops.simulator.stub_server import Witness
 

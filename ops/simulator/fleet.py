@@ -11,11 +11,12 @@ from broker.envelopes import Envelope
 from broker.messages import Network
 from broker.topics import COORDINATOR, Topics
 from broker.training_messages import Report
+from coordinator.checkpoint import Checkpoint
 from coordinator.core import CoordinatorCore
 from coordinator.observer import Observer, Observers
 from coordinator.service import Parts, torch_parts
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from edge_agent.core import AgentCore
 from ops.errors import FleetFailed
 from ops.simulator.books import Attempt, Books, Witnesses, audit

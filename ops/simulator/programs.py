@@ -13,11 +13,12 @@ from broker.link import LinkObserver
 from broker.messages import Assignment, Measurement
 from broker.topics import COORDINATOR, Topics
 from broker.transport import Will
+from coordinator.checkpoint import Checkpoint
 from coordinator.observer import Observer
 from coordinator.service import Parts, build_core
 from coordinator.service import last_will as coordinator_will
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from coordinator.traffic import Traffic
 from edge_agent.core import AgentCore
 from edge_agent.data import DeviceData

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.errors import ResumeError, StoreError
 from coordinator.service import open_run
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from tests.crashing_disk import Disk, Killed, killed_at
 from tests.tiny import NETWORK
 

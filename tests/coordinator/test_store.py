@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.errors import StoreError
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from tests.tiny import assert_same
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.errors import StoreError
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from tests.crashing_disk import Disk, Failure, Killed, full_at, killed_at, power_cuts, write_tree
 
 Step = Callable[[Store], None]

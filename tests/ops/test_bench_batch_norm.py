@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from coordinator.checkpoint import Checkpoint
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from ops.bench_batch_norm import compare, estimate, run_bench
 from ops.errors import SettingsWrong
 from tensors.batches import normalise

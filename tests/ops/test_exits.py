@@ -12,8 +12,9 @@ import pytest
 
 from coordinator import service
 from coordinator.aggregation import Model
+from coordinator.checkpoint import Checkpoint
 from coordinator.evaluation import CutAnswers, Evaluator
-from coordinator.store import Checkpoint, Store
+from coordinator.store import Store
 from ops import exits
 from ops.cli import main
 from ops.exit_report import CURVE_POINTS

@@ -12,7 +12,7 @@ import pytest
 from broker.envelopes import Envelope
 from broker.fields import Message
 from broker.training_messages import Activations, Gradients, Round
-from coordinator.store import Checkpoint
+from coordinator.checkpoint import Checkpoint
 from ops.simulator import Device, SimulatedFleet
 from tensors.networks import NetworkSpec, build_network, read_state
 from tests.tiny import CLASSES, NETWORK, SPEC, differs, make_device_data, make_settings
