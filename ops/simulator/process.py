@@ -7,25 +7,24 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from broker.config import BrokerConfig
-from broker.drive import FAREWELL_S, HOUSEKEEPING_S, INBOX, Effect, Event, Machine, Subscribe
+from broker.drive import FAREWELL_S, Effect, Event, Machine, Subscribe
 from broker.envelopes import Envelope
 from broker.link import Arrival, Framing
-from broker.transport import MAX_WAITING_QOS0, Backoff, Capabilities, Connected, Disconnected
+from broker.transport import Capabilities, Connected, Disconnected
 from coordinator.errors import CoordinatorError
 from edge_agent.errors import AgentError
 from ops.simulator.broker import Broker
 from ops.simulator.by_reference import ReferenceFraming
 from ops.simulator.connection import Connection
+from ops.simulator.dialer import Dialer
 from ops.simulator.link import IDEAL, LinkProfile, Packet
 from ops.simulator.program import Killed, Life, Meter, Program, Tally
+from ops.simulator.receiver import Receiver
 from ops.simulator.sender import Sender, Wire
 from ops.simulator.world import Event as Due
 from ops.simulator.world import World
 
-CONFIG = BrokerConfig()
-CAPABILITIES = Capabilities(max_packet_size=CONFIG.max_packet_size)
-HANDSHAKE_TRIPS = 2
-"""Round trips until a connection is up: TCP, then MQTT."""
+CAPABILITIES = Capabilities(max_packet_size=BrokerConfig().max_packet_size)
 
 
 class Process:
@@ -67,20 +66,17 @@ class Process:
         self._life: Life | None = None
         self._framing: Framing | None = None
         self._sender: Sender | None = None
-        self._backoff: Backoff | None = None
+        self._receiver: Receiver | None = None
+        self._dialer: Dialer | None = None
         self._resumes = False
         self._unsaid = False
         self._leaves_at: float | None = None
         self._filters: tuple[str, ...] = ()
-        self._arrived: deque[tuple[Packet, Connection]] = deque()
-        self._arrived_qos0 = 0
         self._inbox: deque[Event] = deque()
         self._outbox: deque[Effect] = deque()
         self._busy: Due | None = None
         self._step_due: Due | None = None
         self._alarm: tuple[float, Due] | None = None
-        self._connecting: Due | None = None
-        self._house_due: Due | None = None
         self._postponed: list[Callable[[], None]] = []
 
     # -- what may happen to it --------------------------------------------------------------------
@@ -92,12 +88,24 @@ class Process:
         self.tally.lives += 1
         self.alive, self.over, self.failure = True, False, None
         rng = self._world.rng(f"{self.name}/{number}")
-        self._backoff = Backoff(CONFIG.backoff_initial_s, CONFIG.backoff_max_s, rng)
         self._framing = self._new_framing(
             self._broker.topics,
             observer=self.program.observer(),
             clock=self.clock,
             first_id=rng.getrandbits(32),
+        )
+        self._receiver = Receiver(
+            self._world, self._broker, self._framing, self.tally, self._is_frozen
+        )
+        self._dialer = Dialer(
+            self._world,
+            self._broker,
+            self.profile,
+            rng,
+            cut_off=lambda: self.partitioned,
+            is_frozen=self._is_frozen,
+            connected=self._attach,
+            refused=self._refused,
         )
         self._life = Life(number, self.clock, self.meter, self._uplink)
         self._resumes, self._filters = False, ()
@@ -111,7 +119,7 @@ class Process:
             self._fail(exc)
             return
         self.meter.spent = 0.0
-        self._connecting = self._world.after(0.0, self._connect)
+        self._dialer.start()
         self._look()
 
     def kill(self, *, power_cut: bool = False) -> None:
@@ -192,38 +200,21 @@ class Process:
     @property
     def waiting(self) -> int:
         """Messages that wait for its machine or to be sent."""
-        return len(self._arrived) + len(self._inbox) + len(self._outbox)
+        arrived = len(self._receiver) if self._receiver is not None else 0
+        return arrived + len(self._inbox) + len(self._outbox)
 
     # -- its connection ---------------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        if self._is_frozen(self._connect):
-            return
-        trip = 2 * self.profile.latency_s
-        if self.partitioned or self._broker.frozen:
-            self._connecting = self._world.after(CONFIG.connect_timeout_s, self._refused)
-        elif not self._broker.alive:
-            self._connecting = self._world.after(trip, self._refused)
-        else:
-            self._connecting = self._world.after(HANDSHAKE_TRIPS * trip, self._attach)
-
     def _refused(self) -> None:
-        if self._is_frozen(self._refused):
-            return
         if not (self._inbox and isinstance(self._inbox[-1], Disconnected)):
             self._take(Disconnected("the broker cannot be reached"))
-        self._back_off()
+        assert self._dialer is not None
+        self._dialer.back_off()
 
     def _attach(self) -> None:
-        if self._is_frozen(self._attach):
-            return
-        if self.partitioned or self._broker.frozen or not self._broker.alive:
-            self._connect()
-            return
         assert self._life is not None
         assert self._framing is not None
-        assert self._backoff is not None
-        self._connecting = None
+        assert self._receiver is not None
         connection = Connection(
             self._broker,
             self.name,
@@ -235,22 +226,22 @@ class Process:
             self._world, connection, self._framing, self._flush, self._wire, self.tally.sent_bytes
         )
         self._framing.connected(CAPABILITIES.max_packet_size)
-        self._backoff.reset()
         filters = (*self.program.filters, *self._filters)
         will = self.program.will(self._life)
         resumed = self._broker.attach(connection, filters, will, clean=not self._resumes)
         self._resumes = True
         self.tally.connections += 1
-        if resumed:  # what was not acknowledged comes again
-            self._arrived = deque(pair for pair in self._arrived if pair[0].qos == 0)
+        if resumed:
+            self._receiver.resume()
         self._take(Connected(resumed, CAPABILITIES))
 
     def _lost(self, reason: str) -> None:
         if self._is_frozen(lambda: self._lost(reason)):
             return
+        assert self._dialer is not None
         self._leave()
         self._take(Disconnected(reason))
-        self._back_off()
+        self._dialer.back_off()
         self._flush()
 
     def _leave(self) -> None:
@@ -258,10 +249,6 @@ class Process:
             self._unsaid = self._unsaid or not self._sender.idle
             self.tally.received_bytes += self._sender.connection.down.bytes
             self._sender = None
-
-    def _back_off(self) -> None:
-        assert self._backoff is not None
-        self._connecting = self._world.after(self._backoff.next(), self._connect)
 
     def _is_frozen(self, action: Callable[[], None]) -> bool:
         if self.frozen:
@@ -271,58 +258,14 @@ class Process:
     # -- what comes in ----------------------------------------------------------------------------
 
     def _arrive(self, packet: Packet, connection: Connection) -> None:
-        if packet.qos == 0:
-            if self._arrived_qos0 >= MAX_WAITING_QOS0:
-                self.tally.lost_qos0 += 1
-                return
-            self._arrived_qos0 += 1
-        self._arrived.append((packet, connection))
-        self.tally.most_arrived = max(self.tally.most_arrived, len(self._arrived))
-        if not self.frozen:
+        assert self._receiver is not None
+        if self._receiver.arrive(packet, connection) and not self.frozen:
             self._read()
 
     def _read(self) -> None:
-        self._take_in()
+        if self._receiver is not None:
+            self._receiver.read(self._inbox)
         self._look()
-
-    def _take_in(self) -> None:
-        """Take what has arrived into the inbox as far as there is room; the rest is not read."""
-        framing = self._framing
-        while self._arrived and len(self._inbox) < INBOX:
-            assert framing is not None
-            packet, connection = self._arrived.popleft()
-            envelope = self._open(framing, packet)
-            if packet.qos:
-                self._broker.acknowledged(connection)
-            else:
-                self._arrived_qos0 -= 1
-            if envelope is not None:
-                self._inbox.append(Arrival(envelope))
-            elif framing.held_bytes and self._house_due is None:
-                self._house_due = self._world.after(HOUSEKEEPING_S, self._keep_house)
-        self.tally.most_inbox = max(self.tally.most_inbox, len(self._inbox))
-
-    def _open(self, framing: Framing, packet: Packet) -> Envelope | None:
-        # What goes to many is the same for all of them, and decoded for the first.
-        if packet.opened is not None:
-            return Envelope(packet.address, packet.opened)
-        if isinstance(packet.payload, bytes):
-            envelope = framing.open(packet.topic, packet.payload)
-        else:
-            assert isinstance(framing, ReferenceFraming)
-            envelope = framing.unwrap(packet.address, packet.payload)
-        if envelope is not None and packet.whole:
-            packet.opened = envelope.message
-        return envelope
-
-    def _keep_house(self) -> None:
-        self._house_due = None
-        if self._is_frozen(self._keep_house):
-            return
-        assert self._framing is not None
-        self._framing.expire()
-        if self._framing.held_bytes:
-            self._house_due = self._world.after(HOUSEKEEPING_S, self._keep_house)
 
     def _take(self, event: Event) -> None:
         self._inbox.append(event)
@@ -386,8 +329,8 @@ class Process:
         assert machine is not None
         if self._inbox:
             event = self._inbox.popleft()
-            if self._arrived:
-                self._take_in()  # the next step is planned when this one is over
+            if self._receiver:
+                self._receiver.read(self._inbox)  # the next step is planned when this one is over
             match event:
                 case Connected():
                     self._unsaid = False
@@ -484,15 +427,18 @@ class Process:
     def _forget(self) -> None:
         self._leave()
         alarm = self._alarm[1] if self._alarm is not None else None
-        for due in (self._busy, self._step_due, self._connecting, self._house_due, alarm):
+        for due in (self._busy, self._step_due, alarm):
             if due is not None:
                 due.cancel()
-        self._busy = self._step_due = self._connecting = self._house_due = self._alarm = None
-        for waiting in (self._arrived, self._inbox, self._outbox, self._postponed):
+        self._busy = self._step_due = self._alarm = None
+        if self._receiver is not None:
+            self._receiver.close()
+        if self._dialer is not None:
+            self._dialer.stop()
+        for waiting in (self._inbox, self._outbox, self._postponed):
             waiting.clear()
-        self._arrived_qos0 = 0
         self.meter.spent = 0.0
-        self.machine = self._framing = self._life = self._backoff = None
+        self.machine = self._framing = self._life = self._receiver = self._dialer = None
         self.alive = self.frozen = False
 
     def _uplink(self) -> float:
