@@ -101,7 +101,9 @@ class Fleet:
         self.folder = folder
         self._agents = agents or {}
         self.settings: CoordinatorSettings = make_settings(
-            state_dir=folder / "coordinator", min_devices=len(devices), **settings
+            state_dir=folder / "coordinator",
+            min_devices=len(devices),
+            **({"deadline_mads": None} | settings),  # no round ends because the machine was busy
         )
         self.watcher = Watcher()
         self.transports: dict[str, Transport] = {}

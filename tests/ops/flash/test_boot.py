@@ -61,7 +61,7 @@ def running(log: Path, *arguments: str) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(100)
 
 
 def wait_for(condition: Callable[[], bool], machine: VirtualMachine, what: str, s: float) -> None:
