@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops.errors import DiskTrouble, SettingsWrong
+from ops.errors import SettingsWrong
 
 if TYPE_CHECKING:
     from ops.flash.payload import Wifi
@@ -128,12 +128,12 @@ def _wifi(ssid: str | None, password_file: Path | None, country: str | None) -> 
         return None
     if ssid is None or password_file is None or country is None:
         raise SettingsWrong("--wifi, --wifi-password-file and --wifi-country belong together")
-    from ops.flash.payload import Wifi
+    from ops.flash.payload import Wifi, read
 
     try:
-        password = password_file.read_text("utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DiskTrouble(f"cannot read {password_file}: {exc}") from exc
+        password = read(password_file).decode().rstrip("\r\n")
+    except UnicodeDecodeError as exc:
+        raise SettingsWrong(f"{password_file} holds no text: {exc}") from exc
     if not 1 <= len(ssid.encode()) <= 32 or not 8 <= len(password) <= 63:
         raise SettingsWrong(
             "a wireless network's name has 1 to 32 bytes and its password 8 to 63 characters (WPA)"

@@ -118,9 +118,9 @@ class IdentityFolder:
         if self.enrolled:
             if not self.return_file.exists():
                 raise IdentityError(
-                    f"{self.device_file} has ended and there is no {self.return_file.name} to come "
-                    "back with: have the device reset (splitfleet fleet reset), remove "
-                    f"{self.device_file.name}, and give it a new token"
+                    f"{self.return_file} is missing, without which the device does not come back "
+                    "once its certificate has ended: have the device reset (splitfleet fleet "
+                    f"reset), remove {self.device_file.name}, and give it a new token"
                 )
             return self._credentials(self.return_file, self.key_file)
         if not self.claim_file.exists():

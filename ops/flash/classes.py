@@ -11,6 +11,7 @@ from ops.errors import SettingsWrong
 
 MACHINES = ("aarch64", "x86_64")
 """As ``uname -m`` says; there are wheels of torch and onnxruntime for these."""
+OLDEST_PYTHON = (3, 11)
 TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 EXTRAS = {TORCH: "agent", ONNXRUNTIME: "lite"}
 
@@ -70,6 +71,8 @@ def device_class(
         if not re.fullmatch(r"3\.\d{1,2}", python):
             raise SettingsWrong(f"--python {python!r}: give the device's version, like 3.13")
         found = replace(found, python=(3, int(python.partition(".")[2])))
+        if found.python < OLDEST_PYTHON:
+            raise SettingsWrong(f"--python {python}: the agent needs 3.11 or newer")
     if engine is not None:
         if engine not in EXTRAS:
             raise SettingsWrong(f"--engine {engine!r}: there are {', '.join(EXTRAS)}")

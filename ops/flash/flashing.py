@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from broker.logs import redact_urls
 from coordinator.identity.authority import check_identity
 from ops.errors import DiskTrouble, SettingsWrong
 from ops.files import check_output
@@ -41,6 +42,9 @@ def files_of_device(
             "where does the device get its software? Give --wheelhouse FOLDER, which needs no "
             "network there, or --index URL of a package index"
         )
+    for url in indexes:
+        if not url.startswith(("http://", "https://")) or not url.isprintable() or " " in url:
+            raise SettingsWrong(f"--index {redact_urls(url)!r}: give an http:// or https:// URL")
     if device is not None:
         check_identity(device)
     settings = payload.agent_settings(fleet_folder, device, device_class, config)

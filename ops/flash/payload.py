@@ -58,7 +58,7 @@ class File:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def read(self) -> bytes:
-        """Its bytes. Raises :class:`DiskTrouble`."""
+        """Its bytes. Raises :class:`SettingsWrong` or :class:`DiskTrouble`."""
         return self.content if isinstance(self.content, bytes) else read(self.content)
 
 
@@ -173,11 +173,12 @@ def seed_files(
     """
     own = {"instance-id": instance}
     if device is not None:
-        own["local-hostname"] = device.replace("_", "-").lower()
+        # Quoted: to YAML some names are numbers. Marked: the next device may have none.
+        own["local-hostname"] = f'"{device.replace("_", "-").lower()}"  # {MARK}'
     kept = [
         line
         for line in (meta_data or b"").decode("utf-8", "replace").splitlines()
-        if line.partition(":")[0].strip().replace("_", "-") not in own
+        if line.partition(":")[0].strip().replace("_", "-") not in own and MARK not in line
     ]
     meta = "".join(f"{line}\n" for line in [*kept, *(f"{k}: {v}" for k, v in own.items())])
     seed = [File("user-data", _NO_USER_DATA)] if user_data is None else []
@@ -216,8 +217,10 @@ def _sections(config: Path | None) -> dict[str, Any]:
 
 
 def read(path: Path) -> bytes:
-    """A file's bytes. Raises :class:`DiskTrouble`."""
+    """A file's bytes. Raises :class:`SettingsWrong` where there is none, :class:`DiskTrouble`."""
     try:
         return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as exc:
+        raise SettingsWrong(f"{path} is not a file ({exc.strerror}): name one that is") from exc
     except OSError as exc:
         raise DiskTrouble(f"cannot read {path}: {exc.strerror}") from exc

@@ -33,6 +33,14 @@ def test_a_device_says_who_it_is(
     assert (facts["device"], facts["enrolled"], facts["ended"]) == ("garden-3", True, False)
 
 
+def test_a_missing_way_back_is_said(
+    tmp_path: Path, issuer: Issuer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    identity = issuer.enrolled(tmp_path / "d", "garden-3")
+    identity.return_file.unlink()
+    assert f"{identity.return_file} is missing" in show(tmp_path / "d", capsys, code=2)
+
+
 def test_an_authority_that_is_missing_or_foreign_is_said(
     tmp_path: Path, issuer: Issuer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ def test_a_class_may_be_changed_for_a_device_that_is_another() -> None:
     [
         ({"name": "pi1"}, "pi4, zero2, generic"),
         ({"name": "pi4", "python": "2.7"}, "like 3.13"),
+        ({"name": "pi4", "python": "3.10"}, "3.11 or newer"),
         ({"name": "pi4", "engine": "tpu"}, "torch, onnxruntime"),
         ({"name": "pi4", "machine": "armv7l"}, "aarch64 or x86_64"),
     ],

@@ -124,7 +124,7 @@ def test_all_is_written_and_what_a_person_wrote_stays(files: Files, target: Targ
     lines = (there.pop("meta-data") or b"").decode().splitlines()
     assert lines[0] == "dsmode: local"
     assert lines[1].startswith("instance-id: splitfleet-")
-    assert lines[2:] == ["local-hostname: cam-1"]
+    assert lines[2:] == ['local-hostname: "cam-1"  # splitfleet flash']
     assert there == {}
 
 
@@ -150,6 +150,7 @@ def test_another_device_replaces_the_first_and_is_a_new_machine(
     after = everything(target)
     assert f"{FOLDER}/identity/claim-key.pem" in after
     assert after["meta-data"] != before["meta-data"]
+    assert b"local-hostname" not in (after["meta-data"] or b""), "many start from it"
 
 
 def test_what_was_installed_and_wiped_is_installed_anew_by_the_same(
@@ -293,6 +294,24 @@ def test_a_device_may_install_from_package_indexes(files: Files) -> None:
         "--extra-index-url https://more.invalid/simple",
         "splitfleet[agent]==0.1.0",
     ]
+
+
+@pytest.mark.parametrize("index", ["", "index.invalid/simple", "https://a b", "https://a\n--pre"])
+def test_an_index_that_is_no_url_is_refused(files: Files, index: str) -> None:
+    with pytest.raises(SettingsWrong, match=r"--index .*give an http"):
+        files(indexes=[index])
+
+
+@pytest.mark.parametrize("option", ["--config", "--token", "--wifi-password-file"])
+def test_a_file_that_is_not_there_is_a_wrong_setting(
+    option: str, fleet_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["flash", "cam-1", "--bundle", str(tmp_path / "o"), "--folder", str(fleet_folder)]
+    command += ["--index", INDEX[0], "--class", "pi4", "--wifi", "attic", "--wifi-country", "DE"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, option, str(tmp_path / "nowhere")])
+    assert ended.value.code == 2
+    assert "nowhere is not a file" in capsys.readouterr().err
 
 
 def test_who_is_not_of_the_fleet_is_refused(files: Files, tmp_path: Path) -> None:
