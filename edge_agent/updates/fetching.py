@@ -21,7 +21,10 @@ _ONCE_MORE = (408, 425, 429)
 
 
 class PartialBundle:
-    """A bundle as far as it has come: a file in ``folder``, named after its digest."""
+    """A bundle as far as it has come: a file in ``folder``, named after its digest.
+
+    ``resumed``: an earlier process has fetched some of it.
+    """
 
     def __init__(self, folder: Path, update: Update) -> None:
         self._update = update
@@ -32,6 +35,7 @@ class PartialBundle:
                 other.unlink()
         if self.size > update.size:
             self.path.unlink()
+        self.resumed = self.size > 0
 
     @property
     def size(self) -> int:

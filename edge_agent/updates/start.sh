@@ -20,8 +20,7 @@ if [ -f "$updates/trial" ]; then
     case "$starts" in '' | *[!0-9]*) starts=0 ;; esac
     if [ "$previous" = "${current:--}" ]; then
         rm -f "$updates/trial" # the switch, or the way back, was broken off
-    elif [ "$starts" -gt 0 ]; then
-        put trial "$previous $((starts - 1)) $seconds $rollout $signed"
+    elif [ "$starts" -gt 0 ] && put trial "$previous $((starts - 1)) $seconds $rollout $signed"; then
         agent=$$
         (
             sleep "$seconds"
@@ -31,8 +30,7 @@ if [ -f "$updates/trial" ]; then
         ) >/dev/null 2>&1 &
     else
         put failed "$rollout version $current did not prove itself in time, or did not start"
-        put current "$previous"
-        rm -f "$updates/trial"
+        put current "$previous" && rm -f "$updates/trial" # on a full disk: next time
         current=$previous
     fi
 fi

@@ -89,7 +89,7 @@ class Updater:
 
     def connected(self) -> list[Effect]:
         """Say what runs; what is being fetched goes on."""
-        if self._slots.on_trial:
+        if self._on_trial:
             self._due = self._clock() + ASK_AGAIN_S
         return [self._software(), *self._ask()]
 
@@ -105,7 +105,7 @@ class Updater:
                 return [] if before == boot else [self._software(), *self._ask()]
             case Command(command="update", update=Update() as update):
                 return self._announced(update)
-            case Command(command="proven") if self._slots.on_trial:
+            case Command(command="proven") if self._on_trial:
                 return self._guarded(self._prove)
             case Piece() as piece:
                 return self._guarded(lambda: self._piece(piece))
@@ -119,7 +119,7 @@ class Updater:
     def tick(self) -> list[Effect]:
         """Ask again for what has not come; look after the installation."""
         self._due = None
-        if self._slots.on_trial:
+        if self._on_trial:
             self._due = self._clock() + ASK_AGAIN_S
             return [self._software()]
         if self._installation is not None:
@@ -154,12 +154,17 @@ class Updater:
         if self._http is not None:
             self._http.close()
 
+    @property
+    def _on_trial(self) -> bool:
+        # start.sh starts the version before without saying so when the disk is full.
+        return self._slots.on_trial and self._slots.current == self._version
+
     # -- steps ------------------------------------------------------------------------------------
 
     def _announced(self, update: Update) -> list[Effect]:
         failure = self._slots.failure
         tried = failure is not None and failure.rollout == update.rollout
-        if self._slots.on_trial or update == self._update:
+        if self._on_trial or update == self._update:
             return []
         if update.version == self._version or tried:
             return [self._software()]
@@ -221,7 +226,14 @@ class Updater:
     def _begin(self) -> list[Effect]:
         assert self._partial is not None
         assert self._update is not None
-        self._partial.check()
+        try:
+            self._partial.check()
+        except BundleError:
+            if not self._partial.resumed:
+                raise
+            log.info("what was fetched before the last start is damaged; it is fetched anew")
+            self.close()
+            return self._fetch()
         wheels = self._slots.folder / "wheels"
         shutil.rmtree(wheels, ignore_errors=True)
         wheels.mkdir()
@@ -297,7 +309,7 @@ class Updater:
         )
 
     def _state(self) -> tuple[SoftwareState, str | None, str]:
-        if self._slots.on_trial:
+        if self._on_trial:
             return "proving", self._slots.rollout, ""
         if self._update is not None:
             fetching = self._installation is None

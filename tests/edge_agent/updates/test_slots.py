@@ -16,6 +16,7 @@ from edge_agent.updates.start import START
 from tests.crashing_disk import Disk, power_cuts, write_tree
 
 AGENT = '#!/bin/sh\necho {name} "$@"\n{then}\n'
+FULL = ("/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh")
 
 
 def install(place: Path, name: str, then: str = "") -> None:
@@ -32,12 +33,25 @@ def slots(tmp_path: Path) -> Slots:
     return Slots(tmp_path / "updates")
 
 
-def start(slots: Slots) -> str:
-    """What the agent that is started says; a process group, as a service manager would have it."""
+def start(slots: Slots, *, full: bool = False) -> str:
+    """What the agent that is started says; a process group, as a service manager would have it.
+
+    On a ``full`` disk no byte can be written to a file.
+    """
     flashed = slots.folder.parent / "flashed"
     process = subprocess.Popen(
-        ["/bin/sh", START, slots.folder, flashed, "agent", "--config", "a b"],
+        [
+            *(FULL if full else ()),
+            "/bin/sh",
+            START,
+            slots.folder,
+            flashed,
+            "agent",
+            "--config",
+            "a b",
+        ],
         stdout=subprocess.PIPE,
+        restore_signals=False,  # SIGXFSZ stays ignored: writing fails
         text=True,
         start_new_session=True,
     )
@@ -197,3 +211,20 @@ def test_a_power_cut_leaves_the_version_before_or_one_on_trial(tmp_path: Path) -
             assert state in {("1.1", True, 0), ("1.1", True, 100), ("1.1", False, 100)}
         else:
             assert state == ("1.1", False, 100)
+
+
+def test_on_a_full_disk_the_version_before_is_started_until_there_is_space(slots: Slots) -> None:
+    install(slots.prepare("1.1"), "good")
+    slots.try_out("1.1", "r1", signed=100, prove_s=600)
+    slots.prove()
+    install(slots.prepare("1.2"), "bad", then="exit 1")
+    slots.try_out("1.2", "r2", signed=200, prove_s=600)
+    for _ in range(STARTS + 1):
+        assert start(slots, full=True).startswith("good")
+    for _ in range(STARTS):
+        assert start(slots).startswith("bad")
+    for _ in range(2):
+        assert start(slots, full=True).startswith("good")
+    assert slots.on_trial
+    assert start(slots).startswith("good")
+    assert (slots.current, slots.on_trial, slots.failure is None) == ("1.1", False, False)

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from broker.drive import Effect
+from broker.messages import Command
 from broker.update_messages import Fetch, Software
 from coordinator.identity.authority import Authority
 from edge_agent.updates.updater import GIVE_UP_S, RETRY_HTTP_S
 from tests import bundles
 from tests.crashing_disk import Disk, Killed, killed_at
-from tests.updating_device import Lab, Trickle, said, states, take, take_announced
+from tests.updating_device import PIECE, Lab, Trickle, said, states, take, take_announced
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,24 @@ def test_killed_anywhere_a_device_has_a_version_and_comes_to_the_new_one(
         with Disk(folder).watched():
             take_announced(lab)
         assert (lab.slots.current, lab.slots.on_trial, lab.slots.signed) == ("1.1.0", False, 100)
+
+
+def test_what_a_power_cut_has_damaged_is_fetched_anew(lab: Lab) -> None:
+    (first,) = said(lab.announce(), Fetch)
+    lab.answer(first)
+    (partial,) = lab.slots.folder.glob("*.bundle")
+    partial.write_bytes(bytes(PIECE))
+    lab.boot("1.0.0").connected()
+    assert lab.fetch_all(lab.announce()) == []
+    effects = lab.updater.work()
+    assert [fetch.offset for fetch in said(effects, Fetch)] == [0]
+    lab.fetch_all(effects)
+    assert states(lab.run()) == ["installing"]
+
+
+def test_the_version_before_on_a_full_disk_proves_nothing(lab: Lab) -> None:
+    """start.sh could not write down that it went back."""
+    lab.slots.try_out("1.1.0", "r1", signed=100, prove_s=600)
+    assert states(lab.boot("1.0.0").connected()) == ["running"]
+    assert lab.hear(Command(command="proven")) == []
+    assert lab.slots.on_trial
