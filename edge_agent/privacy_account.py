@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.disk import make_folder
+from edge_agent.disk import make_folder, sync_folder
 from edge_agent.errors import StateError
 
 log = logging.getLogger("splitfleet.agent")
@@ -24,8 +27,8 @@ FILE = "privacy.sqlite3"
 _LAYOUT = "1"
 _BUSY_S = 10.0
 _TABLES = """
-CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS images (
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE images (
     key BLOB PRIMARY KEY, rho REAL NOT NULL, releases INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
@@ -54,7 +57,7 @@ class PrivacyAccount:
     ``folder`` is where it is kept, None in memory. An entry is durable before :meth:`charge`
     returns, so that a device that dies then has booked too much rather than too little. It never
     forgets: with ``most_images`` in it no further image is released. Several machines, and several
-    processes, may keep one account.
+    processes, may keep one account. It is begun where there is no file, and only there.
 
     Raises :class:`StateError` if the file is damaged or cannot be made.
     """
@@ -69,6 +72,8 @@ class PrivacyAccount:
         if folder is not None:
             make_folder(folder)
         try:
+            if self._path is not None and not self._path.exists():
+                _begin(self._path)
             self._file = sqlite3.connect(
                 self._path or ":memory:",
                 timeout=_BUSY_S,
@@ -77,17 +82,17 @@ class PrivacyAccount:
             )
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = FULL")
-            self._file.executescript(_TABLES)
-            about = {"layout": _LAYOUT, "since": repr(time.time()), "images": "0"}
-            self._file.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", about.items())
+            if self._path is None:
+                _fill(self._file)
             found = dict(self._file.execute("SELECT name, value FROM about"))
-            self._since = float(found["since"])
-        except (sqlite3.Error, ValueError) as exc:
+            self._since = float(found.get("since", ""))
+            self._file.execute("SELECT key, rho, releases FROM images LIMIT 1")
+        except (sqlite3.Error, OSError, ValueError) as exc:
             raise StateError(
                 f"{self._path} is unusable ({exc}): nothing may be released without the account of "
                 "what was. Restore it, or free some space; begin anew only with new images"
             ) from exc
-        if found["layout"] != _LAYOUT:
+        if found.get("layout") != _LAYOUT:
             raise StateError(f"{self._path} is of a later version of splitfleet: update this one")
 
     def charge(self, keys: Sequence[bytes], rho: float) -> NDArray[np.bool_]:
@@ -110,22 +115,23 @@ class PrivacyAccount:
     def spent(self, key: bytes) -> float:
         """ρ of all releases of an image so far."""
         with self._lock:
-            row = self._file.execute("SELECT rho FROM images WHERE key = ?", (key,)).fetchone()
+            row = self._look_up("SELECT rho FROM images WHERE key = ?", key)
         return 0.0 if row is None else float(row[0])
 
     def summary(self, next_rho: float = 0.0) -> Summary:
         """The account at a glance; ``next_rho`` is what another release would cost."""
         with self._lock:
-            one = self._file.execute(
+            one = self._look_up(
                 "SELECT COUNT(*), TOTAL(releases), IFNULL(MAX(rho), 0), "
                 "IFNULL(SUM(rho <= 1e308 AND rho + ? > ?), 0), IFNULL(SUM(rho > 1e308), 0) "
                 "FROM images",
-                (next_rho, self.budget),
-            ).fetchone()
+                next_rho,
+                self.budget,
+            )
             images, releases, rho_max, exhausted, without_noise = one
-            median = self._file.execute(
-                "SELECT rho FROM images ORDER BY rho LIMIT 1 OFFSET ?", (images // 2,)
-            ).fetchone()
+            median = self._look_up(
+                "SELECT rho FROM images ORDER BY rho LIMIT 1 OFFSET ?", images // 2
+            )
         return Summary(
             since=self._since,
             images=images,
@@ -139,6 +145,13 @@ class PrivacyAccount:
     def close(self) -> None:
         """Give the file back."""
         self._file.close()
+
+    def _look_up(self, query: str, *values: bytes | float) -> Any:
+        """The first row, None if there is none."""
+        try:
+            return self._file.execute(query, values).fetchone()
+        except sqlite3.Error as exc:
+            raise StateError(f"{self._path} cannot be read ({exc}): restore it") from exc
 
     def _book(self, keys: Sequence[bytes], rho: float) -> NDArray[np.bool_]:
         allowed = np.zeros(len(keys), bool)
@@ -160,6 +173,23 @@ class PrivacyAccount:
             allowed[row] = True
         self._file.execute("UPDATE about SET value = ? WHERE name = 'images'", (str(known),))
         return allowed
+
+
+def _begin(path: Path) -> None:
+    """Make an empty account: there whole or not at all, and never in place of another."""
+    with tempfile.TemporaryDirectory(prefix=f"{FILE}.", dir=path.parent) as place:
+        new = Path(place) / FILE
+        with closing(sqlite3.connect(new, isolation_level=None)) as file:
+            _fill(file)
+        with suppress(FileExistsError):  # another process was first
+            os.link(new, path)
+    sync_folder(path.parent)
+
+
+def _fill(file: sqlite3.Connection) -> None:
+    file.executescript(_TABLES)
+    about = {"layout": _LAYOUT, "since": repr(time.time()), "images": "0"}
+    file.executemany("INSERT INTO about VALUES (?, ?)", about.items())
 
 
 def read_summary(folder: Path, *, budget: float | None = None, next_rho: float = 0.0) -> Summary:

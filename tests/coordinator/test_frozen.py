@@ -132,6 +132,29 @@ def test_beside_one_that_trains_only_that_ones_half_counts() -> None:
         np.testing.assert_allclose(checkpoint.model.state[name], half[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["trimmed-mean", "median"])
+@pytest.mark.parametrize("strategy", ["averaging", "sequential", "cascade"])
+def test_a_robust_average_leaves_its_half_out_too(strategy: str, rule: str) -> None:
+    server = Harness(min_devices=4, strategy=strategy, aggregation_rule=rule, feedback="gradient")
+    full = ["a", "b", "c"]
+    for name in full:
+        server.join(name, CUT)
+    server.join("small", CUT, frozen=True)
+    server.train(*full, "small")
+    while server.core.has_work:
+        server._note(server.core.work())
+    checkpoint = server.checkpoint()
+    assert checkpoint.round == 1
+    assert checkpoint.trained_cuts == [CUT]
+    record = checkpoint.history[0]["devices"]
+    assert all(record[name]["finished"] for name in (*full, "small"))
+    # The three agree, so whatever is cut off, what is left is theirs; an untrained half would show.
+    half = trained_half(CUT)
+    for name in ("blocks.0.conv.weight", f"heads.{CUT}.0.fc.weight"):
+        np.testing.assert_allclose(checkpoint.model.state[name], half[name], rtol=1e-5)
+    assert server.observer.dropped == {}
+
+
 def test_an_empty_upload_is_what_it_sends() -> None:
     server = Harness(min_devices=1)
     server.join("small", CUT, frozen=True)

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -129,10 +132,87 @@ def test_another_process_that_holds_the_account_releases_nothing_here(
     assert account.charge([A], 1.0).all()
 
 
-def test_a_damaged_account_is_not_begun_anew(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_bytes(b"no database at all, but long enough to be one" * 50)
-    with pytest.raises(StateError, match="without the account"):
-        PrivacyAccount(tmp_path)
+def rubbish(path: Path) -> None:
+    path.write_bytes(b"no database at all, but long enough to be one" * 50)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_to_a_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1])
+
+
+def cut_to_a_page(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:4096])
+
+
+def folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def without_releases(path: Path) -> None:
+    change(path, "DROP TABLE images")
+
+
+def without_its_beginning(path: Path) -> None:
+    change(path, "DELETE FROM about")
+
+
+def change(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute(statement)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        rubbish,
+        emptied,
+        cut_to_a_byte,
+        cut_to_a_page,
+        folder_in_its_place,
+        without_releases,
+        without_its_beginning,
+    ],
+)
+def test_a_damaged_account_is_not_begun_anew(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    account = PrivacyAccount(tmp_path)
+    account.charge([A], 1.0)
+    account.close()
+    damage(tmp_path / FILE)
+    for _ in range(2):
+        with pytest.raises(StateError, match="without the account"):
+            PrivacyAccount(tmp_path)
+
+
+def test_an_account_that_is_damaged_further_in_is_said_and_releases_nothing(
+    tmp_path: Path,
+) -> None:
+    keys = [f"{number:016d}".encode() for number in range(2000)]
+    account = PrivacyAccount(tmp_path)
+    account.charge(keys, 1.0)
+    account.close()
+    data = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(data[:-4096] + bytes(4096))
+    account = PrivacyAccount(tmp_path)
+    assert not account.charge(keys, 1.0).any()
+    with pytest.raises(StateError, match="cannot be read"):
+        account.summary()
+    with pytest.raises(StateError, match="cannot be read"):
+        account.spent(keys[-1])
+
+
+def test_of_two_that_begin_it_at_once_one_does(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        accounts = list(pool.map(lambda _: PrivacyAccount(tmp_path, budget=1.0), range(8)))
+        released = list(pool.map(lambda account: account.charge([A], 1.0), accounts))
+    assert sum(bool(allowed.all()) for allowed in released) == 1
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "nothing is left behind"
 
 
 def test_an_account_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
