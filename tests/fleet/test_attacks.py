@@ -32,18 +32,27 @@ def test_plain_averaging_collapses(tmp_path: Path) -> None:
     assert row.full < 0.3
 
 
-@pytest.mark.parametrize("attack", ["sign-flip-scale", "scale"])
-def test_a_trimmed_mean_stays_within_three_points(
-    attack: Attack, honest: Row, tmp_path: Path
+@pytest.mark.parametrize(
+    ("attack", "rule"),
+    [
+        ("sign-flip-scale", "trimmed-mean"),
+        ("sign-flip-scale", "median"),
+        ("sign-flip", "trimmed-mean"),
+        ("scale", "trimmed-mean"),
+    ],
+)
+def test_a_robust_rule_stays_within_three_points(
+    attack: Attack, rule: str, honest: Row, tmp_path: Path
 ) -> None:
-    row = fleet(attack, "trimmed-mean", tmp_path)
+    row = fleet(attack, rule, tmp_path)
     assert row.full > honest.full - 0.03
 
 
-def test_batches_with_wrong_labels_are_refused_and_those_of_others_are_not(
-    honest: Row, tmp_path: Path
+@pytest.mark.parametrize("attack", ["labels", "garbage"])
+def test_poisoned_batches_are_refused_and_those_of_others_are_not(
+    attack: Attack, honest: Row, tmp_path: Path
 ) -> None:
-    row = fleet("labels", "batches", tmp_path)
+    row = fleet(attack, "batches", tmp_path)
     assert row.refused > 0.5
     assert row.honest < 0.02
     assert row.full > honest.full - 0.03
