@@ -25,8 +25,8 @@ def fetch(place: Place) -> bytes:
     connection = place.connect(TIMEOUT_S)
     try:
         connection.request("GET", f"{place.path}/status", headers={"Accept": "application/json"})
-        reply = connection.getresponse()
-        status, body = reply.status, reply.read(MOST_BYTES)
+        with connection.getresponse() as reply:
+            status, body = reply.status, reply.read(MOST_BYTES)
     except (OSError, http.client.HTTPException) as exc:
         why = str(exc) or type(exc).__name__
         raise CoordinatorSilent(

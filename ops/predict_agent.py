@@ -80,12 +80,12 @@ class Agent:
             headers["Authorization"] = f"Bearer {self.token}"
         try:
             connection.request("POST", f"{place.path}/predict?{query}", data, headers)
-            response = connection.getresponse()
-            return (
-                response.status,
-                {k.lower(): v for k, v in response.headers.items()},
-                response.read(MOST_BYTES),
-            )
+            with connection.getresponse() as response:
+                return (
+                    response.status,
+                    {k.lower(): v for k, v in response.headers.items()},
+                    response.read(MOST_BYTES),
+                )
         except (OSError, http.client.HTTPException) as exc:
             why = str(exc) or type(exc).__name__
             raise AgentUnreachable(
