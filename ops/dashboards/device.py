@@ -158,6 +158,7 @@ def _being() -> Row:
                 unit=CELSIUS,
                 low=None,
                 levels=rising(75, 85),
+                absent="no sensor",
                 width=12,
             ),
             graph(
@@ -166,6 +167,7 @@ def _being() -> Row:
                 "covered. Empty where it adds no noise.",
                 Curve(largest("splitfleet_privacy_rho", DEVICE), "most released image"),
                 unit="none",
+                absent="no noise is added",
                 width=12,
             ),
         ],

@@ -273,6 +273,7 @@ def _identity() -> Row:
                 Curve(series("splitfleet_roster_devices"), "{{state}}"),
                 stacked=True,
                 many=True,
+                absent="no fleet_dir",
             ),
             graph(
                 "What ends soon",
@@ -304,6 +305,7 @@ def _privacy() -> Row:
                 "covered. Empty where no noise is added (clip_norm, noise_std).",
                 Curve(largest("splitfleet_privacy_rho", *REPORTED, by="cut"), "cut {{cut}}"),
                 unit="none",
+                absent="no noise is added",
                 width=12,
             ),
             graph(
@@ -312,6 +314,7 @@ def _privacy() -> Row:
                 "noise since the account was begun. Empty where no noise is added.",
                 Curve(total("splitfleet_privacy_images", *REPORTED, by="account"), "{{account}}"),
                 stacked=True,
+                absent="no noise is added",
                 width=12,
             ),
         ],

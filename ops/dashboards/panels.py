@@ -116,9 +116,13 @@ def graph(
     logarithmic: bool = False,
     levels: Levels = (),
     many: bool = False,
+    absent: str = "",
     width: int = 8,
 ) -> timeseries.Panel:
-    """Curves over time; ``levels`` are drawn as lines. ``many``: of which most stay at 0."""
+    """Curves over time; ``levels`` are drawn as lines. ``many``: of which most stay at 0.
+
+    ``absent`` is shown, not "No data", where there may well be no series: it says why.
+    """
     stacking = options.StackingMode.NORMAL if stacked else options.StackingMode.NONE
     panel = (
         timeseries.Panel()
@@ -147,6 +151,8 @@ def graph(
             panel.override_by_name(name, [model.DynamicConfigValue(id_val="color", value=fixed)])
     if many:
         panel.axis_soft_max(0.1)
+    if absent:
+        panel.no_value(absent)
     if low is not None:
         panel.min(low)
     if high is not None:

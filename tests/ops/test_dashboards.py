@@ -98,6 +98,13 @@ def test_every_panel_says_what_it_shows(file: Path) -> None:
 
 
 @each_file
+def test_a_panel_that_may_be_empty_says_why(file: Path) -> None:
+    for panel in panels(read(file)):
+        may_be_empty = "empty where" in panel["description"].lower()
+        assert may_be_empty == ("noValue" in panel["fieldConfig"]["defaults"]), panel["title"]
+
+
+@each_file
 def test_panels_fill_the_grid_without_overlap(file: Path) -> None:
     taken: dict[tuple[int, int], str] = {}
     ids = set()
