@@ -64,13 +64,13 @@ class Rollouts:
         self.next_tick = clock()
 
     def connected(self) -> list[Effect]:
-        """Nothing: who is there will say so."""
+        """Who is there will say so; until then nobody is judged."""
         self._settled = self._clock() + SETTLE_S
         self._heard.clear()  # what devices said meanwhile was not heard
         return []
 
     def disconnected(self) -> list[Effect]:
-        """Nothing: who waits for a piece asks again."""
+        """Who waits for a piece asks again; nobody is judged meanwhile."""
         self._settled = math.inf
         return []
 
