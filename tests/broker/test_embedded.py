@@ -19,8 +19,9 @@ from broker.mqtt import MqttTransport
 from broker.transport import Connected, Packet
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from broker.embedded import EmbeddedBroker
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 broker = EmbeddedBroker()
 broker.start()
 print(broker.pid, broker.port, flush=True)
