@@ -58,7 +58,7 @@ def choose_wheels(wheelhouse: Path, device: DeviceClass) -> list[Wheel]:
         raise SettingsWrong(
             f"{wheelhouse} does not hold {wanted} for Python {device.python_version} on "
             f"{device.machine} ({reason[0].removeprefix('ERROR: ')}): make it with "
-            f"{_recipe(device)}"
+            f"{_recipe(device)}{_hint(err)}"
         )
     return [_wheel(item) for item in json.loads(out)["install"]]
 
@@ -140,9 +140,18 @@ def _would_install(prefix: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _no_wheels(err: str) -> str:
-    missing = f"No matching distribution found for {PACKAGE}[" in err
-    hint = f"; give a wheel of {PACKAGE} with --from (pip wheel --no-deps .)" if missing else ""
-    return f"pip cannot fetch the wheels: {err.strip()[-500:]}{hint}"
+    return f"pip cannot fetch the wheels: {err.strip()[-500:]}{_hint(err)}"
+
+
+def _hint(err: str) -> str:
+    if "requires a different Python" in err:  # it compares with its own: pip 23.2 does, 26.3 not
+        return (
+            "; this pip cannot choose for another Python than its own: update it with "
+            f"{sys.executable} -m pip install --upgrade pip"
+        )
+    if f"No matching distribution found for {PACKAGE}[" in err:
+        return f"; give a wheel of {PACKAGE} with --from (pip wheel --no-deps .)"
+    return ""
 
 
 def _recipe(device: DeviceClass) -> str:

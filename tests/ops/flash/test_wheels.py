@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -35,6 +36,16 @@ def test_pip_chooses_for_the_device_and_not_for_this_machine(wheelhouse: Path) -
 def test_what_is_missing_is_said_with_how_to_get_it(wheelhouse: Path) -> None:
     with pytest.raises(SettingsWrong, match=r"torch.*splitfleet wheelhouse .* --python 3\.11"):
         choose_wheels(wheelhouse, device_class("pi4", python="3.11"))
+
+
+def test_a_pip_that_looks_at_its_own_python_is_to_be_updated(
+    wheelhouse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "ERROR: Package 'numpy' requires a different Python: 3.11.7 not in '>=3.12'"
+    failed = subprocess.CompletedProcess([], 1, "", told)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SettingsWrong, match=r"pip install --upgrade pip"):
+        choose_wheels(wheelhouse, device_class("zero2"))
 
 
 def test_a_folder_that_is_not_there_is_no_wheelhouse(tmp_path: Path) -> None:
